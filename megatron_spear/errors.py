@@ -1,0 +1,29 @@
+"""The few exceptions of the package. Each message says what, got, expected and what to do."""
+
+
+class SpearError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(SpearError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(SpearError, ValueError):
+    """A game, prompt or token file that cannot be read or does not fit."""
+
+
+class CheckpointError(SpearError, RuntimeError):
+    """A checkpoint (Hugging Face folder or run checkpoint) that is missing, truncated or does not match."""
+
+
+class EngineError(SpearError, RuntimeError):
+    """A rollout engine that failed, or whose answer breaks its contract."""
+
+
+class EnvironmentFault(SpearError, RuntimeError):
+    """An environment that failed, died or missed its deadline; costs one trajectory, never a reward."""
+
+
+class StopRequested(SpearError):
+    """A clean stop was asked for (Ctrl-C, SIGTERM, SIGUSR1); the run can be resumed."""

@@ -1,0 +1,46 @@
+"""Package metadata; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="megatron-spear",
+    version="0.1.0",
+    description="SPEAR (self-imitation with progressive exploration) on Megatron-Core",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_spear", "megatron_spear.*"]),
+    package_data={"megatron_spear": ["py.typed"]},
+    install_requires=[
+        "torch>=2.13",
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=5.16,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.7",
+        "pydantic>=2.12,<3",
+        "PyYAML>=6",
+        "rich>=14",
+        "numpy>=2",
+        "wandb>=0.25",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "pytest-timeout>=2.4",
+            "hypothesis>=6.150",
+            "ruff>=0.17",
+            "mypy>=2.4",
+            "import-linter>=2.16",
+            "types-PyYAML",
+            "psutil",
+        ],
+    },
+    entry_points={"console_scripts": ["megatron-spear = megatron_spear.cli.main:main"]},
+)
