@@ -251,7 +251,7 @@ class TrainSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """Samples that enter one optimizer step together, with the weight of their loss (SPEAR Eq. 5)."""
+    """Samples that enter one optimizer step together, and the weight of their loss (Eq. 5)."""
 
     samples: tuple[TrainSample, ...]
     origin: Origin

@@ -170,6 +170,8 @@ class AlfworldSection(Section):
     """Task types played."""
     max_receptacles: PositiveInt | None = None
     """Leave out loaded games with more receptacles; None = take all."""
+    skip_unsolvable: bool = False
+    """Leave out games marked unsolvable (an official download has some) instead of refusing them."""
     generator: GeneratorSection = GeneratorSection()
     """Size of generated games; read when ``games`` is None."""
     history: Literal["full"] | WindowHistory = "full"
@@ -225,6 +227,9 @@ class AlgorithmSection(Section):
     """Constant length that ``seq-mean-token-sum-norm`` divides by, in tokens."""
     keep_groups_fraction: Fraction = 0.75
     """Share of groups kept, those with the highest reward spread."""
+    old_logprobs: Literal["policy", "engine"] = "policy"
+    """Denominator of the ratio: recomputed by the policy before the update, or the engine's own
+    (saves a forward pass; right where engine and policy agree, as in fp32 on one machine)."""
     mini_batches: PositiveInt = 1
     """Optimizer steps a trainer step."""
 

@@ -1,0 +1,48 @@
+"""Which groups are trained on: those whose rewards spread most (RAGEN, arXiv 2504.20073)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_spear.algorithms.advantages import shaped_rewards
+from megatron_spear.types import ScoredGroup
+
+# Spreads that differ by rounding alone (the same rewards in another order) must tie.
+_SPREAD_DIGITS = 12
+
+
+def keep_groups(
+    groups: Sequence[ScoredGroup], fraction: float, intrinsic_weight: float
+) -> tuple[tuple[ScoredGroup, ...], dict[str, float]]:
+    """The ``fraction`` of groups with the highest in-group reward std, and metrics; order is kept.
+
+    floor(fraction * groups) are kept, but at least one; ties go to the smaller group id, so the
+    choice does not depend on the order in which groups arrived. Groups without members never count.
+
+    Example: four groups with spreads 0.5 (a), 0 (b), 0.5 (c), 0.2 (d) and fraction 0.75 keep a, c,
+    d.
+    """
+    present = [group for group in groups if group.members]
+    spreads = [reward_spread(group, intrinsic_weight) for group in present]
+    num_kept = min(len(present), max(1, math.floor(fraction * len(present) + 1e-9)))
+    ranked = sorted(range(len(present)), key=lambda i: (-spreads[i], present[i].group_id))
+    chosen = sorted(ranked[:num_kept])
+    metrics = {
+        "filter/num_groups": float(len(groups)),
+        "filter/num_empty_groups": float(len(groups) - len(present)),
+        "filter/num_kept_groups": float(num_kept),
+    }
+    if present:
+        metrics["filter/spread_mean"] = sum(spreads) / len(spreads)
+        metrics["filter/kept_spread_mean"] = sum(spreads[i] for i in chosen) / num_kept
+        metrics["filter/zero_spread_fraction"] = spreads.count(0.0) / len(spreads)
+    return tuple(present[i] for i in chosen), metrics
+
+
+def reward_spread(group: ScoredGroup, intrinsic_weight: float) -> float:
+    """Unbiased standard deviation of the group's shaped rewards; 0 for fewer than two members."""
+    rewards = shaped_rewards(group, intrinsic_weight)
+    if len(rewards) < 2:
+        return 0.0
+    return round(float(np.std(rewards, ddof=1)), _SPREAD_DIGITS)

@@ -1,0 +1,116 @@
+"""Combinations of settings that cannot work, found before anything is built."""
+
+from collections.abc import Iterator
+
+from megatron_spear.config.schema import OptimizerSection, RunConfig
+
+
+def check_config(config: RunConfig, world_size: int) -> list[str]:
+    """One line for each combination that cannot work on ``world_size`` ranks; empty if none.
+
+    Only what needs no model: a model given by ``model.path`` is checked where it is read.
+
+    Example: with ``policy.tensor_parallel=2`` on 3 ranks, one line says that 3 is no multiple of 2.
+    """
+    checks = (
+        _layout(config, world_size),
+        _tiny_model(config),
+        _rollout(config),
+        _replay(config),
+        _optimizer("policy.optimizer", config.policy.optimizer, None),
+        _optimizer("sft.optimizer", config.sft.optimizer, config.sft.steps),
+        _length(config),
+    )
+    return [line for check in checks for line in check]
+
+
+def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
+    policy = config.policy
+    split = policy.tensor_parallel * policy.pipeline_parallel
+    if world_size % split:
+        yield (
+            f"world size {world_size} is not a multiple of policy.tensor_parallel x "
+            f"policy.pipeline_parallel = {policy.tensor_parallel} x {policy.pipeline_parallel}; "
+            f"start {split} ranks (or a multiple), or lower one of the two"
+        )
+    if policy.sequence_parallel and policy.tensor_parallel == 1:
+        yield "policy.sequence_parallel needs policy.tensor_parallel > 1; got 1"
+
+
+def _tiny_model(config: RunConfig) -> Iterator[str]:
+    """Divisibility of the made model; a loaded one has its own shape."""
+    if config.model.path is not None:
+        return
+    tiny, policy = config.model.tiny, config.policy
+    tp, pp = policy.tensor_parallel, policy.pipeline_parallel
+    for whole, part, whole_value, part_value in (
+        ("model.tiny.hidden_size", "model.tiny.num_heads", tiny.hidden_size, tiny.num_heads),
+        ("model.tiny.num_heads", "model.tiny.num_kv_heads", tiny.num_heads, tiny.num_kv_heads),
+        ("model.tiny.num_kv_heads", "policy.tensor_parallel", tiny.num_kv_heads, tp),
+        ("model.tiny.ffn_size", "policy.tensor_parallel", tiny.ffn_size, tp),
+        ("model.tiny.num_layers", "policy.pipeline_parallel", tiny.num_layers, pp),
+    ):
+        if whole_value % part_value:
+            yield f"{whole}={whole_value} is not a multiple of {part}={part_value}"
+    if tiny.hidden_size % tiny.num_heads == 0 and (tiny.hidden_size // tiny.num_heads) % 2:
+        yield (
+            f"model.tiny.hidden_size / model.tiny.num_heads = {tiny.hidden_size // tiny.num_heads} "
+            "is odd; rotary embeddings need an even head size"
+        )
+
+
+def _rollout(config: RunConfig) -> Iterator[str]:
+    rollout, algorithm = config.rollout, config.algorithm
+    if rollout.max_new_tokens >= rollout.max_context:
+        yield (
+            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
+            f"rollout.max_context={rollout.max_context}"
+        )
+    if config.policy.tokens_per_microbatch < rollout.max_context:
+        yield (
+            f"policy.tokens_per_microbatch={config.policy.tokens_per_microbatch} is below "
+            f"rollout.max_context={rollout.max_context}: the longest context fits no micro-batch"
+        )
+    if rollout.group_size < 2:
+        yield "rollout.group_size=1 gives advantage 0 everywhere (reward minus itself); use >= 2"
+    if algorithm.keep_groups_fraction == 0.0:
+        yield "algorithm.keep_groups_fraction=0 keeps no group, so nothing is trained; use > 0"
+    trajectories = rollout.prompts_per_step * rollout.group_size
+    if algorithm.mini_batches > trajectories:
+        yield (
+            f"algorithm.mini_batches={algorithm.mini_batches} is above the {trajectories} "
+            "trajectories of a step (rollout.prompts_per_step x rollout.group_size)"
+        )
+
+
+def _replay(config: RunConfig) -> Iterator[str]:
+    replay = config.replay
+    if not replay.enabled:
+        return
+    if replay.rows_per_step > replay.capacity:
+        yield (
+            f"replay.rows_per_step={replay.rows_per_step} is above "
+            f"replay.capacity={replay.capacity}: that many are never there"
+        )
+    band = replay.covariance_clip
+    if band is not None and band.low >= band.high:
+        yield (
+            f"replay.covariance_clip.low={band.low:g} is not below "
+            f"replay.covariance_clip.high={band.high:g}: the band is empty"
+        )
+
+
+def _optimizer(path: str, optimizer: OptimizerSection, steps: int | None) -> Iterator[str]:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"{path}.min_lr={optimizer.min_lr:g} is above {path}.lr={optimizer.lr:g}"
+    for name in ("beta1", "beta2"):
+        if getattr(optimizer, name) == 1.0:
+            yield f"{path}.{name}=1 never forgets and divides by zero in Adam; use < 1"
+    if steps is not None and optimizer.warmup_steps > steps:
+        yield f"{path}.warmup_steps={optimizer.warmup_steps} is above the {steps} steps there are"
+
+
+def _length(config: RunConfig) -> Iterator[str]:
+    run = config.run
+    if run.stop_after is not None and run.stop_after > run.steps:
+        yield f"run.stop_after={run.stop_after} is above run.steps={run.steps} and never happens"

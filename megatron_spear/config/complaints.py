@@ -1,0 +1,119 @@
+"""What is wrong with a set of settings: one line a mistake, with what to write instead."""
+
+import math
+from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher, get_close_matches
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from megatron_spear.config.knobs import LIST_OF, Knob, known_paths
+from megatron_spear.config.sources import Settings
+
+_VALUE_ERROR = "Value error, "
+
+
+def complaints(errors: list[ErrorDetails], settings: Settings) -> list[str]:
+    """One line for each mistake pydantic found, alternatives of a union told once.
+
+    Example: ``rollout.group_sise: no such key; did you mean rollout.group_size? (a.yaml line 3)``.
+    """
+    knobs = known_paths()
+    located = [(_path(error, knobs), error) for error in errors]
+    paths = {path for path, _ in located}
+    lines: dict[str, str] = {}
+    for path, error in located:
+        inner = any(other.startswith(path + ".") for other in paths)
+        if inner and isinstance(_value_at(settings.tree, path), Mapping) and path in knobs:
+            continue  # the map was meant; its own mistakes are told
+        lines.setdefault(path, _line(path, error, knobs, settings))
+    return list(lines.values())
+
+
+def wrong_kinds(settings: Settings) -> list[str]:
+    """Values pydantic would bend in silence: true for a number (it reads 1), not-a-number."""
+    knobs = known_paths()
+    lines = []
+    for path, value in _leaves(settings.tree, ""):
+        knob = knobs.get(path)
+        if knob is None or not knob.types:
+            continue
+        bent = isinstance(value, bool) and bool not in knob.types
+        if bent or (isinstance(value, float) and math.isnan(value)):
+            lines.append(_got(path, value, knob.expected, settings))
+    return lines
+
+
+def suggestion(path: str, knobs: Mapping[str, Knob]) -> str:
+    """The known path a misspelt or misplaced one most likely means; empty when nothing is near."""
+    parent, _, name = path.rpartition(".")
+    siblings = {k.name: k.path for k in knobs.values() if k.path.rpartition(".")[0] == parent}
+    likely = [siblings[near] for near in get_close_matches(name, siblings, n=1, cutoff=0.7)]
+    namesakes = [knob.path for knob in knobs.values() if knob.name == name]
+    likely += sorted(namesakes, key=lambda p: -SequenceMatcher(a=p, b=path).ratio())[:2]
+    if likely:
+        return " or ".join(likely)
+    near = get_close_matches(path, knobs, n=1, cutoff=0.75)
+    if near:
+        return near[0]
+    names = get_close_matches(name, {knob.name for knob in knobs.values()}, n=1, cutoff=0.8)
+    return next((knob.path for knob in knobs.values() if names and knob.name == names[0]), "")
+
+
+def _line(path: str, error: ErrorDetails, knobs: Mapping[str, Knob], settings: Settings) -> str:
+    if error["type"] == "extra_forbidden":
+        near = suggestion(path, knobs)
+        parent = path.rpartition(".")[0]
+        known = ", ".join(k.name for k in knobs.values() if k.path.rpartition(".")[0] == parent)
+        hint = f"did you mean {near}?" if near else f"expected one of {known}"
+        return f"{path}: no such key; {hint}{_from(path, settings)}"
+    if error["type"] == "value_error":
+        return f"{path}: {error['msg'].removeprefix(_VALUE_ERROR)}{_from(path, settings)}"
+    knob = knobs.get(path.partition("[")[0])
+    expected = knob.expected if knob else error["msg"]
+    if path.endswith("]"):
+        expected = expected.removeprefix(LIST_OF)
+    if error["type"] == "missing":
+        return f"{path}: missing, expected {expected}{_from(path, settings)}"
+    return _got(path, error["input"], expected, settings)
+
+
+def _got(path: str, value: Any, expected: str, settings: Settings) -> str:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    words = {"str": "text", "dict": "map", "float": "number", "int": "integer", "list": "list"}
+    kind = words.get(type(value).__name__)
+    got = "null" if value is None else f"{shown} ({kind})" if kind else shown
+    return f"{path}: got {got}, expected {expected}{_from(path, settings)}"
+
+
+def _from(path: str, settings: Settings) -> str:
+    origin = settings.origin(path.partition("[")[0])
+    return f" ({origin})" if origin else ""
+
+
+def _path(error: ErrorDetails, knobs: Mapping[str, Knob]) -> str:
+    """The dotted path of a mistake, without pydantic's names of union alternatives."""
+    path = ""
+    parts = error["loc"]
+    for index, part in enumerate(parts):
+        longer = f"{path}.{part}" if path else str(part)
+        if isinstance(part, int):
+            path = f"{path}[{part}]"
+        elif longer in knobs or (error["type"] == "extra_forbidden" and index == len(parts) - 1):
+            path = longer
+    return path
+
+
+def _value_at(tree: Any, path: str) -> Any:
+    for part in path.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

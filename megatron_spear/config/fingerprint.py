@@ -1,0 +1,78 @@
+"""Which settings make two runs the same run: a hash, and the differences in words."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_spear.config.schema import RunConfig
+
+RESUME_MAY_DIFFER = (
+    "run.dir",
+    "run.name",
+    "run.stop_after",
+    "run.threads",
+    "resume",
+    "model.cache_dir",
+    "policy.tensor_parallel",
+    "policy.pipeline_parallel",
+    "policy.sequence_parallel",
+    "policy.tokens_per_microbatch",
+    "rollout.max_slots",
+    "rollout.env_workers",
+    "rollout.env_deadline_s",
+    "rollout.engine_deadline_s",
+    "evaluation.every",
+    "checkpoint",
+    "tracking",
+)
+"""Keys (with all below them) that a resumed run may change: they say where and how fast the run
+goes, not what it computes. Layout keys are here because loss and gradient do not depend on the
+layout; a checkpoint that cannot be read in another layout refuses by itself."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One setting in which two configurations differ."""
+
+    path: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: was {self.old!r}, now {self.new!r}"
+
+
+def config_hash(config: RunConfig) -> str:
+    """sha256 (hex) of what defines the run: all settings but ``RESUME_MAY_DIFFER``."""
+    kept = {path: value for path, value in _flat(config) if not _may_differ(path)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def config_differences(
+    old: RunConfig, new: RunConfig, *, everything: bool = False
+) -> tuple[Difference, ...]:
+    """Settings that differ; those of ``RESUME_MAY_DIFFER`` only with ``everything``."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return tuple(
+        Difference(path=path, old=before.get(path), new=after.get(path))
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path) != after.get(path) and (everything or not _may_differ(path))
+    )
+
+
+def _may_differ(path: str) -> bool:
+    return any(path == free or path.startswith(free + ".") for free in RESUME_MAY_DIFFER)
+
+
+def _flat(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    yield from _leaves(config.model_dump(mode="json"), "")
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,124 @@
+"""The schema as a list of knobs: path, documentation, what is expected, default.
+
+Everything that speaks about settings by name (error messages, the reference page, the test that
+each knob is read) uses this one walk.
+"""
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from megatron_spear.config.schema import RunConfig
+
+LIST_OF = "a list, each entry "
+"""How the expected value of a list begins."""
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    Path: "a path",
+}
+_SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Knob:
+    """One setting, or one section, of the run configuration.
+
+    Example: ``Knob(path="rollout.group_size", doc="Attempts a prompt.", expected="an integer >= 1",
+    default=8, is_section=False)``. ``types`` are the plain types a value may have.
+    """
+
+    path: str
+    doc: str
+    expected: str
+    default: Any
+    is_section: bool
+    types: tuple[type, ...]
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rsplit(".", 1)[-1]
+
+
+def schema_paths(model: type[BaseModel] = RunConfig) -> tuple[Knob, ...]:
+    """Every knob and section of the schema, in schema order, parents before their children."""
+    return tuple(_walk(model, ""))
+
+
+def known_paths() -> dict[str, Knob]:
+    """The knobs of the run configuration by path."""
+    return {knob.path: knob for knob in schema_paths()}
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[Knob]:
+    for name, info in model.model_fields.items():
+        path = prefix + name
+        members = tuple(_members(info.annotation))
+        sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+        yield Knob(
+            path=path,
+            doc=" ".join((info.description or "").split()),
+            expected=_expected(info),
+            default=None if info.is_required() else info.default,
+            is_section=bool(sections) and len(members) == 1,
+            types=tuple(m for m in members if isinstance(m, type)),
+        )
+        for section in sections:
+            yield from _walk(section, path + ".")
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The alternatives of a union without ``Annotated``; a Literal stays one member."""
+    if get_origin(annotation) is Annotated:
+        yield from _members(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _members(part)
+    else:
+        yield annotation
+
+
+def _expected(info: FieldInfo) -> str:
+    return _describe(info.annotation, tuple(info.metadata))
+
+
+def _describe(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
+    """What a value must be, in words: ``an integer >= 1, or null``."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _describe(args[0], bounds + _flatten(args[1:]))
+    if origin in (Union, types.UnionType):
+        return ", or ".join(_describe(part, bounds if part in _WORDS else ()) for part in args)
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
+    if origin in (tuple, list):
+        return LIST_OF + _describe(args[0])
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a map with keys among {', '.join(annotation.model_fields)}"
+    limits = " and ".join(
+        f"{sign} {getattr(bound, kind.__name__.lower()):g}"
+        for bound in bounds
+        for kind, sign in _SIGNS.items()
+        if isinstance(bound, kind)
+    )
+    return f"{_WORDS.get(annotation, str(annotation))} {limits}".rstrip()
+
+
+def _flatten(metadata: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The bounds inside ``Field(ge=..., le=...)`` objects."""
+    found: list[Any] = []
+    for item in metadata:
+        found.extend(item.metadata if isinstance(item, FieldInfo) else [item])
+    return tuple(found)

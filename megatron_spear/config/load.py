@@ -1,0 +1,81 @@
+"""From a YAML file and overrides to a checked ``RunConfig``, and back to YAML."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_spear.config.complaints import complaints, wrong_kinds
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.config.sources import Settings, merged, read_overrides, read_yaml
+from megatron_spear.errors import ConfigError
+
+CONFIG_NAME = "config.yaml"
+"""File in a run directory that holds its resolved configuration."""
+
+
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run: defaults, then the YAML file, then the overrides in order.
+
+    Overrides are ``a.b=c``, ``--a.b=c`` or ``--a.b c``; values are YAML (``null``, ``[a, b]``,
+    ``{window: 2}``). A map changes the keys it names and leaves its neighbours alone. Relative
+    paths start at the current directory, also those written in the file.
+
+    ``resume=DIR`` without a file takes ``DIR/config.yaml`` as the file, except ``run.stop_after``,
+    which belongs to one launch. With ``resume`` the run directory is ``DIR``, whatever ``run.dir``
+    says.
+
+    Raises ConfigError naming every mistake at once.
+
+    Example: ``load_config("quickstart.yaml", ["run.steps=3", "--replay.capacity", "64"])``.
+    """
+    given = Settings()
+    read_overrides(overrides, given)
+    settings = Settings(problems=given.problems)
+    resumed = given.tree.get("resume")
+    if path is not None:
+        read_yaml(Path(path), settings)
+    elif isinstance(resumed, str):
+        read_yaml(Path(resumed) / CONFIG_NAME, settings)
+        _forget_launch(settings.tree)
+    settings.tree = merged(settings.tree, given.tree)
+    settings.origins.update(given.origins)
+    return _validated(settings)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML, every value in schema order; ``load_config`` reads it back."""
+    return yaml.safe_dump(
+        config.model_dump(mode="json"),
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+    )
+
+
+def _validated(settings: Settings) -> RunConfig:
+    lines = [*settings.problems, *wrong_kinds(settings)]
+    told = {line.partition(":")[0] for line in lines}
+    tree = merged(RunConfig().model_dump(), settings.tree)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        for line in complaints(error.errors(include_url=False), settings):
+            if line.partition(":")[0] not in told:
+                lines.append(line)
+    if lines:
+        count = f"{len(lines)} mistakes" if len(lines) > 1 else "1 mistake"
+        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {x}" for x in lines))
+    if config.resume is not None and config.run.dir != config.resume:
+        run = config.run.model_copy(update={"dir": config.resume})
+        config = config.model_copy(update={"run": run})
+    return config
+
+
+def _forget_launch(tree: dict[str, Any]) -> None:
+    """Drop what the last launch was told, not what the run is."""
+    tree.pop("resume", None)
+    if isinstance(tree.get("run"), dict):
+        tree["run"].pop("stop_after", None)

@@ -1,0 +1,78 @@
+"""A word-level tokenizer over a closed word list that gives back every text it can read.
+
+Each word, sign and phrase has two tokens, with and without a leading space, so that decoding is
+plain concatenation: ``You see a mug 2.`` is ``You``, `` see``, `` a``, `` mug``, `` 2``, ``.``.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+PAD, END = "<|pad|>", "<|im_end|>"
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+UNKNOWN = "<unk>"
+SPECIAL_TOKENS = (PAD, END, SYSTEM, USER, ASSISTANT, UNKNOWN)
+SIGNS = tuple(".,:;!?'\"()[]<>{}-=+*/_&%$#@`|\\")
+
+# A message is its role's token and its content; only what the assistant says has an end. What is
+# rendered for k messages is a prefix of what is rendered for k + 1.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_WORD = "[A-Za-z0-9]+"
+# The vocabulary's size divides by this, so that tensor-parallel ranks share it out evenly.
+_SIZE_MULTIPLE = 16
+
+
+def vocabulary(words: Sequence[str], phrases: Sequence[str] = ()) -> dict[str, int]:
+    """Token -> id: special tokens first, then whitespace, signs, words and phrases in both forms.
+
+    Entries of ``words`` that are not plain words (``<think>``, ``pick-up``) count as phrases. The
+    size is a multiple of 16, filled up with reserved tokens.
+    """
+    tokens = [*SPECIAL_TOKENS, " ", "\n"]
+    for entry in dict.fromkeys((*SIGNS, *words, *phrases)):
+        if not entry or entry != entry.strip():
+            raise ValueError(f"vocabulary entry {entry!r}: expected text without space at its ends")
+        tokens += [entry, f" {entry}"]
+    reserved = -len(tokens) % _SIZE_MULTIPLE
+    tokens += [f"<|reserved_{i}|>" for i in range(reserved)]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def make_tokenizer(words: Sequence[str], phrases: Sequence[str] = ()) -> Any:
+    """A ``PreTrainedTokenizerFast`` with a chat template.
+
+    ``phrases`` are pieces of several words that become one token wherever they stand as a whole,
+    the longest first. Text of other words decodes with ``<unk>`` in their place.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = vocabulary(words, phrases)
+    long = [entry for entry in (*words, *phrases) if not re.fullmatch(_WORD, entry)]
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_pattern(long)), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = [token for token in vocab if token in SPECIAL_TOKENS or "<|reserved_" in token]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _pattern(phrases: Sequence[str]) -> str:
+    """The regular expression of one piece: phrase, word or sign, each with its space; or space."""
+    pieces = []
+    for phrase in sorted(set(phrases), key=len, reverse=True):
+        start = "(?<![A-Za-z0-9])" if phrase[0].isalnum() else ""
+        end = "(?![A-Za-z0-9])" if phrase[-1].isalnum() else ""
+        pieces.append(f" ?{start}{re.escape(phrase)}{end}")
+    return "|".join([*pieces, f" ?{_WORD}", r" ?[^\sA-Za-z0-9]", r"\s"])

@@ -1,0 +1,255 @@
+"""From samples to packed micro-batches and back: the only place with the next-token shift.
+
+A ``TrainSample``'s entry ``t`` speaks of token ``t``; a ``TrainBatch``'s entry ``t`` speaks of label
+``t``, which is token ``t + 1`` of the same sequence. The last position of each sequence has no label
+and weight 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_spear.errors import DataError
+from megatron_spear.types import FloatArray, Origin, TrainSample
+
+ATTENTION_LENGTH = 4096
+"""Length in tokens at which a sequence's attention is taken to cost as much as its linear layers."""
+
+_SHIFTED_FILL = {"labels": 0, "old_logprobs": 0.0, "advantages": 0.0, "token_weight": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainBatch:
+    """One micro-batch: S sequences one after another, T tokens in all.
+
+    ``token_ids``, ``labels``, ``position_ids`` int64 ``[T]``; ``cu_seqlens`` int32 ``[S + 1]``;
+    ``old_logprobs``, ``advantages``, ``token_weight`` float32 ``[T]``; ``origin`` uint8 ``[T]``
+    (0 on-policy, 1 replay). Padding is a last sequence of its own, of token 0 and weight 0.
+
+    Example: tokens ``[5, 6, 7]`` with weights ``[0, 0.5, 0.5]`` give labels ``[6, 7, 0]`` and
+    token_weight ``[0.5, 0.5, 0]``.
+    """
+
+    token_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    old_logprobs: Tensor
+    advantages: Tensor
+    token_weight: Tensor
+    origin: Tensor
+    max_seqlen: int
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return int(self.token_ids.shape[0])
+
+    def to(self, device: torch.device) -> "TrainBatch":
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "max_seqlen"}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedStep:
+    """The micro-batches of one optimizer step.
+
+    ``micro_batches[d][m]`` is what data-parallel rank ``d`` runs as its m-th micro-batch; every rank
+    has the same number. ``members[d][m]`` are the indices of the samples in it, in packed order.
+    """
+
+    micro_batches: tuple[tuple[TrainBatch, ...], ...]
+    members: tuple[tuple[tuple[int, ...], ...], ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples, without padding."""
+        return sum(self.lengths)
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the packed positions that are padding."""
+        total = sum(batch.num_tokens for rank in self.micro_batches for batch in rank)
+        return 1.0 - self.num_tokens / total
+
+    def unpack(self, values: Sequence[Sequence[Tensor]]) -> list[FloatArray]:
+        """Per-label values back to the samples, un-shifted.
+
+        ``values[d][m]`` is ``[T]``, aligned with the labels of ``micro_batches[d][m]``. Gives one
+        float32 ``[L]`` per sample, in the order ``pack`` got them; entry 0 is 0 (token 0 has no
+        prediction).
+        """
+        result: list[FloatArray | None] = [None] * len(self.lengths)
+        for rank_values, rank_members in zip(values, self.members, strict=True):
+            for value, members in zip(rank_values, rank_members, strict=True):
+                flat = value.detach().to("cpu", torch.float32).numpy()
+                start = 0
+                for index in members:
+                    length = self.lengths[index]
+                    sample = np.zeros(length, np.float32)
+                    sample[1:] = flat[start : start + length - 1]
+                    result[index] = sample
+                    start += length
+        assert all(sample is not None for sample in result), "every sample is packed once"
+        return [sample for sample in result if sample is not None]
+
+
+def pack(
+    samples: Sequence[TrainSample],
+    token_weights: Sequence[np.ndarray],
+    origins: Sequence[Origin],
+    *,
+    data_parallel: int = 1,
+    tokens_per_microbatch: int,
+    pad_multiple: int = 1,
+) -> PackedStep:
+    """Distribute samples over data-parallel ranks and micro-batches.
+
+    ``token_weights[i]`` float ``[L]`` is the final loss weight of each token of sample ``i`` (index t
+    speaks of token t; entry 0 must be 0, nothing predicts token 0). Rows are sorted by length, so
+    that sequences of like length share a micro-batch; micro-batches have about equal cost, attention
+    included, and at most ``tokens_per_microbatch`` tokens unless one sample alone is longer. Each is
+    padded to a multiple of ``pad_multiple`` (sequence parallelism needs the tensor-parallel size).
+
+    Raises DataError for no or empty samples and for weights that do not fit.
+    """
+    _check(samples, token_weights, origins)
+    lengths = [len(sample.token_ids) for sample in samples]
+    bins = _balanced_bins(lengths, tokens_per_microbatch, data_parallel)
+    dealt = _deal(bins, lengths, data_parallel)
+    micro_batches = tuple(
+        tuple(_build(samples, token_weights, origins, group, pad_multiple) for group in rank)
+        for rank in dealt
+    )
+    return PackedStep(micro_batches=micro_batches, members=dealt, lengths=tuple(lengths))
+
+
+def _check(
+    samples: Sequence[TrainSample], weights: Sequence[np.ndarray], origins: Sequence[Origin]
+) -> None:
+    if not samples:
+        raise DataError("got no samples to pack; expected at least one")
+    if not len(samples) == len(weights) == len(origins):
+        raise DataError(
+            f"got {len(samples)} samples, {len(weights)} token_weights and {len(origins)} origins; "
+            "expected one of each per sample"
+        )
+    for sample, weight in zip(samples, weights, strict=True):
+        name = f"sample {sample.trajectory_id} segment {sample.segment}"
+        if len(sample.token_ids) == 0:
+            raise DataError(f"{name} has no tokens; leave it out")
+        if len(weight) != len(sample.token_ids):
+            raise DataError(
+                f"{name}: got {len(weight)} weights for {len(sample.token_ids)} tokens; "
+                "expected one per token"
+            )
+        if weight[0] != 0:
+            raise DataError(
+                f"{name}: token 0 has weight {weight[0]}, but nothing predicts it; set it to 0 "
+                "before the weights are normalised"
+            )
+
+
+def _cost(length: int) -> float:
+    return length * (1.0 + length / ATTENTION_LENGTH)
+
+
+def _balanced_bins(lengths: Sequence[int], limit: int, data_parallel: int) -> list[list[int]]:
+    """Contiguous runs of the samples sorted by length, a multiple of ``data_parallel`` in number."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    needed = len(_fill(order, lengths, limit, float("inf")))
+    target = -(-needed // data_parallel) * data_parallel
+    low, high = 0.0, sum(_cost(length) for length in lengths)
+    best = _fill(order, lengths, limit, high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        bins = _fill(order, lengths, limit, middle)
+        if len(bins) <= target:
+            best, high = bins, middle
+        else:
+            low = middle
+    while len(best) < target:
+        widest = max(best, key=lambda b: (len(b) > 1, sum(_cost(lengths[i]) for i in b)))
+        if len(widest) < 2:
+            best.append([])
+            continue
+        best.remove(widest)
+        best += [widest[: len(widest) // 2], widest[len(widest) // 2 :]]
+    return best
+
+
+def _fill(order: list[int], lengths: Sequence[int], limit: int, cap: float) -> list[list[int]]:
+    """Greedy runs with at most ``limit`` tokens and ``cap`` cost, one sample at least."""
+    bins: list[list[int]] = []
+    tokens, cost = 0, 0.0
+    for index in order:
+        length = lengths[index]
+        fits = tokens + length <= limit and cost + _cost(length) <= cap
+        if not bins or not fits:
+            bins.append([])
+            tokens, cost = 0, 0.0
+        bins[-1].append(index)
+        tokens += length
+        cost += _cost(length)
+    return bins
+
+
+def _deal(
+    bins: list[list[int]], lengths: Sequence[int], data_parallel: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Bins to ranks in snake order of cost, the same number each."""
+    by_cost = sorted(bins, key=lambda b: (-sum(_cost(lengths[i]) for i in b), b))
+    ranks: list[list[tuple[int, ...]]] = [[] for _ in range(data_parallel)]
+    for position, group in enumerate(by_cost):
+        turn, seat = divmod(position, data_parallel)
+        ranks[seat if turn % 2 == 0 else data_parallel - 1 - seat].append(tuple(group))
+    return tuple(tuple(rank) for rank in ranks)
+
+
+def _build(
+    samples: Sequence[TrainSample],
+    token_weights: Sequence[np.ndarray],
+    origins: Sequence[Origin],
+    group: tuple[int, ...],
+    pad_multiple: int,
+) -> TrainBatch:
+    """Concatenate, shift and pad one micro-batch."""
+    lengths = [len(samples[i].token_ids) for i in group]
+    used = sum(lengths)
+    total = max(-(-used // pad_multiple) * pad_multiple, pad_multiple)
+    if total > used:
+        lengths.append(total - used)
+    columns = {
+        "token_ids": np.zeros(total, np.int64),
+        "labels": np.zeros(total, np.int64),
+        "old_logprobs": np.zeros(total, np.float32),
+        "advantages": np.zeros(total, np.float32),
+        "token_weight": np.zeros(total, np.float32),
+        "origin": np.zeros(total, np.uint8),
+    }
+    start = 0
+    for index in group:
+        sample, end = samples[index], start + len(samples[index].token_ids)
+        columns["token_ids"][start:end] = sample.token_ids
+        columns["origin"][start:end] = origins[index] is Origin.REPLAY
+        shifted = {
+            "labels": sample.token_ids,
+            "old_logprobs": sample.old_logprobs,
+            "advantages": sample.advantages,
+            "token_weight": token_weights[index],
+        }
+        for name, values in shifted.items():
+            columns[name][start : end - 1] = values[1:]
+            columns[name][end - 1] = _SHIFTED_FILL[name]
+        start = end
+    return TrainBatch(
+        **{name: torch.from_numpy(column) for name, column in columns.items()},
+        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        max_seqlen=max(lengths),
+    )

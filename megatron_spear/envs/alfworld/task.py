@@ -1,0 +1,88 @@
+"""ALFWorld games as prompts: the endless training source's items and the fixed evaluation panel."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_spear.config.schema import AlfworldSection, GeneratorSection, TaskType
+from megatron_spear.envs.alfworld.game import GameFile
+from megatron_spear.envs.alfworld.generator import generate_game
+from megatron_spear.envs.alfworld.sources import load_games
+from megatron_spear.errors import DataError
+from megatron_spear.types import Prompt
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A fixed list of games; ``sha256`` is of their ids and problems, in order."""
+
+    prompts: tuple[Prompt, ...]
+    sha256: str
+
+    @property
+    def task_types(self) -> tuple[str, ...]:
+        """Task types on the panel, sorted."""
+        return tuple(sorted({p.prompt_id.split("-")[0] for p in self.prompts}))
+
+
+def game_prompt(game: GameFile, settings: AlfworldSection) -> Prompt:
+    """One game as a prompt; its metadata are the environment's reset options."""
+    options: dict[str, Any] = {"game": game.to_fields(), "max_turns": settings.max_turns}
+    if settings.prompt == "official":
+        options["admissible"] = True
+    return Prompt(prompt_id=game.id, env="alfworld", metadata=options)
+
+
+def fresh_game(
+    seed: int, index: int, task_types: Sequence[TaskType], size: GeneratorSection
+) -> Any:
+    """Generated game number ``index`` of a seed."""
+    return generate_game(seed, index, task_types=tuple(task_types), settings=size)
+
+
+def training_games(settings: AlfworldSection) -> list[GameFile]:
+    """The loaded training games (``env.games`` is given)."""
+    return _load(settings, settings.train_split)
+
+
+def make_panel(settings: AlfworldSection, size: int, seed: int) -> Panel:
+    """The evaluation panel: generated games, or a spread of the loaded evaluation split.
+
+    Loaded games: sorted by id, every n-th, so that the same file gives the same panel everywhere.
+    Raises DataError when the split has fewer games than asked for.
+    """
+    if settings.games is None:
+        games = [fresh_game(seed, i, settings.task_types, settings.generator) for i in range(size)]
+    else:
+        loaded = sorted(_load(settings, settings.eval_split), key=lambda g: g.id)
+        if len(loaded) < size:
+            raise DataError(
+                f"evaluation.games: got {size}, but {settings.games} ({settings.eval_split}) has "
+                f"only {len(loaded)} fitting games; lower evaluation.games or relax the filters"
+            )
+        games = [loaded[i * len(loaded) // size] for i in range(size)]
+    digest = hashlib.sha256()
+    for game in games:
+        digest.update(json.dumps([game.id, game.problem]).encode())
+    return Panel(tuple(game_prompt(g, settings) for g in games), digest.hexdigest())
+
+
+def success_by_type(won: Mapping[str, Sequence[bool]]) -> dict[str, float]:
+    """Mean success by task type, from {prompt id: wins}."""
+    by_type: dict[str, list[bool]] = {}
+    for prompt_id, wins in won.items():
+        by_type.setdefault(prompt_id.split("-")[0], []).extend(wins)
+    return {name: sum(w) / len(w) for name, w in sorted(by_type.items())}
+
+
+def _load(settings: AlfworldSection, split: str) -> list[GameFile]:
+    assert settings.games is not None, "fresh games are made by fresh_game"
+    return load_games(
+        settings.games,
+        split=split,
+        task_types=settings.task_types,
+        max_receptacles=settings.max_receptacles,
+        skip_unsolvable=settings.skip_unsolvable,
+    )

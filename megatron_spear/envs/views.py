@@ -1,0 +1,70 @@
+"""How an environment's text becomes chat messages, and a generated text an action."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+# Each step of a window: what was seen, and the action taken on seeing it.
+HistoryStep = tuple[str, str]
+
+
+class ParsedAction(NamedTuple):
+    """The action for the environment, and whether the text kept to the asked form.
+
+    The environment gets ``action`` in any case; an invalid form may cost a format penalty.
+    """
+
+    action: str
+    valid: bool
+
+
+class AgentView(Protocol):
+    """Both directions for one environment and one prompt style. Pure: no state between calls.
+
+    ``turn`` is the 0-based number of the turn the text asks for, so it is also the number of
+    actions taken so far. ``info`` is the environment's latest info.
+    """
+
+    needs_admissible: bool
+    """Whether ``info["admissible"]`` is read; the rollouter then asks for it at reset."""
+
+    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> str:
+        """The user message of one turn of a conversation that keeps all earlier turns."""
+        ...
+
+    def window(
+        self,
+        first_observation: str,
+        history: Sequence[HistoryStep],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> str:
+        """The one user message of a prompt that is rendered anew each turn.
+
+        ``history`` holds the last k (observation, action) pairs, oldest first, fewer early on.
+        """
+        ...
+
+    def parse(self, text: str) -> ParsedAction:
+        """The action in a generated text; never raises."""
+        ...
+
+    def demonstrate(self, action: str) -> str:
+        """The text a policy should generate to take ``action``; ``parse`` gives it back, valid."""
+        ...
+
+def last_between(text: str, opening: str, closing: str) -> str | None:
+    """The text inside the last complete ``opening``..``closing`` pair, or None.
+
+    Example: ``last_between("<a>x</a> <a>y</a> <a>z", "<a>", "</a>")`` is ``"y"``.
+    """
+    end = text.rfind(closing)
+    if end < 0:
+        return None
+    start = text.rfind(opening, 0, end)
+    return None if start < 0 else text[start + len(opening) : end]
+
+
+def has_cjk(text: str) -> bool:
+    """Whether a CJK ideograph (U+3400-9FFF, compatibility forms included) occurs."""
+    return any("\u3400" <= c <= "\u9fff" or "\uf900" <= c <= "\ufaff" for c in text)

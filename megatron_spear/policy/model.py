@@ -1,0 +1,155 @@
+"""A Megatron-Core GPTModel for a Hugging Face model, for packed sequences."""
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor
+
+from megatron_spear.config.schema import PolicySection
+from megatron_spear.conversion.mapping import padded_vocab
+from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.data.packing import TrainBatch
+from megatron_spear.policy.attention import PackedAttention, Rotary, packed_layout
+from megatron_spear.policy.layers import GatedMlp, RMSNorm
+from megatron_spear.policy.parallel import ParallelContext
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerConfig:
+    """Megatron's config: no dropout, no fused kernels that need apex, losses as plain sums."""
+    dtype = DTYPES[policy.precision]
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=policy.tensor_parallel,
+        pipeline_model_parallel_size=policy.pipeline_parallel,
+        sequence_parallel=policy.sequence_parallel,
+        variable_seq_lengths=policy.pipeline_parallel > 1,
+        moe_token_dispatcher_type="alltoall",  # unused; asked for by variable_seq_lengths
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # weights come from the Hugging Face folder
+        calculate_per_token_loss=True,  # neither micro-batches nor ranks divide the loss
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_spec(shape: ModelShape) -> ModuleSpec:
+    """Megatron's transformer layer with this package's attention kernel, norm and gate."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
+            k_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class PackedModel(GPTModel):
+    """GPTModel that takes a ``TrainBatch`` and gives logits ``[T, V / tp]`` on the last stage.
+
+    Positions are applied in the attention (see ``attention``), so Megatron's own are switched off.
+    """
+
+    def __init__(self, shape: ModelShape, policy: PolicySection, ctx: ParallelContext) -> None:
+        config = transformer_config(shape, policy)
+        layers = shape.num_layers // ctx.pipeline_size
+        super().__init__(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm
+            ),
+            vocab_size=padded_vocab(shape.vocab_size, ctx.tensor_size),
+            max_sequence_length=shape.max_length,
+            pre_process=ctx.pipeline_rank == 0,
+            post_process=ctx.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="none",
+        )
+        for layer in self.decoder.layers:
+            GatedMlp.adopt(layer.mlp)
+        _mark_split_weights(self)
+        self.first_layer = layers * ctx.pipeline_rank
+        self.rotary = Rotary(shape, ctx.device, config.params_dtype)
+
+    def forward(self, batch: TrainBatch) -> Tensor:  # type: ignore[override]
+        """Logits ``[T, V / tp]`` on the last stage, hidden states ``[T, 1, hidden]`` before it."""
+        layout = packed_layout(batch.cu_seqlens, batch.max_seqlen, self.rotary)
+        output = super().forward(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            packed_seq_params=layout,
+        )
+        return output[0] if self.post_process else output
+
+
+def _mark_split_weights(model: torch.nn.Module) -> None:
+    """Tell Megatron which weights are split over ranks, and how (the gradient norm needs it).
+
+    Megatron does so while it initialises weights, which is switched off here.
+    """
+    axes = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        axis = axes.get(type(module))
+        weight = getattr(module, "weight", None)
+        if axis is not None and weight is not None and not hasattr(weight, "partition_dim"):
+            set_tensor_model_parallel_attributes(weight, True, axis, getattr(module, "stride", 1))

@@ -1,0 +1,169 @@
+"""Process groups and layouts: who holds which part of the model, checked before anything starts."""
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_spear.config.schema import PolicySection
+from megatron_spear.conversion.shape import model_shape
+from megatron_spear.errors import ConfigError
+from megatron_spear.policy import cpu
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelContext:
+    """This process's place in the layout.
+
+    Ranks are ordered tensor parallel first, then data parallel, then pipeline parallel. ``control``
+    is a gloo group of all ranks for Python objects; ``tensor`` the tensor-parallel group.
+    """
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+
+    @property
+    def is_controller(self) -> bool:
+        """True on global rank 0, which owns rollouts, replay and hooks."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the logits are."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def data_rank_of(self, rank: int) -> int:
+        """The data-parallel rank of another global rank."""
+        return rank // self.tensor_size % self.data_size
+
+    @property
+    def speaks_for_data_rank(self) -> bool:
+        """True on the one rank of each data-parallel replica that reports its results."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> ParallelContext:
+    """Start torch.distributed and Megatron's groups; the layout is taken from ``policy``.
+
+    Under torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) all its ranks join; otherwise the
+    world is this process. Collectives that wait longer than ``timeout_s`` seconds fail. Raises
+    ConfigError if the layout does not fit the world size.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world_size(policy, world_size)
+    timeout = timedelta(seconds=timeout_s)
+    device = _device()
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        if world_size == 1:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    cpu.patch_megatron()
+    parallel_state.initialize_model_parallel(
+        policy.tensor_parallel,
+        policy.pipeline_parallel,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        create_gloo_process_groups=device.type == "cpu",
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    ctx = ParallelContext(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=policy.tensor_parallel,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=policy.pipeline_parallel,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+    )
+    assert ctx.data_rank_of(ctx.rank) == ctx.data_rank, "Megatron's rank order has changed"
+    return ctx
+
+
+def destroy(keep_world: bool = False) -> None:
+    """Leave all process groups; harmless when there are none.
+
+    With ``keep_world`` the ranks stay connected and ``initialize`` may be called with another layout.
+    """
+    from megatron.core import parallel_state
+
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized() and not keep_world:
+        dist.destroy_process_group()
+
+
+def check_world_size(policy: PolicySection, world_size: int) -> None:
+    """ConfigError unless tensor parallel x pipeline parallel divides the world size."""
+    tensor, pipeline = policy.tensor_parallel, policy.pipeline_parallel
+    if world_size % (tensor * pipeline):
+        raise ConfigError(
+            f"policy.tensor_parallel={tensor} x policy.pipeline_parallel={pipeline} is "
+            f"{tensor * pipeline} ranks a model copy, which does not divide the {world_size} ranks "
+            "that were started; start a multiple of it (torchrun --nproc-per-node) or change the "
+            "layout"
+        )
+    if policy.sequence_parallel and tensor == 1:
+        raise ConfigError(
+            "policy.sequence_parallel=true splits activations over tensor-parallel ranks, but "
+            "policy.tensor_parallel=1; expected 2 or more, or sequence_parallel=false"
+        )
+
+
+def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None:
+    """ConfigError unless the model can be cut as ``policy`` says; pure, nothing is started.
+
+    All problems are reported at once.
+    """
+    check_world_size(policy, world_size)
+    shape = model_shape(hf_config)
+    tensor, pipeline = policy.tensor_parallel, policy.pipeline_parallel
+    problems = [
+        f"policy.tensor_parallel={tensor} does not divide the model's {size} {what}"
+        for what, size in (
+            ("attention heads", shape.num_heads),
+            ("key-value groups", shape.num_groups),
+            ("MLP rows (intermediate_size)", shape.ffn_size),
+        )
+        if size % tensor
+    ]
+    if shape.num_layers % pipeline:
+        problems.append(
+            f"policy.pipeline_parallel={pipeline} does not divide the model's "
+            f"{shape.num_layers} layers"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems) + ". Choose divisors.")
+
+
+def _device() -> torch.device:
+    if cpu.active():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

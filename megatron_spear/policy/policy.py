@@ -1,0 +1,168 @@
+"""The policy: log-probs, one optimizer step, weights out, state in and out.
+
+Every method marked collective has to be called by all ranks in the same order. The controller
+(rank 0) passes the data; the other ranks pass None.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from torch import Tensor
+
+from megatron_spear.config.schema import OptimizerSection, PolicySection
+from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
+from megatron_spear.data.packing import PackedStep
+from megatron_spear.policy import checkpoint, cpu, exchange, step, weights
+from megatron_spear.policy.model import PackedModel
+from megatron_spear.policy.optimizer import build_optimizer, learning_rate
+from megatron_spear.policy.parallel import ParallelContext, check_layout
+from megatron_spear.policy.step import PolicyLoss
+
+logger = logging.getLogger(__name__)
+
+
+class MegatronPolicy:
+    """A Megatron-Core model with its optimizer on this rank; see ``from_hf``."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        policy: PolicySection,
+        optimizer: OptimizerSection,
+        total_steps: int,
+        ctx: ParallelContext,
+    ) -> None:
+        self.shape, self.ctx = shape, ctx
+        self._section, self._total_steps = optimizer, total_steps
+        self.num_steps = 0
+        with cpu.cuda_means_cpu():
+            self._core = PackedModel(shape, policy, ctx).to(ctx.device)
+            self._model = DistributedDataParallel(
+                config=self._core.config,
+                ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+                module=self._core,
+            )
+        self._core.config.finalize_model_grads_func = step.finalize_sums
+        self._policy = policy
+        self._optimizer: Any = None
+
+    @classmethod
+    def from_hf(
+        cls,
+        path: Path,
+        policy: PolicySection,
+        optimizer: OptimizerSection,
+        total_steps: int,
+        ctx: ParallelContext,
+    ) -> "MegatronPolicy":
+        """The model of a Hugging Face folder, ready to train; collective.
+
+        ``total_steps`` is the number of optimizer steps the learning-rate schedule spans. Raises
+        ConfigError if the layout does not fit the model, CheckpointError if the folder is broken.
+        """
+        config = load_config(Path(path))
+        check_layout(policy, config, ctx.world_size)
+        made = cls(model_shape(config), policy, optimizer, total_steps, ctx)
+        weights.load_hf(made._core, Path(path), made.shape, ctx)
+        made.reset_optimizer(optimizer, total_steps)
+        return made
+
+    def reset_optimizer(self, optimizer: OptimizerSection, total_steps: int) -> None:
+        """Start over with a new optimizer and schedule on the present weights (warm start to RL)."""
+        self._section, self._total_steps, self.num_steps = optimizer, total_steps, 0
+        self._optimizer = build_optimizer(
+            self._model, optimizer, bf16=self._policy.precision == "bf16"
+        )
+
+    @property
+    def pad_multiple(self) -> int:
+        """What ``pack`` has to pad micro-batches to."""
+        return self.ctx.tensor_size if self._policy.sequence_parallel else 1
+
+    def logprobs(
+        self, packed: PackedStep | None, temperature: float, with_entropy: bool = False
+    ) -> Any:
+        """Log-probs of the present weights, one float32 ``[L]`` a sample; None off the controller.
+
+        Entry t speaks of token t, entry 0 is 0. With ``with_entropy`` a pair (log-probs, entropies)
+        of such lists; the entropy at t is that of the distribution token t was drawn from.
+        Collective.
+        """
+        batches, (temperature, with_entropy) = exchange.scatter(
+            packed, (temperature, with_entropy), self.ctx
+        )
+        results = step.forward_logprobs(
+            self._model, batches, self.ctx, self.shape.vocab_size, temperature, with_entropy
+        )
+        flat = [tuple(x.cpu() for x in result if x is not None) for result in results]
+        gathered = exchange.gather(flat, self.ctx)
+        if gathered is None:
+            return None
+        assert packed is not None
+        lists: list[list[np.ndarray]] = [
+            packed.unpack([[result[i] for result in rank] for rank in gathered])
+            for i in range(2 if with_entropy else 1)
+        ]
+        return (lists[0], lists[1]) if with_entropy else lists[0]
+
+    def train_step(self, packed: PackedStep | None, loss: PolicyLoss | None) -> dict[str, float]:
+        """One optimizer step on the plain sum of ``loss`` over all tokens; collective.
+
+        Gives, on every rank: ``grad_norm`` (before clipping), ``lr``, ``skipped`` (1 if the gradient
+        was not finite and the weights were left alone), ``loss/total`` and the sums the loss
+        reports, over all data-parallel ranks.
+        """
+        batches, loss = exchange.scatter(packed, loss, self.ctx)
+        assert loss is not None
+        sums = self.compute_gradient(batches, loss)
+        self.num_steps += 1
+        rate = learning_rate(self._section, self.num_steps, self._total_steps)
+        metrics = {"lr": rate, **self._update(rate)}
+        return {**metrics, **exchange.all_sum(sums, self.ctx)}
+
+    def compute_gradient(self, batches: Any, loss: PolicyLoss) -> dict[str, float] | None:
+        """Forward and backward of this rank's micro-batches; the reduced gradient stays in place."""
+        self._model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        return step.forward_backward(self._model, batches, self.ctx, self.shape.vocab_size, loss)
+
+    def _update(self, rate: float) -> dict[str, float]:
+        """Clip and step; a gradient that is not finite is reported and skipped on all ranks."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        with cpu.cuda_means_cpu():
+            self._optimizer.prepare_grads()
+            norm = float(self._optimizer.get_grad_norm())
+            worst = torch.tensor([norm if math.isfinite(norm) else math.inf])
+            if self.ctx.world_size > 1:
+                dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.ctx.control)
+            if not math.isfinite(worst.item()):
+                logger.warning(
+                    "optimizer step %d skipped: the gradient norm is %s", self.num_steps, norm
+                )
+                return {"grad_norm": math.nan, "skipped": 1.0}
+            self._optimizer.step()
+        return {"grad_norm": norm, "skipped": 0.0}
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Whole tensors by Hugging Face name, on rank 0; (name, None) elsewhere. Collective.
+
+        See ``weights.export_hf``: iterate to the end, copy what is kept.
+        """
+        return weights.export_hf(self._core, self.shape, self.ctx)
+
+    def save(self, folder: Path) -> None:
+        """Model, optimizer and step into ``folder``, loadable at another layout; collective."""
+        checkpoint.save(Path(folder), self._core, self._optimizer, self.num_steps, self.ctx)
+
+    def load(self, folder: Path) -> None:
+        """What ``save`` wrote; CheckpointError if it is missing, broken or of another model.
+        Collective."""
+        self.num_steps = checkpoint.load(Path(folder), self._core, self._optimizer, self.ctx)

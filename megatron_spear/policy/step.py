@@ -1,0 +1,125 @@
+"""One pass of micro-batches through the model by Megatron's own pipeline schedule.
+
+The loss is the plain sum of what the loss function gives for each micro-batch: each token carries its
+final weight, so nothing here divides by micro-batches, tokens or ranks, and loss and gradient do not
+depend on how the step was packed or laid out.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import finalize_model_grads as megatron_finalize
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_spear.algorithms.logprobs import token_logprobs
+from megatron_spear.data.packing import TrainBatch
+from megatron_spear.policy.parallel import ParallelContext
+
+
+class PolicyLoss(Protocol):
+    """A loss over one micro-batch; small and picklable, since the controller sends it to the ranks.
+
+    ``temperature`` divides the logits. ``needs_entropy`` asks for the entropy (without gradient).
+    """
+
+    temperature: float
+    needs_entropy: bool
+
+    def __call__(
+        self, logprobs: Tensor, entropy: Tensor | None, batch: TrainBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar ``sum(token_weight * surrogate)`` and sums to report, by name.
+
+        ``logprobs`` and ``entropy`` are ``[T]`` and speak of ``batch.labels``.
+        """
+        ...
+
+
+def forward_logprobs(
+    model: DistributedDataParallel,
+    batches: Sequence[TrainBatch],
+    ctx: ParallelContext,
+    vocab_size: int,
+    temperature: float,
+    with_entropy: bool,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Per micro-batch, log-probs and entropy ``[T]`` on the last stage; empty lists elsewhere."""
+
+    def collect(batch: TrainBatch, logits: Tensor, non_loss_data: bool = True) -> Any:
+        return token_logprobs(
+            logits,
+            batch.labels,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            group=ctx.tensor if ctx.tensor_size > 1 else None,
+            with_entropy=with_entropy,
+        )
+
+    with torch.no_grad():
+        return _run(model, batches, collect, forward_only=True)
+
+
+def forward_backward(
+    model: DistributedDataParallel,
+    batches: Sequence[TrainBatch],
+    ctx: ParallelContext,
+    vocab_size: int,
+    loss: PolicyLoss,
+) -> dict[str, float] | None:
+    """Leave the summed, fully reduced gradient in the model; the loss's sums on the last stage.
+
+    The result has ``loss/total`` and the loss's own names, for this data-parallel rank only.
+    """
+
+    def compute(batch: TrainBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logprobs, entropy = token_logprobs(
+            logits,
+            batch.labels,
+            temperature=loss.temperature,
+            vocab_size=vocab_size,
+            group=ctx.tensor if ctx.tensor_size > 1 else None,
+            with_entropy=loss.needs_entropy,
+        )
+        value, sums = loss(logprobs, entropy, batch)
+        # three results and calculate_per_token_loss: the schedule leaves the loss as it is
+        return value, torch.zeros((), dtype=torch.int), {"loss/total": value.detach(), **sums}
+
+    parts = _run(model, batches, compute, forward_only=False)
+    if not ctx.is_last_stage:
+        return None
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + float(value)
+    return total
+
+
+def finalize_sums(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's gradient reduction without its division by the number of tokens."""
+    megatron_finalize(model, None, **kwargs)
+
+
+def _run(
+    model: DistributedDataParallel,
+    batches: Sequence[TrainBatch],
+    on_logits: Callable[..., Any],
+    forward_only: bool,
+) -> list[Any]:
+    def forward_step(data: Iterator[TrainBatch], module: Any) -> tuple[Tensor, Any]:
+        batch = next(data)
+        return module(batch), partial(on_logits, batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=max(batch.num_tokens for batch in batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )

@@ -1,0 +1,56 @@
+"""The reward of a trajectory, in three parts that are never added here (SPEAR Eq. 6).
+
+``Reward.total(mu)`` adds them where they are used, so replay can weigh an old trajectory anew with
+the current intrinsic weight.
+"""
+
+from megatron_spear.config.schema import RewardSection
+from megatron_spear.types import Reward, ScoredGroup, ScoredTrajectory, Trajectory, TrajectoryGroup
+
+
+def score(group: TrajectoryGroup, section: RewardSection) -> ScoredGroup:
+    """The group with a reward for each member that says something about the policy.
+
+    Failures (engine, environment, aborted) are left out: an error never becomes a reward. A group
+    in which everything failed comes back without members.
+    """
+    members = tuple(
+        ScoredTrajectory(trajectory=member, reward=trajectory_reward(member, section))
+        for member in group.members
+        if not member.status.failed
+    )
+    return ScoredGroup(group_id=group.group_id, prompt=group.prompt, members=members)
+
+
+def trajectory_reward(trajectory: Trajectory, section: RewardSection) -> Reward:
+    """Outcome, intrinsic and format part of one trajectory.
+
+    - outcome: ``success`` where the task was won, else 0.
+    - intrinsic: ``intrinsic_per_action`` for each *distinct* valid action, at most
+      ``intrinsic_max``; repeating an action, or surviving another turn, earns nothing.
+    - format: minus ``invalid_action_penalty`` for each invalid turn.
+
+    Example (defaults): won after "go to desk 1", "look", "look", "take pen 1", all valid, gives
+    outcome 1, intrinsic 0.03, format 0. ``parts`` records the counts.
+    """
+    turns = trajectory.turns
+    valid = [_normalized(turn.action_text) for turn in turns if turn.valid]
+    num_distinct = len(set(valid))
+    num_invalid = len(turns) - len(valid)
+    return Reward(
+        outcome=section.success if trajectory.won else 0.0,
+        intrinsic=min(section.intrinsic_max, section.intrinsic_per_action * num_distinct),
+        format=0.0 - section.invalid_action_penalty * num_invalid,
+        parts={
+            "won": float(trajectory.won),
+            "num_turns": float(len(turns)),
+            "num_valid_actions": float(len(valid)),
+            "num_distinct_actions": float(num_distinct),
+            "num_invalid_turns": float(num_invalid),
+        },
+    )
+
+
+def _normalized(action: str) -> str:
+    """The action without differences of case or spacing, which would make it look distinct."""
+    return " ".join(action.casefold().split())

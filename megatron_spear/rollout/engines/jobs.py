@@ -1,0 +1,102 @@
+"""Requests inside the embedded engine: their state, and how they are grouped for prefill."""
+
+import asyncio
+
+import numpy as np
+
+from megatron_spear.errors import EngineError
+from megatron_spear.rollout.engine import Generation, GenerationRequest
+from megatron_spear.rollout.engines.sampling import seed_key
+
+# Most cells of one prefill's attention: sequences x new tokens x context.
+_MAX_CELLS = 4 << 20
+_MAX_TOKENS = 8192
+
+
+class Job:
+    """One request on its way: ``tokens`` and ``logprobs`` drawn; its ``slot``, -1 without one.
+
+    ``cached`` counts the first tokens of the prompt that the slot holds before the prefill;
+    ``returning`` says that they are the session's own.
+    """
+
+    def __init__(self, request: GenerationRequest, policy_version: int) -> None:
+        self.request = request
+        self.session = request.session
+        self.prompt = np.ascontiguousarray(request.token_ids, np.int32)
+        self.key = seed_key(request.seed)
+        self.policy_version = policy_version
+        loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Generation] = loop.create_future()
+        self.queued_s = loop.time()
+        self.slot = -1
+        self.cached = 0
+        self.returning = False
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+
+    @property
+    def finished(self) -> bool:
+        """True once it was answered, failed or cancelled."""
+        return self.future.done()
+
+    @property
+    def answered(self) -> bool:
+        """True once it was answered or failed; the engine holds nothing of it any more."""
+        return self.future.done() and not self.future.cancelled()
+
+    def finish_reason(self, max_context: int) -> str | None:
+        """``stop``, ``length`` or ``context`` when the last token was the last one, else None."""
+        sampling = self.request.sampling
+        if self.tokens[-1] in sampling.stop_token_ids:
+            return "stop"
+        if len(self.tokens) >= sampling.max_new_tokens:
+            return "length"
+        if len(self.prompt) + len(self.tokens) >= max_context:
+            return "context"
+        return None
+
+    def generation(self, reason: str) -> Generation:
+        """The answer as it stands."""
+        return Generation(
+            token_ids=np.array(self.tokens, np.int32),
+            logprobs=np.array(self.logprobs, np.float32),
+            finish_reason=reason,
+            policy_version=(self.policy_version, self.policy_version),
+        )
+
+    def succeed(self, reason: str) -> None:
+        """Answer whoever waits."""
+        if not self.future.done():
+            self.future.set_result(self.generation(reason))
+
+    def fail(self, error: EngineError) -> None:
+        """Raise ``error`` where the answer is awaited."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+def shared_prompts(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs grouped by equal prompts; first in each group the one with most of it cached."""
+    groups: dict[bytes, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.prompt.tobytes(), []).append(job)
+    return [sorted(group, key=lambda job: -job.cached) for group in groups.values()]
+
+
+def prefill_chunks(groups: list[list[Job]]) -> list[list[list[Job]]]:
+    """Split groups into prefill calls of bounded padded size, prompts of like length together."""
+    ordered = sorted(groups, key=lambda group: len(group[0].prompt) - group[0].cached)
+    chunks: list[list[list[Job]]] = []
+    longest = 0
+    for group in ordered:
+        size, new = len(group[0].prompt), len(group[0].prompt) - group[0].cached
+        longest = max(longest, size)
+        # Ascending order: ``new`` is the most of its chunk.
+        tokens = (len(chunks[-1]) + 1) * new if chunks else 0
+        if chunks and tokens <= _MAX_TOKENS and tokens * longest <= _MAX_CELLS:
+            chunks[-1].append(group)
+        else:
+            chunks.append([group])
+            longest = size
+    return chunks

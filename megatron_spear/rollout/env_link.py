@@ -1,0 +1,230 @@
+"""One worker process as the pool sees it: start, send, receive, deadline, kill.
+
+Everything here is driven by the caller's event loop; nothing blocks on the socket. The loop
+watches the socket only while calls are pending, so the link may move to another loop between two
+rollouts.
+"""
+
+import asyncio
+import contextlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_spear.errors import EnvironmentFault
+from megatron_spear.rollout.env_frames import READ_BYTES, FrameReader, pack
+from megatron_spear.rollout.env_worker import HELLO
+
+START_DEADLINE_S = 60.0
+_PROGRAM = "from megatron_spear.rollout.env_worker import main; main()"
+_THREAD_LIMITS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class WorkerLink:
+    """A worker process, its socket and its pending calls.
+
+    ``deadline_s`` bounds the time without any reply while calls are pending; calls of one worker
+    run one after the other, so that is the deadline of the call it is busy with. A link that
+    broke stays broken (``broken`` says why): the pool makes a new one.
+    """
+
+    def __init__(
+        self, name: str, factory: str, options: Mapping[str, Any], deadline_s: float
+    ) -> None:
+        self.broken = ""
+        self._name = name
+        self._deadline_s = deadline_s
+        self._ready = False
+        self._next_id = HELLO + 1
+        self._pending: dict[int, asyncio.Future[Any] | None] = {}
+        self._reader = FrameReader()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._progress_at = 0.0
+        self._outgoing = bytearray()
+        self._flush_due = self._writing = False
+        self._start(pack(HELLO, (factory, dict(options))))
+
+    @property
+    def alive(self) -> bool:
+        """False once the process is gone, whether noticed by a call or not."""
+        return not self.broken and self._process.poll() is None
+
+    def call(self, payload: tuple[Any, ...]) -> "asyncio.Future[Any]":
+        """Send one operation; the future gets its value or an EnvironmentFault.
+
+        Calls made before the loop next turns leave in one write. Raises EnvironmentFault when the
+        payload cannot be pickled.
+        """
+        try:
+            frame = pack(self._next_id, payload)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise EnvironmentFault(
+                f"the options of an environment call cannot be sent to {self._name}: {error}"
+            ) from error
+        loop = self._attach()
+        future: asyncio.Future[Any] = loop.create_future()
+        if not self._pending:
+            self._progress_at = loop.time()
+            self._watch(loop)
+        self._pending[self._next_id] = future
+        self._next_id += 1
+        self._send(frame)
+        return future
+
+    def close(self, wait_s: float = 1.0) -> None:
+        """End the process: it may close its environments for ``wait_s``, then it is killed."""
+        self._fail("the environment pool was closed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=wait_s)
+        self._kill()
+
+    def _start(self, hello: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            paths = [os.path.abspath(p) for p in sys.path if p]
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **_THREAD_LIMITS, "PYTHONPATH": os.pathsep.join(paths)},
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        self._socket = ours
+        # The hello waits for the process's answer like any call, under the start's own deadline.
+        self._pending[HELLO] = None
+        self._outgoing += hello
+
+    def _attach(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return loop
+        old = self._loop
+        if old is not None and not old.is_closed():
+            if any(future is not None and not future.done() for future in self._pending.values()):
+                raise RuntimeError(f"{self._name} is in use by another event loop")
+            self._unwatch(old)
+        self._loop, self._timer = loop, None
+        self._flush_due = self._writing = False
+        self._pending = dict.fromkeys(self._pending)
+        if self._pending:
+            self._progress_at = loop.time()
+            self._watch(loop)
+        return loop
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.add_reader(self._socket.fileno(), self._receive)
+        self._timer = loop.call_later(self._limit_s, self._check_deadline)
+
+    def _unwatch(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not loop.is_closed():
+            loop.remove_reader(self._socket.fileno())
+            loop.remove_writer(self._socket.fileno())
+        self._writing = False
+
+    @property
+    def _limit_s(self) -> float:
+        return self._deadline_s if self._ready else max(self._deadline_s, START_DEADLINE_S)
+
+    def _check_deadline(self) -> None:
+        assert self._loop is not None
+        left = self._progress_at + self._limit_s - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._check_deadline)
+            return
+        doing = "answer a call" if self._ready else "start"
+        self._break(f"{self._name} did not {doing} within {self._limit_s:g} s and was killed")
+
+    def _send(self, frame: bytes) -> None:
+        self._outgoing += frame
+        if not (self._flush_due or self._writing):
+            assert self._loop is not None
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self.broken or self._loop is None:
+            return
+        try:
+            sent = self._socket.send(self._outgoing)
+            del self._outgoing[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._break(f"{self._name} died")
+            return
+        if self._outgoing and not self._writing:
+            self._loop.add_writer(self._socket.fileno(), self._flush)
+        elif self._writing and not self._outgoing:
+            self._loop.remove_writer(self._socket.fileno())
+        self._writing = bool(self._outgoing)
+
+    def _receive(self) -> None:
+        assert self._loop is not None
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._break(f"{self._name} died")
+            return
+        self._progress_at = self._loop.time()
+        for call_id, payload in self._reader.feed(data):
+            self._settle(call_id, payload)
+        if not self._pending and not self.broken:
+            self._unwatch(self._loop)
+
+    def _settle(self, call_id: int, payload: bytes) -> None:
+        try:
+            good, value = pickle.loads(payload)
+        except Exception as error:  # noqa: BLE001 - a reply that cannot be read costs its own call
+            good, value = False, f"its reply cannot be unpickled: {error}"
+        future = self._pending.pop(call_id, None)
+        if call_id == HELLO:
+            self._ready = good
+            if not good:
+                self._break(f"{self._name} could not load the environment: {value}")
+        elif future is not None and not future.done():
+            if good:
+                future.set_result(value)
+            else:
+                future.set_exception(EnvironmentFault(f"in {self._name}: {value}"))
+
+    def _break(self, reason: str) -> None:
+        self._kill()
+        self._fail(f"{reason} (exit status {self._process.returncode})")
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1.0)
+
+    def _fail(self, reason: str) -> None:
+        if self.broken:
+            return
+        self.broken = reason
+        if self._loop is not None:
+            self._unwatch(self._loop)
+        self._socket.close()
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            if future is not None and not future.get_loop().is_closed():
+                future.get_loop().call_soon_threadsafe(_set_fault, future, reason)
+
+
+def _set_fault(future: "asyncio.Future[Any]", reason: str) -> None:
+    if not future.done():
+        future.set_exception(EnvironmentFault(reason))

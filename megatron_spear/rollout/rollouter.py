@@ -1,0 +1,190 @@
+"""Prompts in, groups of trajectories out: many attempts at once, each a coroutine of its own."""
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from megatron_spear.config.schema import RolloutSection, WindowHistory
+from megatron_spear.envs.views import AgentView
+from megatron_spear.errors import EngineError, EnvironmentFault, StopRequested
+from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.engine import RolloutEngine
+from megatron_spear.rollout.env_pool import EnvironmentPool
+from megatron_spear.rollout.trajectory import Attempt, Stage, play, window_of
+from megatron_spear.types import Prompt, Status, Trajectory, TrajectoryGroup, TrajectoryId
+
+_LOG = logging.getLogger(__name__)
+
+
+class Rollouter:
+    """Plays ``group_size`` attempts of each prompt with one engine and one environment pool.
+
+    ``history`` is ``full`` (one segment that grows) or a ``WindowHistory`` (each turn is a segment,
+    rendered anew). How many generations run at once is the engine's business.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        pool: EnvironmentPool,
+        renderer: ChatRenderer,
+        view: AgentView,
+        rollout: RolloutSection,
+        *,
+        history: str | WindowHistory,
+        max_turns: int,
+    ) -> None:
+        self._stage = Stage(
+            engine=engine,
+            pool=pool,
+            renderer=renderer,
+            view=view,
+            rollout=rollout,
+            window=window_of(history),
+            max_turns=max_turns,
+        )
+
+    async def collect(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seed: tuple[int, ...],
+        temperature: float,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[TrajectoryGroup]:
+        """One group a prompt, in the order of the prompts.
+
+        Draws are keyed by (``seed``, prompt id, member, turn), so they depend neither on timing
+        nor on which other prompts are played. ``temperature`` 0 is greedy. ``progress(finished)``
+        is called after every attempt with the number finished so far and may raise StopRequested.
+
+        A failed attempt is logged and goes to ``failures``. Raises what the first attempt failed
+        with when all of them failed, and StopRequested and cancellation as they come.
+        """
+        names = _group_names(prompts, seed)
+        finished = 0
+
+        async def run(attempt: Attempt) -> tuple[Trajectory, Exception | None]:
+            nonlocal finished
+            outcome = await self._guarded(attempt)
+            finished += 1
+            if progress is not None:
+                progress(finished)
+            return outcome
+
+        tasks = [
+            asyncio.create_task(run(_attempt(prompt, *name, member, seed, temperature)))
+            for prompt, name in zip(prompts, names, strict=True)
+            for member in range(group_size)
+        ]
+        try:
+            outcomes = await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        errors = [error for _, error in outcomes if error is not None]
+        if errors and len(errors) == len(outcomes):
+            raise errors[0]
+        played = [trajectory for trajectory, _ in outcomes]
+        return [
+            _group(prompt, name[0], played[index * group_size : (index + 1) * group_size])
+            for index, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+        ]
+
+    def collect_sync(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seed: tuple[int, ...],
+        temperature: float,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[TrajectoryGroup]:
+        """``collect`` for callers without an event loop; runs one for the length of the call."""
+        return asyncio.run(
+            self.collect(
+                prompts,
+                group_size=group_size,
+                seed=seed,
+                temperature=temperature,
+                progress=progress,
+            )
+        )
+
+    async def _guarded(self, attempt: Attempt) -> tuple[Trajectory, Exception | None]:
+        """The played attempt, or what stands for it when it failed, with the reason."""
+        try:
+            return await play(self._stage, attempt), None
+        except StopRequested:
+            raise
+        except (EngineError, EnvironmentFault) as error:
+            broken = isinstance(error, EngineError)
+            status = Status.FAILED_ENGINE if broken else Status.FAILED_TOOL
+            _LOG.warning("trajectory %s failed (%s): %s", attempt.id, status, error)
+            return _failed(attempt, status, error), error
+        except Exception as error:  # noqa: BLE001 - one attempt's defect must not end the run
+            _LOG.exception("trajectory %s failed", attempt.id)
+            return _failed(attempt, Status.FAILED_PARSE, error), error
+
+
+def _group_names(prompts: Sequence[Prompt], seed: tuple[int, ...]) -> list[tuple[str, int]]:
+    """(group id, occurrence) of each prompt: unique even where a prompt comes twice in one call.
+
+    Example: seed (0, 3) and prompts a, b, a give ``0.3/a``, ``0.3/b``, ``0.3/a#1``.
+    """
+    prefix, seen, names = ".".join(map(str, seed)), Counter[str](), []
+    for prompt in prompts:
+        occurrence = seen[prompt.prompt_id]
+        seen[prompt.prompt_id] += 1
+        again = f"#{occurrence}" if occurrence else ""
+        names.append((f"{prefix}/{prompt.prompt_id}{again}", occurrence))
+    return names
+
+
+def _attempt(
+    prompt: Prompt,
+    group_id: str,
+    occurrence: int,
+    member: int,
+    seed: tuple[int, ...],
+    temperature: float,
+) -> Attempt:
+    key = prompt_key(prompt.prompt_id)
+    # All members of a group get the same task, so the environment's seed leaves the member out.
+    env_digest = hashlib.blake2b(repr((seed, key, occurrence)).encode(), digest_size=4).digest()
+    return Attempt(
+        id=TrajectoryId(group=group_id, member=member),
+        prompt=prompt,
+        seed=(*seed, key, occurrence, member),
+        env_seed=int.from_bytes(env_digest, "little"),
+        temperature=temperature,
+    )
+
+
+def prompt_key(prompt_id: str) -> int:
+    """A prompt's number in seeds: 32 bits of a hash that is the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(prompt_id.encode(), digest_size=4).digest(), "little")
+
+
+def _failed(attempt: Attempt, status: Status, error: Exception) -> Trajectory:
+    return Trajectory(
+        id=attempt.id,
+        prompt=attempt.prompt,
+        segments=(),
+        status=status,
+        info={"error": f"{type(error).__name__}: {error}"},
+    )
+
+
+def _group(prompt: Prompt, group_id: str, played: Sequence[Trajectory]) -> TrajectoryGroup:
+    return TrajectoryGroup(
+        group_id=group_id,
+        prompt=prompt,
+        members=tuple(t for t in played if not t.status.failed),
+        failures=tuple(t for t in played if t.status.failed),
+    )

@@ -1,0 +1,89 @@
+"""``metrics.jsonl``: the record of a run that is always there and always right.
+
+One JSON object a line: ``{"step": 3, "time": 1760000000.5, "reward/mean": 0.25}``. A value that is
+not finite is written as null. A step may have several lines (training, evaluation).
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class JsonlSink:
+    """Appends one line a record, on disk before ``log`` returns.
+
+    With ``resumed_step`` k the lines of steps after k, and a line cut off by a kill, are removed
+    first: the resumed run writes these steps again.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
+        self._path = path
+        if resumed_step is not None:
+            _drop_after(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one record."""
+        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        record.update((name, _plain(value)) for name, value in metrics.items())
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a ``metrics.jsonl`` by step, lines of one step merged (the later value wins).
+
+    A line cut off by a kill is left out. Example: lines ``{"step": 1, "a": 1}`` and
+    ``{"step": 1, "b": 2}`` give ``[{"step": 1, "a": 1, "b": 2}]``.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = _parsed(line)
+        if record is not None:
+            by_step.setdefault(record["step"], {}).update(record)
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite the file with the records up to ``step``; atomic, so a kill here loses nothing."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = [(line, _parsed(line)) for line in lines]
+    kept = [line for line, record in records if record is not None and record["step"] <= step]
+    if len(kept) == len(lines):
+        return
+    log.info("%s: dropped %d records after step %d", path.name, len(lines) - len(kept), step)
+    tmp = path.with_name(path.name + ".tmp")
+    with tmp.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    tmp.replace(path)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if whole else None
+
+
+def _plain(value: float) -> float | int | None:
+    """A JSON number (also from numpy and torch scalars); None where there is none."""
+    number = value if isinstance(value, int) else float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,134 @@
+"""From a RunConfig to objects that take their own sections: the only place that sees all of it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_spear.algorithms.policy_loss import ClippedLoss
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.data.prompts import FreshPrompts, PoolPrompts, PromptCursor, PromptSource
+from megatron_spear.envs.alfworld import task
+from megatron_spear.envs.alfworld.prompts import alfworld_view
+from megatron_spear.policy.parallel import ParallelContext
+from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.engines.embedded import EmbeddedEngine
+from megatron_spear.rollout.env_pool import EnvironmentPool
+from megatron_spear.rollout.rollouter import Rollouter
+from megatron_spear.trainer import seeds
+from megatron_spear.trainer.controller import Controller
+from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
+from megatron_spear.trainer.loop import SpearStep
+
+ENVIRONMENT = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutStack:
+    """What plays games: engine, environment processes and the rollouter over both."""
+
+    engine: EmbeddedEngine
+    pool: EnvironmentPool
+    rollouter: Rollouter
+
+    def close(self) -> None:
+        """End the environment processes and free the engine."""
+        self.pool.close()
+        self.engine.close()
+
+
+def use_threads(threads: int) -> int:
+    """Set torch's threads: as given, or this machine's cores shared out among its ranks."""
+    import torch
+
+    if threads == 0:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def make_renderer(model: Path) -> ChatRenderer:
+    """The chat renderer of a Hugging Face folder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return ChatRenderer(AutoTokenizer.from_pretrained(model))
+
+
+def make_rollout(config: RunConfig, model: Path) -> RolloutStack:
+    """Engine, pool and rollouter over the weights of a Hugging Face folder."""
+    rollout, env = config.rollout, config.env
+    engine = EmbeddedEngine.from_hf(
+        model,
+        max_slots=rollout.max_slots,
+        max_context=rollout.max_context,
+        deadline_s=rollout.engine_deadline_s,
+    )
+    pool = EnvironmentPool(
+        ENVIRONMENT, workers=rollout.env_workers, deadline_s=rollout.env_deadline_s
+    )
+    rollouter = Rollouter(
+        engine,
+        pool,
+        make_renderer(model),
+        alfworld_view(env.prompt),
+        rollout,
+        history=env.history,
+        max_turns=env.max_turns,
+    )
+    return RolloutStack(engine=engine, pool=pool, rollouter=rollouter)
+
+
+def make_panel(config: RunConfig) -> task.Panel:
+    """The evaluation panel."""
+    section = config.evaluation
+    return task.make_panel(config.env, section.games, seeds.panel_games(section.seed))
+
+
+def make_policy(config: RunConfig, model: Path, context: ParallelContext) -> MegatronPolicy:
+    """The Megatron policy with the RL optimizer; collective."""
+    total = config.run.steps * config.algorithm.mini_batches
+    return MegatronPolicy.from_hf(model, config.policy, config.policy.optimizer, total, context)
+
+
+def make_step(
+    config: RunConfig, policy: MegatronPolicy, rollout: RolloutStack | None, replay_folder: Path
+) -> SpearStep:
+    """The trainer step; ``rollout`` is None on ranks other than the controller."""
+    controller = None
+    if rollout is not None:
+        hooks: list[Hook] = []
+        if config.replay.enabled:
+            hooks.append(SelfImitationHook(config.replay, replay_folder))
+        controller = Controller(
+            cursor=PromptCursor(_prompts(config)),
+            rollouter=rollout.rollouter,
+            hooks=hooks,
+            rollout=config.rollout,
+            reward=config.reward,
+            algorithm=config.algorithm,
+            covariance_clip=config.replay.covariance_clip,
+        )
+    return SpearStep(
+        policy=policy,
+        engine=rollout.engine if rollout else None,
+        controller=controller,
+        loss=ClippedLoss.from_section(config.algorithm, temperature=config.rollout.temperature),
+        algorithm=config.algorithm,
+        tokens_per_microbatch=config.policy.tokens_per_microbatch,
+    )
+
+
+def _prompts(config: RunConfig) -> PromptSource:
+    env, seed = config.env, config.run.seed
+    if env.games is not None:
+        pool: list[Any] = [task.game_prompt(game, env) for game in task.training_games(env)]
+        return PoolPrompts(pool, seed)
+    games = seeds.training_games(seed)
+    return FreshPrompts(
+        lambda index: task.game_prompt(
+            task.fresh_game(games, index, env.task_types, env.generator), env
+        )
+    )

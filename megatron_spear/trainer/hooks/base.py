@@ -1,0 +1,54 @@
+"""The points of a trainer step where something may be added; a hook holds no trainer.
+
+| call | when | gives |
+|---|---|---|
+| ``on_scored`` | rewards are known, before filters and advantages | the groups to go on with |
+| ``on_samples`` | this step's samples are final (advantages, old_logprobs) | nothing |
+| ``extra_updates`` | before the optimizer step | updates that join it |
+| ``metrics`` | before the step's report is made | numbers for the report |
+| ``on_step_end`` | weights are published, the report is made | nothing |
+
+Hooks live on rank 0 and are called in their order of registration. ``state_dict`` is asked for
+between steps only.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_spear.replay.state import require_keys
+from megatron_spear.types import ScoredGroup, StepContext, StepReport, TrainSample, Update
+
+
+class Hook:
+    """Does nothing at every point; override what is needed."""
+
+    def on_scored(
+        self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
+    ) -> tuple[ScoredGroup, ...]:
+        """All groups of the step, scored; returns those to go on with."""
+        return groups
+
+    def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:
+        """The step's samples with their final advantages and old_logprobs."""
+
+    def extra_updates(self, ctx: StepContext) -> list[Update]:
+        """Updates that enter this step's optimizer step besides the on-policy one."""
+        return []
+
+    def metrics(self) -> dict[str, float]:
+        """What to report of the current step; names start with the hook's own prefix."""
+        return {}
+
+    def on_step_end(self, ctx: StepContext, report: StepReport) -> None:
+        """The step is done; ``report.policy_version`` counts the new weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the hook needs to go on as if never stopped, as plain JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave; CheckpointError on missing or unknown keys."""
+        require_keys(state, (), type(self).__name__)
+
+    def prune(self, kept: Sequence[Mapping[str, Any]]) -> None:
+        """Free what none of the ``kept`` states (those of the checkpoints on disk) needs any more."""

@@ -1,0 +1,193 @@
+"""The commands' work: train, warm start, evaluate. Every rank runs the same function."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_spear.config.check import check_config
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.errors import ConfigError
+from megatron_spear.tracking.plot import plot_curves
+from megatron_spear.tracking.progress import Console
+from megatron_spear.tracking.sinks import build_tracker
+from megatron_spear.tracking.summary import summary_rows, write_summary
+from megatron_spear.trainer.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, stop: Any) -> dict[str, Any]:
+    """The main job: initial model, warm start, SPEAR steps, evaluation, export, summary."""
+    console, controller = _start(config)
+    directory = _run_directory(config) if controller else RunDirectory(config.run.dir)
+    with _ranks(config, console) as context:
+        from megatron_spear.trainer import build
+        from megatron_spear.trainer.run import SpearRun
+
+        model = _warm_model(config, context, console, stop)
+        console.phase("Policy and engine")
+        rollout = build.make_rollout(config, model) if controller else None
+        tracker = None
+        try:
+            policy = build.make_policy(config, model, context)
+            step = build.make_step(config, policy, rollout, directory.path / "replay")
+            run = SpearRun(
+                config,
+                step,
+                directory=directory,
+                rollout=rollout,
+                panel=build.make_panel(config) if controller else None,
+                console=console,
+                stop=stop,
+                model=model,
+            )
+            resumed = run.resume() if config.resume else 0
+            if config.resume:
+                console.line(f"continuing after step {resumed} of {config.run.steps}")
+            if controller:
+                tracker = run.tracker = build_tracker(
+                    config.tracking,
+                    folder=directory.path,
+                    name=config.run.name,
+                    config=config.model_dump(mode="json"),
+                    resumed_step=resumed if config.resume else None,
+                )
+            started = time.perf_counter()
+            summary = run.run()
+            if controller and summary:
+                _finish(config, directory, summary, console, time.perf_counter() - started)
+            return summary
+        finally:
+            if tracker is not None:
+                tracker.close()
+            if rollout is not None:
+                rollout.close()
+
+
+def warm_start(config: RunConfig, stop: Any) -> Path:
+    """Make the warm start, or find it in the cache; returns its Hugging Face folder."""
+    console, _ = _start(config)
+    with _ranks(config, console) as context:
+        folder = _warm_model(config, context, console, stop)
+        console.line(f"warm start: {folder}")
+        return folder
+
+
+def evaluate_model(config: RunConfig, model: str, stop: Any) -> float:
+    """Success of a Hugging Face folder on the panel; prints it by task type too."""
+    console, _ = _start(config)
+    from megatron_spear.trainer import build
+    from megatron_spear.trainer.evaluation import evaluate
+    from megatron_spear.trainer.models import check_model
+    from megatron_spear.trainer.run import advance
+
+    build.use_threads(config.run.threads)
+    check_model(Path(model))
+    panel = build.make_panel(config)
+    rollout = build.make_rollout(config, Path(model))
+    section = config.evaluation
+    try:
+        console.phase("Evaluation")
+        with console.bar("games", len(panel.prompts)) as bar:
+            result = evaluate(
+                rollout.rollouter,
+                panel,
+                seed=section.seed,
+                temperature=section.temperature,
+                progress=advance(bar, stop),
+            )
+    finally:
+        rollout.close()
+    rows = [(name, f"{value:.3f}") for name, value in result.metrics().items()]
+    console.table([*rows, ("panel sha256", panel.sha256)], title="Evaluation")
+    return result.success
+
+
+def _start(config: RunConfig) -> tuple[Console, bool]:
+    """Check the settings and set up logging; (console, is this rank the controller)."""
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = check_config(config, world_size)
+    if problems:
+        raise ConfigError("these settings cannot work:\n" + "\n".join(f"  {p}" for p in problems))
+    controller = rank == 0
+    console = Console(enabled=controller, live=config.tracking.progress)
+    handler = console.log_handler() if controller else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s rank {rank} %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    return console, controller
+
+
+def _run_directory(config: RunConfig) -> RunDirectory:
+    if config.resume is not None:
+        return RunDirectory.resume(config.resume, config)
+    return RunDirectory.create(config.run.dir, config)
+
+
+@contextlib.contextmanager
+def _ranks(config: RunConfig, console: Console) -> Iterator[Any]:
+    """torch, Megatron and the process groups, for the length of the block."""
+    console.phase("Starting torch and Megatron-Core")
+    from megatron_spear.policy import cpu
+
+    cpu.install()
+    from megatron_spear.policy import parallel
+    from megatron_spear.trainer.build import use_threads
+
+    threads = use_threads(config.run.threads)
+    context = parallel.initialize(config.policy, seed=config.run.seed)
+    console.line(
+        f"{context.world_size} rank(s): tensor {context.tensor_size} x pipeline "
+        f"{context.pipeline_size} x data {context.data_size}, {threads} thread(s) each"
+    )
+    try:
+        yield context
+    finally:
+        parallel.destroy()
+
+
+def _warm_model(config: RunConfig, context: Any, console: Console, stop: Any) -> Path:
+    """The Hugging Face folder RL starts from."""
+    from megatron_spear.trainer import sft
+    from megatron_spear.trainer.build import make_renderer
+    from megatron_spear.trainer.models import initial_model
+    from megatron_spear.trainer.ranks import broadcast
+
+    if context.is_controller:
+        console.phase("Initial model")
+    folder = broadcast(initial_model(config.model, make=True) if context.is_controller else None)
+    console.line(f"Hugging Face folder: {folder}")
+    if not config.sft.enabled:
+        return folder
+    target = broadcast(sft.cached_folder(config, folder) if context.is_controller else None)
+    console.phase("Warm start")
+    if broadcast(target.is_dir()):
+        console.line(f"from the cache: {target}")
+        return target
+    renderer = make_renderer(folder) if context.is_controller else None
+    with console.bar("sft step", config.sft.steps) as bar:
+        return sft.warm_start(config, folder, context, renderer, bar, stop)
+
+
+def _finish(
+    config: RunConfig,
+    directory: RunDirectory,
+    summary: dict[str, Any],
+    console: Console,
+    wall_s: float,
+) -> None:
+    """summary.json, the curves and the table."""
+    summary = {
+        "name": config.run.name,
+        "seed": config.run.seed,
+        **summary,
+        "launch_wall_s": wall_s,
+    }
+    write_summary(directory.summary_file, summary)
+    plot_curves(directory.metrics_file, directory.curves_file, title=config.run.name)
+    console.table(summary_rows(summary), title="Summary")
+    console.line(f"curves: {directory.curves_file}   metrics: {directory.metrics_file}")

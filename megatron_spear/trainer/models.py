@@ -1,0 +1,41 @@
+"""The initial policy as a Hugging Face folder: the user's, or a tiny one made and kept in the cache."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from megatron_spear.config.schema import ModelSection
+from megatron_spear.conversion.hf_io import check_tokenizer
+from megatron_spear.conversion.shape import load_config
+from megatron_spear.conversion.tiny_model import make_tiny_model
+from megatron_spear.envs.alfworld.phrases import PHRASES
+from megatron_spear.envs.alfworld.vocabulary import alfworld_words
+
+
+def initial_model(section: ModelSection, *, make: bool) -> Path:
+    """The folder of the initial policy; ``make`` (the controller) creates a missing tiny model.
+
+    Raises CheckpointError for a broken folder or a tokenizer that does not fit the model.
+    """
+    folder = section.path if section.path is not None else tiny_model_folder(section)
+    if section.path is None and make and not folder.is_dir():
+        work = folder.with_name(f".{folder.name}.writing")
+        shutil.rmtree(work, ignore_errors=True)
+        work.parent.mkdir(parents=True, exist_ok=True)
+        make_tiny_model(work, section.tiny, alfworld_words(), PHRASES)
+        work.rename(folder)
+    if make:
+        check_model(folder)
+    return folder
+
+
+def check_model(folder: Path) -> None:
+    """Raise CheckpointError unless config and tokenizer are there and fit each other."""
+    check_tokenizer(folder, load_config(folder).vocab_size)
+
+
+def tiny_model_folder(section: ModelSection) -> Path:
+    """Where the tiny model of this shape and vocabulary lies: a name from a hash of both."""
+    made_from = json.dumps([section.tiny.model_dump(), list(alfworld_words()), list(PHRASES)])
+    return section.cache_dir / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"

@@ -1,0 +1,182 @@
+"""The run directory: who may write into it, and where each file lies.
+
+config.yaml     the resolved configuration        versions.json  packages and machine
+metrics.jsonl   one line a record                 summary.json   the result
+curves.png      the curves                        checkpoints/   step_N, committed whole
+wandb/          wandb's own files
+"""
+
+import json
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from megatron_spear.config.fingerprint import config_differences
+from megatron_spear.config.load import CONFIG_NAME, dump_config, load_config
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.errors import ConfigError
+from megatron_spear.trainer.manifest import write_text
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = (
+    "megatron-spear",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "wandb",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths of one run. The controller makes it with ``create`` or ``resume``; other ranks with
+    ``RunDirectory(path)``, which touches nothing."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.path / CONFIG_NAME
+
+    @property
+    def versions_file(self) -> Path:
+        """Package versions, Python and the machine of the last launch."""
+        return self.path / "versions.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """The result of a finished run."""
+        return self.path / "summary.json"
+
+    @property
+    def curves_file(self) -> Path:
+        """The curves of the run, a picture."""
+        return self.path / "curves.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunDirectory":
+        """Start a new run in ``path``; writes ``config.yaml`` and ``versions.json``.
+
+        Raises ConfigError when ``path`` holds anything of another run, or anything foreign. A
+        directory left by the same configuration before its first record is taken again.
+        """
+        run = cls(path)
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"run.dir={path}: is a file, expected a directory; choose another")
+        if path.is_dir() and any(path.iterdir()):
+            run._refuse_reuse(config)
+        path.mkdir(parents=True, exist_ok=True)
+        run.checkpoints.mkdir(exist_ok=True)
+        run._write(config)
+        return run
+
+    @classmethod
+    def resume(cls, path: Path, config: RunConfig) -> "RunDirectory":
+        """Continue the run in ``path``.
+
+        Raises ConfigError when there is none, or when ``config`` would compute something else
+        than the run does; settings of ``RESUME_MAY_DIFFER`` may change and are logged.
+        """
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise ConfigError(
+                f"resume={path}: holds no {CONFIG_NAME}, so it is no run directory; expected the "
+                "run.dir of an earlier run"
+            )
+        before = load_config(run.config_file)
+        differences = config_differences(before, config)
+        if differences:
+            raise ConfigError(
+                f"resume={path}: the run was started with other settings:\n"
+                + "\n".join(f"  {difference}" for difference in differences)
+                + "\nwhat to do: leave these settings as they were, or start a new run with "
+                "another run.dir and without resume"
+            )
+        for difference in config_differences(before, config, everything=True):
+            log.info("resumed with another setting, %s", difference)
+        run._warn_of_versions()
+        run._write(config)
+        return run
+
+    def _refuse_reuse(self, config: RunConfig) -> None:
+        """Raise unless a non-empty directory was left by the same run before its first record."""
+        choose = "choose another run.dir (or remove this directory)"
+        if not self.config_file.is_file():
+            names = ", ".join(sorted(p.name for p in self.path.iterdir())[:5])
+            raise ConfigError(
+                f"run.dir={self.path}: is not empty and no run directory (holds {names}); {choose}"
+            )
+        differences = config_differences(load_config(self.config_file), config)
+        if differences:
+            raise ConfigError(
+                f"run.dir={self.path}: holds a run with other settings:\n"
+                + "\n".join(f"  {difference}" for difference in differences)
+                + f"\nwhat to do: {choose}, or set these back and continue with resume={self.path}"
+            )
+        if self.checkpoints.is_dir() and any(self.checkpoints.glob("step_*")):
+            raise ConfigError(
+                f"run.dir={self.path}: holds this run with checkpoints; continue it with "
+                f"resume={self.path}, or {choose}"
+            )
+        if self.metrics_file.is_file() and self.metrics_file.stat().st_size:
+            raise ConfigError(
+                f"run.dir={self.path}: holds metrics of this run but no checkpoint to continue "
+                f"from; {choose}"
+            )
+
+    def _write(self, config: RunConfig) -> None:
+        write_text(self.config_file, dump_config(config.model_copy(update={"resume": None})))
+        write_text(self.versions_file, json.dumps(versions(), indent=2) + "\n")
+
+    def _warn_of_versions(self) -> None:
+        """Log packages that changed since the run was started; a result may depend on them."""
+        try:
+            before = json.loads(self.versions_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        for name, version in versions().items():
+            if name in _PACKAGES and before.get(name) != version:
+                log.warning("%s was %s, is now %s", name, before.get(name), version)
+
+
+def versions() -> dict[str, str | int | None]:
+    """Versions of the packages that decide a result (None = not installed), Python, the machine."""
+    found: dict[str, str | int | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    found["python"] = platform.python_version()
+    found["platform"] = platform.platform()
+    found["cpu"] = _cpu_model()
+    found["cores"] = len(os.sched_getaffinity(0))
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")

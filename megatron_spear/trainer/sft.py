@@ -1,0 +1,113 @@
+"""The supervised warm start: the same policy code with a likelihood loss on demonstrations."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_spear.algorithms.policy_loss import NllLoss, finish_metrics
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.conversion.hf_io import write_hf_folder
+from megatron_spear.data.packing import pack
+from megatron_spear.envs.alfworld.demonstrations import Demonstration
+from megatron_spear.errors import StopRequested
+from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.trainer.demonstrations import DemonstrationSource, to_samples
+from megatron_spear.trainer.ranks import broadcast
+from megatron_spear.trainer.seeds import warm_start_games
+from megatron_spear.types import Origin
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise it when demonstrations or rendering change, so that old caches are not used
+
+
+def cached_folder(config: RunConfig, model: Path) -> Path:
+    """Where the warm start of these settings lies (or will lie): a name from a hash of all of them."""
+    made_from = {
+        "format": _FORMAT,
+        "model": _fingerprint(model),
+        "env": config.env.model_dump(mode="json"),
+        "sft": config.sft.model_dump(mode="json"),
+        "precision": config.policy.precision,
+    }
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    return config.model.cache_dir / f"warm-start-{digest[:16]}"
+
+
+def warm_start(
+    config: RunConfig, model: Path, context: Any, renderer: ChatRenderer | None, bar: Any, stop: Any
+) -> Path:
+    """Train on demonstrations and write the result to ``cached_folder``; collective.
+
+    Returns that folder. Raises StopRequested at a clean stop (nothing is kept of a partial one).
+    """
+    target = cached_folder(config, model)
+    section = config.sft
+    policy = MegatronPolicy.from_hf(model, config.policy, section.optimizer, section.steps, context)
+    source = None
+    if context.is_controller:
+        source = DemonstrationSource(config.env, section, warm_start_games(section.seed))
+    try:
+        batches = source.batches() if source else iter([None] * section.steps)
+        for step, demonstrations in enumerate(batches):
+            packed = _pack(config, demonstrations, renderer, policy, step) if renderer else None
+            metrics = policy.train_step(packed, NllLoss())
+            losses = finish_metrics({k: v for k, v in metrics.items() if k.startswith("sft/")})
+            bar.advance(1, loss=losses["sft/nll"])
+            if broadcast(bool(stop)):
+                raise StopRequested(f"{stop.reason or 'signal'} in the warm start; start again")
+    finally:
+        if source:
+            source.close()
+    if context.is_controller:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_hf_folder(target, model, policy.export_weights())
+    else:
+        for _ in policy.export_weights():
+            pass
+    return target
+
+
+def _pack(
+    config: RunConfig,
+    demonstrations: Sequence[Demonstration] | None,
+    renderer: ChatRenderer,
+    policy: MegatronPolicy,
+    step: int,
+) -> Any:
+    """One batch; weights are divided by their sum, so the loss is a weighted mean over tokens."""
+    rows = [
+        row
+        for index, played in enumerate(demonstrations or ())
+        for row in to_samples(
+            played,
+            f"sft/{step}/{index}",
+            renderer,
+            config.env,
+            observation_weight=config.sft.observation_weight,
+            max_tokens=config.rollout.max_context,
+        )
+    ]
+    total = sum(float(weights.sum()) for _, weights in rows)
+    return pack(
+        [sample for sample, _ in rows],
+        [weights / total for _, weights in rows],
+        [Origin.ON_POLICY] * len(rows),
+        data_parallel=policy.ctx.data_size,
+        tokens_per_microbatch=config.policy.tokens_per_microbatch,
+        pad_multiple=policy.pad_multiple,
+    )
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 over the names and contents of a Hugging Face folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""Covariance clipping: eligibility by hand, the quota, and draws that no split changes."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_spear.algorithms.covariance import (
+    covariances,
+    drop_quota,
+    dropped_fraction,
+    dropped_tokens,
+    eligible,
+    ratio_clipped,
+)
+from megatron_spear.config.schema import CovarianceClipSection
+from megatron_spear.testing.hand_made import make_sample
+from megatron_spear.types import BoolArray, TrainSample
+
+BOUNDS = {"clip_low": 0.2, "clip_high": 0.28}
+
+
+def _random_update(seed: int, count: int = 12) -> tuple[list[TrainSample], list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    samples, logprobs = [], []
+    for i in range(count):
+        mask = rng.random(20) < 0.6
+        sample = make_sample(f"g{i % 3}", i, mask=mask, advantage=float(rng.normal()))
+        current = np.where(mask, rng.normal(-1, 1, 20), 0).astype(np.float32)
+        samples.append(replace(sample, old_logprobs=current + np.float32(0.01)))
+        logprobs.append(current)
+    return samples, logprobs
+
+
+def _drop(
+    samples: list[TrainSample], logprobs: list[np.ndarray], fraction: float = 0.1, **key: int
+) -> list[BoolArray]:
+    section = CovarianceClipSection(fraction=fraction, low=0.1, high=60.0)
+    return dropped_tokens(samples, logprobs, section, **BOUNDS, **({"seed": 0, "step": 1} | key))
+
+
+def test_covariances_by_hand() -> None:
+    logprobs = np.array([-1.0, -3.0, 99.0])
+    advantages = np.array([2.0, 0.0, 99.0])
+    mask = np.array([True, True, False])
+    assert covariances(logprobs, advantages, mask)[:2].tolist() == [1.0, 1.0]
+
+
+def test_ratio_clipped_by_hand() -> None:
+    old = np.zeros(5)
+    new = np.log([1.5, 1.2, 0.5, 1.5, 1e-30])
+    clipped = ratio_clipped(new, old, np.array([1.0, 1.0, 1.0, -1.0, -1.0]), **BOUNDS)
+    assert clipped.tolist() == [True, False, False, False, True]
+
+
+def test_huge_log_ratio_does_not_overflow() -> None:
+    with np.errstate(all="raise"):
+        clipped = ratio_clipped(np.array([0.0]), np.array([-2000.0]), np.array([1.0]), **BOUNDS)
+    assert clipped.tolist() == [True]
+
+
+def test_band_is_exclusive_and_mask_and_clip_exclude() -> None:
+    section = CovarianceClipSection(low=1.0, high=5.0)
+    covariance = np.array([1.0, 1.1, 4.9, 5.0, 2.0, 2.0])
+    clipped = np.array([0, 0, 0, 0, 1, 0], bool)
+    mask = np.array([1, 1, 1, 1, 1, 0], bool)
+    assert eligible(covariance, clipped, mask, section).tolist() == [0, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "tokens", "candidates", "count"),
+    [(0.02, 120, 50, 2), (0.02, 30, 50, 1), (0.5, 100, 7, 7), (0.02, 30, 0, 0), (0.0, 999, 9, 0)],
+)
+def test_quota(fraction: float, tokens: int, candidates: int, count: int) -> None:
+    assert drop_quota(fraction, tokens, candidates) == count
+
+
+def test_same_tokens_in_any_order() -> None:
+    samples, logprobs = _random_update(0)
+    reference = {
+        str(s.trajectory_id): d.tolist()
+        for s, d in zip(samples, _drop(samples, logprobs), strict=True)
+    }
+    order = list(range(len(samples)))
+    random.Random(1).shuffle(order)
+    dropped = _drop([samples[i] for i in order], [logprobs[i] for i in order])
+    for i, row in zip(order, dropped, strict=True):
+        assert row.tolist() == reference[str(samples[i].trajectory_id)]
+
+
+def test_drops_the_quota_of_masked_tokens_and_depends_on_the_key() -> None:
+    samples, logprobs = _random_update(2)
+    num_tokens = sum(int(sample.response_mask.sum()) for sample in samples)
+    first = np.concatenate(_drop(samples, logprobs))
+    assert first.sum() == int(0.1 * num_tokens)
+    assert not (first & ~np.concatenate([s.response_mask for s in samples])).any()
+    assert dropped_fraction(samples, _drop(samples, logprobs)) == first.sum() / num_tokens
+    for other in ({"step": 2}, {"seed": 1}):
+        assert (np.concatenate(_drop(samples, logprobs, **other)) != first).any()
+
+
+def test_draw_is_uniform_over_the_eligible() -> None:
+    sample = make_sample(mask=[1] * 8)
+    logprobs = [np.array([-1, -1, -1, -1, -9, -9, -9, -9], np.float32)]
+    sample = replace(
+        sample,
+        old_logprobs=logprobs[0],
+        advantages=np.array([1, 1, 1, 1, 1, 1, 1, -9], np.float32),
+    )
+    counts = np.zeros(8)
+    for step in range(1000):
+        counts += _drop([sample], logprobs, fraction=0.125, step=step)[0]
+    assert counts.sum() == 1000 and counts[4:7].sum() == 0
+    assert abs(counts[counts > 0] - 200).max() < 65  # 5 standard deviations
+
+
+def test_nothing_to_drop() -> None:
+    assert _drop([], []) == []
+    sample = make_sample(mask=[0, 0])
+    assert not _drop([sample], [np.zeros(2, np.float32)])[0].any()
+    assert dropped_fraction([sample], [np.zeros(2, bool)]) == 0.0

@@ -1,0 +1,102 @@
+"""The schema as knobs, what makes two runs the same, and combinations that cannot work."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_spear.config.check import check_config
+from megatron_spear.config.fingerprint import (
+    RESUME_MAY_DIFFER,
+    config_differences,
+    config_hash,
+)
+from megatron_spear.config.knobs import schema_paths
+from megatron_spear.config.load import load_config
+
+
+def test_every_knob_is_documented_and_described() -> None:
+    knobs = {knob.path: knob for knob in schema_paths()}
+    for knob in knobs.values():
+        assert knob.doc.endswith((".", ")")) or knob.doc, f"{knob.path} has no docstring"
+        assert "<class" not in knob.expected, f"{knob.path}: {knob.expected}"
+        assert "typing" not in knob.expected, f"{knob.path}: {knob.expected}"
+    size = knobs["rollout.group_size"]
+    assert (size.expected, size.default, size.is_section) == ("an integer >= 1", 8, False)
+    assert knobs["env.generator.min_objects"].expected == "an integer >= 4 and <= 80"
+    assert knobs["replay.covariance_clip"].expected.endswith(", or null")
+    assert knobs["sft.optimizer"].is_section
+    assert "env.history.window" in knobs
+
+
+def test_free_keys_exist_and_leave_the_hash_alone() -> None:
+    paths = {knob.path for knob in schema_paths()}
+    assert set(RESUME_MAY_DIFFER) <= paths
+    base = load_config()
+    free = load_config(
+        None,
+        ["run.name=x", "run.dir=y", "run.stop_after=2", "policy.tensor_parallel=2",
+         "checkpoint.keep=9", "tracking.wandb=false", "rollout.env_workers=4"],
+    )  # fmt: skip
+    assert config_hash(free) == config_hash(base)
+    assert config_differences(base, free) == ()
+    told = {d.path for d in config_differences(base, free, everything=True)}
+    assert {"run.dir", "checkpoint.keep", "policy.tensor_parallel"} <= told
+
+
+@pytest.mark.parametrize(
+    "override", ["run.seed=1", "run.steps=41", "env.history={window: 2}", "sft.optimizer.lr=1"]
+)
+def test_everything_else_changes_the_hash(override: str) -> None:
+    base, other = load_config(), load_config(None, [override])
+    assert config_hash(base) != config_hash(other)
+    assert config_differences(base, other)
+
+
+def test_the_hash_is_stable_across_processes() -> None:
+    code = (
+        "from megatron_spear.config.fingerprint import config_hash;"
+        "from megatron_spear.config.load import load_config;"
+        "import sys; print(config_hash(load_config())); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == config_hash(load_config())
+
+
+def test_the_defaults_work_on_one_rank() -> None:
+    assert check_config(load_config(), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "told"),
+    [
+        (["policy.tensor_parallel=2"], 3, "world size 3 is not a multiple of"),
+        (["policy.sequence_parallel=true"], 1, "needs policy.tensor_parallel > 1"),
+        (["policy.tensor_parallel=4"], 4, "num_kv_heads=2 is not a multiple of"),
+        (["policy.pipeline_parallel=3"], 3, "num_layers=4 is not a multiple of"),
+        (["model.tiny.hidden_size=130"], 1, "hidden_size=130 is not a multiple of"),
+        (["model.tiny.hidden_size=132"], 1, "is odd"),
+        (["rollout.max_new_tokens=512"], 1, "leaves no room for a prompt"),
+        (["policy.tokens_per_microbatch=100"], 1, "fits no micro-batch"),
+        (["rollout.group_size=1"], 1, "advantage 0 everywhere"),
+        (["algorithm.keep_groups_fraction=0"], 1, "keeps no group"),
+        (["algorithm.mini_batches=65"], 1, "above the 64 trajectories"),
+        (["replay.capacity=8"], 1, "rows_per_step=24 is above"),
+        (["replay.covariance_clip.low=70"], 1, "the band is empty"),
+        (["policy.optimizer.min_lr=1"], 1, "policy.optimizer.min_lr=1 is above"),
+        (["sft.optimizer.beta2=1"], 1, "sft.optimizer.beta2=1 never forgets"),
+        (["sft.steps=5"], 1, "above the 5 steps"),
+        (["run.stop_after=50"], 1, "never happens"),
+    ],
+)
+def test_what_cannot_work_is_told(overrides: list[str], world_size: int, told: str) -> None:
+    lines = check_config(load_config(None, overrides), world_size)
+    assert len(lines) == 1, lines
+    assert told in lines[0]
+
+
+def test_a_loaded_model_has_its_own_shape() -> None:
+    config = load_config(None, ["policy.tensor_parallel=4", "model.path=/m"])
+    assert check_config(config, 4) == []
+    off = load_config(None, ["replay.enabled=false", "replay.capacity=8"])
+    assert check_config(off, 1) == []

@@ -1,0 +1,267 @@
+"""The rollouter with a scripted engine and the corridor: statuses, tokens, seeds, failures."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from megatron_spear.config.schema import RolloutSection, WindowHistory
+from megatron_spear.envs.alfworld.prompts import alfworld_view
+from megatron_spear.errors import EngineError, EnvironmentFault, StopRequested
+from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.env_pool import EnvironmentPool
+from megatron_spear.rollout.rollouter import Rollouter
+from megatron_spear.rollout.summary import rollout_metrics
+from megatron_spear.testing.fakes import CHATML, ScriptedEngine, answer_text, word_tokenizer
+from megatron_spear.types import Prompt, Status
+
+WORDS = "walk to place left right nothing happens you are at crash exit 0 1 2 3 4 5 6 7 8"
+TOKENIZER = word_tokenizer(WORDS.split(), CHATML)
+RIGHT, LEFT, CRASH, EXIT = (
+    answer_text(TOKENIZER, word).tolist() for word in ("right", "left", "crash", "exit")
+)
+SYSTEM = {"role": "system", "content": "walk"}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with EnvironmentPool(
+        "megatron_spear.testing.toy_environment:FaultyCorridor",
+        workers=1,
+        deadline_s=20.0,
+        max_restarts=100,
+    ) as pool:
+        yield pool
+
+
+@pytest.fixture
+def rollouter(pool):
+    def make(engine, *, history="full", max_turns=10, **settings):
+        rollout = RolloutSection(**settings)
+        renderer, view = ChatRenderer(TOKENIZER), alfworld_view("compact")
+        return Rollouter(
+            engine, pool, renderer, view, rollout, history=history, max_turns=max_turns
+        )
+
+    return make
+
+
+def _prompts(count=1, **metadata):
+    metadata = {"length": 4, "start": 0, **metadata}
+    return [
+        Prompt(prompt_id=f"p{i}", env="corridor", messages=(SYSTEM,), metadata=metadata)
+        for i in range(count)
+    ]
+
+
+def _collect(rollouter, prompts, group_size=1, seed=(0, 1), temperature=1.0, progress=None):
+    return rollouter.collect_sync(
+        prompts, group_size=group_size, seed=seed, temperature=temperature, progress=progress
+    )
+
+
+def _text(request):
+    return TOKENIZER.decode(request.token_ids)
+
+
+def test_a_won_game_in_full_mode(rollouter):
+    engine = ScriptedEngine(lambda request: RIGHT)
+    (group,) = _collect(rollouter(engine), _prompts())
+    (member,) = group.members
+    assert (member.status, member.won, member.env_reward) == (Status.COMPLETED, True, 1.0)
+    assert group.group_id == "0.1/p0" and str(member.id) == "0.1/p0/0"
+    (segment,) = member.segments
+    assert [turn.action_text for turn in segment.turns] == ["right"] * 3
+    assert [turn.anchor for turn in segment.turns] == [f"you are at place {i}" for i in range(3)]
+    assert all(turn.valid and turn.tool_calls == 1 for turn in segment.turns)
+    assert segment.response_mask.sum() == 6 and segment.rollout_logprobs.sum() == -3.0
+    # One session, kept over the turns and released at the end.
+    assert {request.session for request in engine.requests} == {"0.1/p0/0"} == engine.released
+    # The whole context is what the template gives for the whole chat.
+    messages = [SYSTEM, {"role": "user", "content": "walk to place 3 you are at place 0"}]
+    for place in (1, 2):
+        messages += [{"role": "assistant", "content": "right"}]
+        messages += [{"role": "user", "content": f"you are at place {place}"}]
+    expected = [*ChatRenderer(TOKENIZER).initial(messages), *RIGHT]
+    assert segment.token_ids.tolist() == expected
+
+
+def test_each_prompt_starts_with_the_turn_before(rollouter):
+    answers = [LEFT, RIGHT[:-1] * 20, RIGHT, RIGHT]
+    engine = ScriptedEngine(lambda request: answers[request.seed[-1]])
+    (group,) = _collect(rollouter(engine, max_turns=4, max_new_tokens=5), _prompts())
+    turns = group.members[0].turns
+    assert [turn.finish_reason for turn in turns] == ["stop", "length", "stop", "stop"]
+    assert [turn.valid for turn in turns] == [False, False, True, True]
+    requests = engine.requests
+    for before, after, turn in zip(requests, requests[1:], turns, strict=False):
+        known = np.concatenate([before.token_ids, turn.action_tokens])
+        assert np.array_equal(after.token_ids[: len(known)], known)
+    assert group.members[0].segments[0].num_tokens == len(requests[-1].token_ids) + 2
+    # The cut answer was closed with the end token before the next observation.
+    assert turns[2].observation_tokens[0] == TOKENIZER.eos_token_id
+
+
+def test_window_mode_renders_each_turn_anew(rollouter):
+    engine = ScriptedEngine(lambda request: RIGHT)
+    make = rollouter(engine, history=WindowHistory(window=1))
+    (group,) = _collect(make, _prompts(length=5))
+    (member,) = group.members
+    assert [len(segment.turns) for segment in member.segments] == [1] * 4
+    for segment, request in zip(member.segments, engine.requests, strict=True):
+        assert np.array_equal(segment.turns[0].observation_tokens, request.token_ids)
+    last = _text(engine.requests[-1])
+    for shown in ("walk to place 4", "you are at place 2", "right", "you are at place 3"):
+        assert shown in last
+    assert "place 1" not in last and last.count("right") == 1
+    sessions = [request.session for request in engine.requests]
+    assert len(set(sessions)) == 4 and set(sessions) == engine.released
+
+
+def test_turn_limit(rollouter):
+    (group,) = _collect(rollouter(ScriptedEngine(lambda request: LEFT), max_turns=3), _prompts())
+    (member,) = group.members
+    assert member.status is Status.TRUNCATED_TURNS and not member.won
+    assert [turn.valid for turn in member.turns] == [False] * 3
+
+
+@pytest.mark.parametrize("limited_by", ["settings", "engine"])
+def test_a_full_context_keeps_the_cut_action_but_does_not_play_it(rollouter, limited_by):
+    first = len(ChatRenderer(TOKENIZER).initial([SYSTEM, _first_message()]))
+    limit = first + 1
+    engine = ScriptedEngine(
+        lambda request: RIGHT, max_context=limit if limited_by == "engine" else 512
+    )
+    settings = {} if limited_by == "engine" else {"max_context": limit}
+    (group,) = _collect(rollouter(engine, **settings), _prompts())
+    (member,) = group.members
+    assert member.status is Status.TRUNCATED_LENGTH
+    (turn,) = member.turns
+    assert turn.action_tokens.tolist() == RIGHT[:1]
+    assert not turn.valid and turn.tool_calls == 0 and member.env_reward == 0.0
+
+
+def test_no_room_for_another_turn(rollouter):
+    first = len(ChatRenderer(TOKENIZER).initial([SYSTEM, _first_message()]))
+    engine = ScriptedEngine(lambda request: RIGHT, max_context=first + 4)
+    (group,) = _collect(rollouter(engine), _prompts())
+    assert group.members[0].status is Status.TRUNCATED_LENGTH
+    assert len(group.members[0].turns) == 1 and group.members[0].turns[0].valid
+
+
+def test_a_first_prompt_that_does_not_fit_is_an_error(rollouter):
+    with pytest.raises(EngineError, match="max_context"):
+        _collect(rollouter(ScriptedEngine(lambda request: RIGHT), max_context=5), _prompts())
+
+
+def _first_message():
+    return {"role": "user", "content": "walk to place 3 you are at place 0"}
+
+
+def test_seeds_do_not_depend_on_layout(rollouter):
+    def seeds(prompts, group_size):
+        engine = ScriptedEngine(lambda request: RIGHT)
+        _collect(rollouter(engine), prompts, group_size, seed=(7, 3))
+        return {(r.session, r.seed[-1]): r.seed for r in engine.requests}
+
+    prompts = _prompts(3)
+    together = seeds(prompts, 2)
+    apart = seeds(prompts[::-1][:2], 2) | seeds(prompts[:1], 1)
+    assert all(together[key] == seed for key, seed in apart.items())
+    assert len(set(together.values())) == len(together) == 3 * 2 * 3
+    assert all(seed[:2] == (7, 3) for seed in together.values())
+
+
+def test_a_group_plays_one_task_and_repeated_prompts_are_groups_of_their_own(rollouter):
+    engine = ScriptedEngine(lambda request: RIGHT)
+    (prompt,) = _prompts(start=None, length=9)
+    groups = _collect(rollouter(engine), [prompt, prompt], group_size=4)
+    assert [group.group_id for group in groups] == ["0.1/p0", "0.1/p0#1"]
+    for group in groups:
+        assert len({member.turns[0].anchor for member in group.members}) == 1
+    assert len({request.seed for request in engine.requests}) == len(engine.requests)
+
+
+@pytest.mark.parametrize(
+    ("failing", "status"),
+    [("engine", Status.FAILED_ENGINE), ("crash", Status.FAILED_TOOL), ("bug", Status.FAILED_PARSE)],
+)
+def test_a_failure_costs_one_trajectory(rollouter, failing, status):
+    def answer(request):
+        member, turn = request.seed[-2:]
+        if (member, turn) != (1, 1):
+            return RIGHT
+        if failing == "engine":
+            raise EngineError("out of luck")
+        return CRASH if failing == "crash" else ["not a token"]
+
+    engine = ScriptedEngine(answer)
+    finished = []
+    (group,) = _collect(rollouter(engine), _prompts(), group_size=3, progress=finished.append)
+    assert [member.id.member for member in group.members] == [0, 2]
+    (failure,) = group.failures
+    assert failure.status is status and failure.id.member == 1
+    assert failure.info["error"]
+    assert str(failure.id) in engine.released
+    assert finished == [1, 2, 3]
+    metrics = rollout_metrics([group])
+    assert metrics["rollout/failed"] == 1 and metrics["rollout/success"] == 1.0
+
+
+def test_a_dying_worker_spares_the_rest_of_the_run(rollouter, pool):
+    before = pool.restarts
+    engine = ScriptedEngine(
+        lambda request: EXIT if request.seed[-2:] == (0, 0) and len(engine.requests) == 1 else RIGHT
+    )
+    make = rollouter(engine)
+    with pytest.raises(EnvironmentFault, match="died"):
+        _collect(make, _prompts())
+    (group,) = _collect(make, _prompts(), group_size=4)
+    assert len(group.members) == 4 and pool.restarts == before + 1
+
+
+def test_stop_requests_pass_through_and_release_everything(rollouter):
+    engine = ScriptedEngine(lambda request: LEFT)
+
+    def stop(finished):
+        raise StopRequested("enough")
+
+    with pytest.raises(StopRequested):
+        _collect(rollouter(engine, max_turns=5), _prompts(3), group_size=2, progress=stop)
+    assert {request.session for request in engine.requests} <= engine.released
+
+
+def test_cancellation_passes_through(rollouter):
+    async def run():
+        engine = ScriptedEngine(lambda request: LEFT)
+        play = rollouter(engine, max_turns=10_000, max_context=10_000).collect(
+            _prompts(), group_size=2, seed=(0,), temperature=1.0
+        )
+        engine.max_context = 10_000
+        await asyncio.wait_for(play, timeout=0.2)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(run())
+
+
+def test_metrics_by_hand(rollouter):
+    """Two members: one wins in 3 turns, one is cut off after 4, two tokens a turn."""
+    engine = ScriptedEngine(lambda request: (RIGHT, LEFT)[request.seed[-2]])
+    groups = _collect(rollouter(engine, max_turns=4), _prompts(), group_size=2)
+    metrics = rollout_metrics(groups)
+    expected = {
+        "rollout/success": 0.5,
+        "rollout/turns_mean": 3.5,
+        "rollout/action_tokens": 14.0,
+        "rollout/valid_fraction": 3 / 7,
+        "rollout/truncated_fraction": 0.5,
+        "rollout/context_full_fraction": 0.0,
+        "rollout/failed": 0.0,
+        "rollout/num_trajectories": 2.0,
+        "rollout/env_reward": 0.5,
+    }
+    assert expected == {name: metrics[name] for name in expected}
+    lengths = [member.segments[0].num_tokens for member in groups[0].members]
+    assert metrics["rollout/context_tokens_mean"] == sum(lengths) / 2
+    assert metrics["rollout/max_context"] == max(lengths)
+    assert rollout_metrics([]) == {"rollout/failed": 0.0, "rollout/num_trajectories": 0.0}

@@ -1,0 +1,110 @@
+"""metrics.jsonl is right after any kill; no sink can stop a run."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_spear.config.schema import TrackingSection
+from megatron_spear.tracking.jsonl import JsonlSink, read_metrics
+from megatron_spear.tracking.sinks import Tracker, build_tracker
+
+
+class Collector:
+    """A sink that fails at one step, if told to."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.records: list[tuple[int, dict[str, float]]] = []
+        self.fail_at = fail_at
+        self.closed = False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == self.fail_at:
+            raise RuntimeError("server gone")
+        self.records.append((step, dict(metrics)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_record_is_a_line_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log(1, {"reward/mean": 0.25, "replay/rows": 3})
+    assert lines(path)[0] | {"time": 0} == {
+        "step": 1, "time": 0, "reward/mean": 0.25, "replay/rows": 3
+    }  # fmt: skip
+    sink.log(2, {"a": np.float32(0.5), "b": float("nan"), "c": float("inf")})
+    assert (lines(path)[1]["a"], lines(path)[1]["b"], lines(path)[1]["c"]) == (0.5, None, None)
+    sink.close()
+
+
+def test_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in (0, 1, 2, 3, 4):
+        sink.log(step, {"loss/policy": float(step)})
+    sink.close()
+    with path.open("a") as file:
+        file.write('{"step": 5, "loss/pol')  # killed while writing
+    sink = JsonlSink(path, resumed_step=2)
+    sink.log(3, {"loss/policy": 30.0})
+    sink.close()
+    assert [(r["step"], r["loss/policy"]) for r in lines(path)] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resuming_without_a_file_starts_one(tmp_path: Path) -> None:
+    JsonlSink(tmp_path / "m.jsonl", resumed_step=7).close()
+    assert (tmp_path / "m.jsonl").read_text() == ""
+
+
+def test_reading_merges_the_lines_of_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 2, "a": 1}\n{"step": 1, "a": 5}\n{"step": 2, "b": 2, "a": 3}\n{"st')
+    assert read_metrics(path) == [{"step": 1, "a": 5}, {"step": 2, "a": 3, "b": 2}]
+
+
+def test_a_failing_sink_is_left_out_with_one_warning(caplog) -> None:
+    good, bad = Collector(), Collector(fail_at=2)
+    tracker = Tracker({"bad": bad, "good": good})
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):
+            tracker.log(step, {"x": 1.0})
+        tracker.close()
+    assert [step for step, _ in good.records] == [1, 2, 3]
+    assert [step for step, _ in bad.records] == [1]
+    assert [r.getMessage() for r in caplog.records] == [
+        "bad failed at step 2 and gets no further metrics: RuntimeError: server gone"
+    ]
+    assert good.closed
+    assert not bad.closed
+
+
+def test_the_built_tracker_always_has_the_jsonl(tmp_path: Path) -> None:
+    tracker = build_tracker(TrackingSection(wandb=False), folder=tmp_path, name="r", config={})
+    tracker.log(1, {"x": 1.0})
+    tracker.close()
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["x"] == 1.0
+
+
+def test_a_sink_that_cannot_be_made_is_told(tmp_path: Path, caplog, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    tracker = build_tracker(TrackingSection(), folder=tmp_path, name="r", config={})
+    assert tracker.sinks == ("metrics.jsonl",)
+    assert "wandb cannot be used" in caplog.text
+    tracker.close()
+
+
+@pytest.mark.parametrize("section", [TrackingSection(wandb=False)])
+def test_a_full_disk_for_metrics_does_not_stop_the_run(section, tmp_path: Path, caplog) -> None:
+    tracker = build_tracker(section, folder=tmp_path / "missing", name="r", config={})
+    tracker.log(1, {"x": 1.0})
+    assert "metrics.jsonl cannot be used: FileNotFoundError" in caplog.text

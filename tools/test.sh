@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Everything CI checks: lint, format, types, import contract, tests. Further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+tools/setup_env.sh
+bin="${SPEAR_VENV:-.venv}/bin"
+export WANDB_MODE="${WANDB_MODE:-offline}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+"$bin/lint-imports"
+if [ $# -gt 0 ]; then
+    exec "$bin/python" -m pytest "$@"
+fi
+exec "$bin/python" -m pytest -n 2 --dist loadgroup -m "not gpu and not slurm and not slow"
