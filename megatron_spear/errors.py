@@ -2,7 +2,8 @@
 
 
 class SpearError(Exception):
-    """Base of every error this package raises on purpose; the command line prints it without a traceback."""
+    """Base of every error this package raises on purpose; the command line prints it without a
+    traceback."""
 
 
 class ConfigError(SpearError, ValueError):
@@ -14,7 +15,8 @@ class DataError(SpearError, ValueError):
 
 
 class CheckpointError(SpearError, RuntimeError):
-    """A checkpoint (Hugging Face folder or run checkpoint) that is missing, truncated or does not match."""
+    """A checkpoint (Hugging Face folder or run checkpoint) that is missing, truncated or does
+    not match."""
 
 
 class EngineError(SpearError, RuntimeError):
@@ -22,7 +24,8 @@ class EngineError(SpearError, RuntimeError):
 
 
 class EnvironmentFault(SpearError, RuntimeError):
-    """An environment that failed, died or missed its deadline; costs one trajectory, never a reward."""
+    """An environment that failed, died or missed its deadline; costs one trajectory, never a
+    reward."""
 
 
 class StopRequested(SpearError):

@@ -10,8 +10,8 @@ _MAXIMA = ("max_",)
 def merge(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Merge metric records of parts of one step into one record.
 
-    The last component of the name decides: ``num_*`` and ``*tokens`` are summed, ``max_*`` takes the
-    maximum, all others are averaged.
+    The last component of the name decides: ``num_*`` and ``*tokens`` are summed, ``max_*``
+    takes the maximum, all others are averaged.
 
     Example: ``merge([{"loss/policy": 1.0, "data/num_rows": 2}, {"loss/policy": 3.0,
     "data/num_rows": 4}])`` is ``{"loss/policy": 2.0, "data/num_rows": 6}``.

@@ -72,12 +72,15 @@ class TrajectoryId:
 class Turn:
     """One generation and what came before it.
 
-    ``observation_tokens`` int32 ``[O]`` are the tokens that are new since the last action of the same
-    segment (the whole prompt in a segment's first turn); ``action_tokens`` int32 ``[A]`` were sampled
-    with ``action_logprobs`` float32 ``[A]`` by the engine at ``policy_version`` (first and last token).
+    ``observation_tokens`` int32 ``[O]`` are the tokens that are new since the last action of
+    the same
+    segment (the whole prompt in a segment's first turn); ``action_tokens`` int32 ``[A]`` were
+    sampled
+    with ``action_logprobs`` float32 ``[A]`` by the engine at ``policy_version`` (first and last
+    token).
 
-    Example: observation ``[5, 6, 7]``, action ``[9, 2]``, logprobs ``[-0.1, -0.3]``: five tokens, the
-    last two of them trained.
+    Example: observation ``[5, 6, 7]``, action ``[9, 2]``, logprobs ``[-0.1, -0.3]``: five
+    tokens, the last two of them trained.
     """
 
     observation_tokens: TokenArray
@@ -99,8 +102,8 @@ class Turn:
 class Segment:
     """A context that only grows: turns whose rendered prompts extend the tokens before them.
 
-    Tokens, mask and log-probs are derived from the turns, so nothing is tokenised twice and the mask
-    cannot be wrong.
+    Tokens, mask and log-probs are derived from the turns, so nothing is tokenised twice and the
+    mask cannot be wrong.
 
     Example: turns (obs ``[5, 6]``, act ``[9]``) and (obs ``[7]``, act ``[8, 2]``) give token_ids
     ``[5, 6, 9, 7, 8, 2]`` and response_mask ``[F, F, T, F, T, T]``.
@@ -116,25 +119,28 @@ class Segment:
     @property
     def token_ids(self) -> TokenArray:
         """int32 ``[L]``."""
-        return self._join(lambda t: (t.observation_tokens, t.action_tokens), np.int32)
+        parts = [p for t in self.turns for p in (t.observation_tokens, t.action_tokens)]
+        return _joined(parts).astype(np.int32)
 
     @property
     def response_mask(self) -> BoolArray:
         """bool ``[L]``: True on tokens the policy sampled."""
-        return self._join(
-            lambda t: (
-                np.zeros(len(t.observation_tokens), bool),
-                np.ones(len(t.action_tokens), bool),
-            ),
-            np.bool_,
-        )
+        parts = [
+            np.full(len(tokens), sampled)
+            for t in self.turns
+            for tokens, sampled in ((t.observation_tokens, False), (t.action_tokens, True))
+        ]
+        return _joined(parts).astype(np.bool_)
 
     @property
     def rollout_logprobs(self) -> FloatArray:
         """float32 ``[L]``: the engine's log-probs, 0 outside the mask."""
-        return self._join(
-            lambda t: (np.zeros(len(t.observation_tokens)), t.action_logprobs), np.float32
-        )
+        parts = [
+            values
+            for t in self.turns
+            for values in (np.zeros(len(t.observation_tokens), np.float32), t.action_logprobs)
+        ]
+        return _joined(parts).astype(np.float32)
 
     @property
     def turn_starts(self) -> TokenArray:
@@ -146,9 +152,9 @@ class Segment:
             at += len(turn.action_tokens)
         return np.asarray(starts, np.int32)
 
-    def _join(self, pieces: Any, dtype: Any) -> Any:
-        parts = [p for turn in self.turns for p in pieces(turn)]
-        return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+def _joined(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,8 +230,8 @@ class TrainSample:
     """One segment, ready for the policy.
 
     All arrays have length L (the segment's tokens). ``advantages`` is 0 outside ``response_mask``;
-    ``old_logprobs`` (the policy before the update) is the ratio's denominator. ``num_segments`` is the
-    number of segments of the same trajectory, so that statistics count a trajectory once.
+    ``old_logprobs`` (the policy before the update) is the ratio's denominator. ``num_segments``
+    is the number of segments of the same trajectory, so that statistics count a trajectory once.
     """
 
     trajectory_id: TrajectoryId

@@ -24,7 +24,7 @@ def token_logprobs(
     with_entropy: bool = False,
     entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs ``[T]`` of the labels and, if asked, entropy ``[T]`` of softmax(logits / temperature).
+    """Log-probs ``[T]`` of the labels and entropy ``[T]`` of softmax(logits / temperature).
 
     ``logits`` ``[T, V / tp]`` is this rank's slice of the vocabulary, rank r of ``group`` holding
     entries ``r * V / tp`` and up (``group`` None = all of it); entries from ``vocab_size`` on are
@@ -53,8 +53,8 @@ def _scaled(rows: Tensor, inverse_temperature: float, valid: int, dtype: torch.d
     return rows.to(dtype) * inverse_temperature
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log p = z_label - logsumexp(z); entropy = logsumexp(z) - sum(p z); z = logits / temperature."""
+class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
+    """log p = z_label - logsumexp(z), entropy = logsumexp(z) - sum(p z), z = logits / temp."""
 
     @staticmethod
     def forward(
@@ -111,7 +111,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Any, ...]:
-        """d log p_label / d z_j = [j = label] - p_j; d entropy / d z_j = -p_j (log p_j + entropy)."""
+        """d log p / d z_j = [j = label] - p_j; d entropy / d z_j = -p_j (log p_j + entropy)."""
         logits, local, mine, logsumexp, entropy = ctx.saved_tensors
         result = torch.empty_like(logits)
         inverse = 1.0 / ctx.temperature

@@ -1,6 +1,8 @@
-"""The ``megatron-spear`` command: parses arguments, calls the trainer, prints errors as one message."""
+"""The ``megatron-spear`` command: parses arguments, calls the trainer, prints errors as one
+message."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +11,9 @@ from megatron_spear.errors import SpearError, StopRequested
 
 USAGE_EXIT = 2
 STOPPED_EXIT = 130
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 _COMMANDS = {
     "train": "run the whole job: model, warm start, SPEAR steps, evaluation, export",
@@ -27,7 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        sub.add_argument("config", help="YAML file, e.g. examples/alfworld/quickstart.yaml")
+        sub.add_argument(
+            "config",
+            nargs="?",
+            help="YAML file, e.g. examples/alfworld/quickstart.yaml; not needed with resume=DIR",
+        )
         if name == "evaluate":
             sub.add_argument("--model", required=True, help="Hugging Face folder to evaluate")
     return parser
@@ -35,11 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command; returns the exit status."""
-    options, settings = build_parser().parse_known_args(list(arguments))
+    parser = build_parser()
+    options, settings = parser.parse_known_args(list(arguments))
+    if options.config and "=" in options.config and not os.path.exists(options.config):
+        settings, options.config = [options.config, *settings], None
+    if options.config is None and not any(s.lstrip("-").startswith("resume") for s in settings):
+        parser.error(f"{options.command}: no YAML file, and no resume=DIR that would have one")
     from megatron_spear.config.load import dump_config, load_config
 
     config = load_config(options.config, settings)
     if options.command == "check-config":
+        from megatron_spear.trainer.jobs import require_possible
+
+        policy = config.policy
+        require_possible(config, policy.tensor_parallel * policy.pipeline_parallel)
         print(dump_config(config), end="")
         return 0
     from megatron_spear.deadlines import install_stop_signals
@@ -68,10 +86,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = USAGE_EXIT
     except KeyboardInterrupt:
-        print("stopped: interrupted a second time; the last checkpoint is whole", file=sys.stderr)
+        print(
+            "stopped at once; nothing since the last checkpoint was saved, that one is whole",
+            file=sys.stderr,
+        )
         status = STOPPED_EXIT
+    except OSError as error:
+        message = _machine_says(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        status = USAGE_EXIT
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _machine_says(error: OSError) -> str | None:
+    """What a full disk or a forbidden path means for the user; None for any other fault."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in _NO_SPACE:
+        return (
+            f"{where}the disk is full or a quota is reached ({error.strerror}); free some space "
+            "and continue with resume=DIR of the run (checkpoints are untouched)"
+        )
+    if error.errno in _NO_ACCESS:
+        return f"{where}cannot be used ({error.strerror}); give a path that this user may write"
+    return None
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ class OptimizerSection(Section):
 
 
 class PolicySection(Section):
-    """The Megatron-Core policy: layout, precision, batches. Data parallel = world size / (TP x PP)."""
+    """The Megatron-Core policy: layout, precision, batches. Data parallel = world size / (TP x
+    PP)."""
 
     tensor_parallel: PositiveInt = 1
     """Ranks one layer is split over; divides heads, KV groups and the world size."""
@@ -171,7 +172,8 @@ class AlfworldSection(Section):
     max_receptacles: PositiveInt | None = None
     """Leave out loaded games with more receptacles; None = take all."""
     skip_unsolvable: bool = False
-    """Leave out games marked unsolvable (an official download has some) instead of refusing them."""
+    """Leave out games marked unsolvable (an official download has some) instead of refusing
+    them."""
     generator: GeneratorSection = GeneratorSection()
     """Size of generated games; read when ``games`` is None."""
     history: Literal["full"] | WindowHistory = "full"
@@ -302,7 +304,8 @@ class SftSection(Section):
     trajectories_per_step: PositiveInt = 32
     """Demonstrations a step."""
     seed: NonNegativeInt = 0
-    """Seed of the demonstrations; separate from ``run.seed`` so that all seeds share a warm start."""
+    """Seed of the demonstrations; separate from ``run.seed`` so that all seeds share a warm
+    start."""
     noise: Fraction = 0.2
     """Chance per turn of an inserted invalid action, answered and not trained on."""
     explore: NonNegativeFloat = 2.0

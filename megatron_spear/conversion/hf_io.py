@@ -1,7 +1,7 @@
 """Read and write Hugging Face model folders, one tensor at a time.
 
-Reading maps the safetensors files into memory and touches only what is asked for; every way in which
-a folder can be broken is a CheckpointError that names the file or the tensor.
+Reading maps the safetensors files into memory and touches only what is asked for; every way in
+which a folder can be broken is a CheckpointError that names the file or the tensor.
 """
 
 import json
@@ -171,11 +171,12 @@ def write_hf_folder(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write ``weights`` with ``source``'s config and tokenizer as a folder plain transformers loads.
+    """Write ``weights``, ``source``'s config and tokenizer as a folder transformers can load.
 
-    ``weights`` is a stream such as ``MegatronPolicy.export_weights()``; entries without a tensor are
-    passed over. Files appear under a temporary name and are put in place at the end, so a folder is
-    whole or not there. Raises CheckpointError if ``target`` exists and is not an empty folder.
+    ``weights`` is a stream such as ``MegatronPolicy.export_weights()``; entries without a tensor
+    are passed over. Files appear under a temporary name and are put in place at the end, so a
+    folder is whole or not there. Raises CheckpointError if ``target`` exists and is not an empty
+    folder.
     """
     target, source = Path(target), Path(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -210,7 +211,7 @@ def _write_shards(
     if len(files) == 1:
         files[0][0].rename(work / SINGLE)
         return dtype
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         file.rename(work / name)

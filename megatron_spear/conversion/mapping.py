@@ -1,8 +1,9 @@
 """How one Megatron parameter and its Hugging Face tensors turn into each other, both ways.
 
-A ``WeightMap`` names one Megatron parameter (``target``), the tensors it is made of (``sources``, with
-their shapes) and four pure functions: ``to_megatron`` and ``to_hf`` for whole tensors, ``shard`` and
-``unshard`` for tensor parallelism. One table serves import, export and weight transfer.
+A ``WeightMap`` names one Megatron parameter (``target``), the tensors it is made of (``sources``,
+with their shapes) and four pure functions: ``to_megatron`` and ``to_hf`` for whole tensors,
+``shard`` and ``unshard`` for tensor parallelism. One table serves import, export and weight
+transfer.
 """
 
 from collections.abc import Sequence
@@ -115,7 +116,8 @@ class GatedMap(WeightMap):
         return torch.cat(list(sources), 0)
 
     def to_hf(self, full: Tensor) -> tuple[Tensor, ...]:
-        return full.chunk(2, 0)
+        gate, up = full.chunk(2, 0)
+        return gate, up
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         gate, up = full.chunk(2, 0)
@@ -128,7 +130,7 @@ class GatedMap(WeightMap):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocabMap(WeightMap):
-    """An embedding ``[V, hidden]`` split along the vocabulary, padded with zero rows to split evenly."""
+    """An embedding ``[V, hidden]`` split along the vocabulary, zero rows added to split evenly."""
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         rows = padded_vocab(full.shape[0], size) // size

@@ -95,4 +95,6 @@ def _refuse_unsupported(config: Any, family: str) -> None:
     if getattr(config, "attention_dropout", 0.0):
         wrong.append(f"attention_dropout {config.attention_dropout} (expected 0)")
     if wrong:
-        raise ConfigError(f"{family} config has what the policy does not support: {'; '.join(wrong)}")
+        raise ConfigError(
+            f"{family} config has what the policy does not support: {'; '.join(wrong)}"
+        )

@@ -1,12 +1,13 @@
 """From samples to packed micro-batches and back: the only place with the next-token shift.
 
-A ``TrainSample``'s entry ``t`` speaks of token ``t``; a ``TrainBatch``'s entry ``t`` speaks of label
-``t``, which is token ``t + 1`` of the same sequence. The last position of each sequence has no label
-and weight 0.
+A ``TrainSample``'s entry ``t`` speaks of token ``t``; a ``TrainBatch``'s entry ``t`` speaks of
+label ``t``, which is token ``t + 1`` of the same sequence. The last position of each sequence has
+no label and weight 0.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from megatron_spear.errors import DataError
 from megatron_spear.types import FloatArray, Origin, TrainSample
 
 ATTENTION_LENGTH = 4096
-"""Length in tokens at which a sequence's attention is taken to cost as much as its linear layers."""
+"""Length in tokens at which attention is taken to cost as much as the linear layers."""
 
 _SHIFTED_FILL = {"labels": 0, "old_logprobs": 0.0, "advantages": 0.0, "token_weight": 0.0}
 
@@ -58,8 +59,9 @@ class TrainBatch:
 class PackedStep:
     """The micro-batches of one optimizer step.
 
-    ``micro_batches[d][m]`` is what data-parallel rank ``d`` runs as its m-th micro-batch; every rank
-    has the same number. ``members[d][m]`` are the indices of the samples in it, in packed order.
+    ``micro_batches[d][m]`` is what data-parallel rank ``d`` runs as its m-th micro-batch; every
+    rank has the same number. ``members[d][m]`` are the indices of the samples in it, in packed
+    order.
     """
 
     micro_batches: tuple[tuple[TrainBatch, ...], ...]
@@ -110,11 +112,12 @@ def pack(
 ) -> PackedStep:
     """Distribute samples over data-parallel ranks and micro-batches.
 
-    ``token_weights[i]`` float ``[L]`` is the final loss weight of each token of sample ``i`` (index t
-    speaks of token t; entry 0 must be 0, nothing predicts token 0). Rows are sorted by length, so
-    that sequences of like length share a micro-batch; micro-batches have about equal cost, attention
-    included, and at most ``tokens_per_microbatch`` tokens unless one sample alone is longer. Each is
-    padded to a multiple of ``pad_multiple`` (sequence parallelism needs the tensor-parallel size).
+    ``token_weights[i]`` float ``[L]`` is the final loss weight of each token of sample ``i``
+    (index t speaks of token t; entry 0 must be 0, nothing predicts token 0). Rows are sorted by
+    length, so that sequences of like length share a micro-batch; micro-batches have about equal
+    cost, attention included, and at most ``tokens_per_microbatch`` tokens unless one sample alone
+    is longer. Each is padded to a multiple of ``pad_multiple`` (sequence parallelism needs the
+    tensor-parallel size).
 
     Raises DataError for no or empty samples and for weights that do not fit.
     """
@@ -160,7 +163,7 @@ def _cost(length: int) -> float:
 
 
 def _balanced_bins(lengths: Sequence[int], limit: int, data_parallel: int) -> list[list[int]]:
-    """Contiguous runs of the samples sorted by length, a multiple of ``data_parallel`` in number."""
+    """Contiguous runs of the samples sorted by length; a multiple of ``data_parallel`` of them."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     needed = len(_fill(order, lengths, limit, float("inf")))
     target = -(-needed // data_parallel) * data_parallel
@@ -224,7 +227,7 @@ def _build(
     total = max(-(-used // pad_multiple) * pad_multiple, pad_multiple)
     if total > used:
         lengths.append(total - used)
-    columns = {
+    columns: dict[str, Any] = {
         "token_ids": np.zeros(total, np.int64),
         "labels": np.zeros(total, np.int64),
         "old_logprobs": np.zeros(total, np.float32),

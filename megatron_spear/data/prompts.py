@@ -1,4 +1,5 @@
-"""Where prompts come from, in which order: pure functions of a position, so resume is one number."""
+"""Where prompts come from, in which order: pure functions of a position, so resume is one
+number."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ class PromptSource(Protocol):
 
 
 class FreshPrompts:
-    """Prompts that are made on demand, never the same one twice (``make(i)`` must depend on i only)."""
+    """Prompts that are made on demand, never the same one twice (``make(i)`` must depend on i
+    only)."""
 
     def __init__(self, make: Callable[[int], Prompt]) -> None:
         self._make = make

@@ -22,11 +22,13 @@ class TextEnvironment(Protocol):
     """One task instance that answers text with text.
 
     ``reset`` may be called again on the same object with other options. An action the environment
-    cannot read is answered with an observation and ``info["valid"] = False``; it is never an exception.
+    cannot read is answered with an observation and ``info["valid"] = False``; it is never an
+    exception.
     """
 
     def reset(self, *, seed: int, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Start the task described by ``options`` (``Prompt.metadata``); returns (observation, info)."""
+        """Start the task described by ``options`` (``Prompt.metadata``); returns (observation,
+        info)."""
         ...
 
     def step(self, action: str) -> StepResult:

@@ -1,10 +1,11 @@
 """Core attention for packed sequences with torch's own kernels, for where TransformerEngine is not.
 
-Linear layers, norms and the MLP run on the packed ``[T, 1, hidden]``. Around the attention kernel the
-T tokens are laid out as ``[S, L]`` (S sequences, longest L) by an index made once per micro-batch.
-Sequences begin at column 0 and attention is causal, so padding to the right is never seen by a token
-and no mask is needed; its own outputs are dropped. Rotary positions are applied there too, where the
-position of a token is its column: cos and sin are ``[L, D]`` and are broadcast over the sequences.
+Linear layers, norms and the MLP run on the packed ``[T, 1, hidden]``. Around the attention kernel
+the T tokens are laid out as ``[S, L]`` (S sequences, longest L) by an index made once per
+micro-batch. Sequences begin at column 0 and attention is causal, so padding to the right is never
+seen by a token and no mask is needed; its own outputs are dropped. Rotary positions are applied
+there too, where the position of a token is its column: cos and sin are ``[L, D]`` and are
+broadcast over the sequences.
 """
 
 import math
@@ -20,7 +21,7 @@ from megatron_spear.conversion.shape import ModelShape
 
 
 @dataclass
-class PackedLayout(PackedSeqParams):
+class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     """Where each token goes; handed through Megatron as its ``packed_seq_params``.
 
     ``rows`` int64 ``[S * L]``: the token of each padded place (any token where there is none).
@@ -99,7 +100,7 @@ def packed_layout(cu_seqlens: Tensor, max_seqlen: int, rotary: Rotary) -> Packed
     )
 
 
-class PackedAttention(torch.nn.Module):
+class PackedAttention(torch.nn.Module):  # type: ignore[misc]
     """Megatron's core-attention interface: queries, keys, values ``[T, 1, heads, D]`` in,
     ``[T, 1, heads * D]`` out."""
 
@@ -150,7 +151,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     return out
 
 
-class _Lay(torch.autograd.Function):
+class _Lay(torch.autograd.Function):  # type: ignore[misc]
     """Packed ``[T, H, D]`` to padded ``[S, L, H, D]``, rotated on request.
 
     Padding repeats a token and receives a zero gradient (nothing sees it), so the way back is a
@@ -173,7 +174,7 @@ class _Lay(torch.autograd.Function):
         return flat.index_select(0, layout.places), None, None
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(torch.autograd.Function):  # type: ignore[misc]
     """Padded ``[S, L, H, D]`` back to packed ``[T, 1, H * D]``."""
 
     @staticmethod

@@ -1,9 +1,9 @@
-"""Model and optimizer state on disk, independent of the layout, through Megatron's dist_checkpointing.
+"""Model and optimizer state on disk, whatever the layout, by Megatron's dist_checkpointing.
 
-Megatron writes its files from forked processes with a queue held by a spawned one, which for a small
-model takes far longer than the writing and re-imports the main script; here the same code writes from
-this process. Next to Megatron's files, ``files.json`` holds every file's size and CRC-32, which
-``load`` checks before it touches the model.
+Megatron writes its files from forked processes with a queue held by a spawned one, which for a
+small model takes far longer than the writing and re-imports the main script; here the same code
+writes from this process. Next to Megatron's files, ``files.json`` holds every file's size and
+CRC-32, which ``load`` checks before it touches the model.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spear.errors import CheckpointError
 from megatron_spear.policy import cpu
@@ -32,8 +33,8 @@ FORMAT = 1
 def save(folder: Path, model: Any, optimizer: Any, num_steps: int, ctx: ParallelContext) -> None:
     """Write everything that training needs to go on after ``num_steps`` steps; collective.
 
-    ``folder`` is made if need be and must be empty; putting it in place as one commit is the caller's
-    affair. ``files.json`` is written last.
+    ``folder`` is made if need be and must be empty; putting it in place as one commit is the
+    caller's affair. ``files.json`` is written last.
     """
     if ctx.is_controller:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,9 @@ def save(folder: Path, model: Any, optimizer: Any, num_steps: int, ctx: Parallel
         dist_checkpointing.save(
             _state(model, optimizer, num_steps, loading=False), str(folder), ("torch_dist", 1)
         )
-    own = [file for file in sorted(folder.glob("*")) if _owner(file.name) % ctx.world_size == ctx.rank]
+    own = [
+        file for file in sorted(folder.glob("*")) if _owner(file.name) % ctx.world_size == ctx.rank
+    ]
     sums = _gather([(file.name, file.stat().st_size, _crc(file)) for file in own], ctx)
     if ctx.is_controller:
         manifest = {"format": FORMAT, "num_steps": num_steps, "files": sorted(sums)}
@@ -136,21 +139,30 @@ def _gather(mine: list[Any], ctx: ParallelContext) -> list[Any]:
 
 
 def _agree(action: Callable[[], Any], ctx: ParallelContext) -> Any:
-    """Run on all ranks; if it fails on one, a CheckpointError on each, so that none waits for ever."""
+    """Run on all ranks; if it fails on one, a CheckpointError on each, so that none waits."""
     problem, result = "", None
     try:
         result = action()
     except CheckpointError as error:
         problem = str(error)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
         logger.debug("checkpoint error", exc_info=True)
-        problem = f"the checkpoint does not fit or is damaged: {type(error).__name__}: {error}"
+        cause = _cause(error)
+        problem = f"the checkpoint does not fit or is damaged: {type(cause).__name__}: {cause}"
     problems: list[Any] = [None] * ctx.world_size
     dist.all_gather_object(problems, problem, group=ctx.control)
     for text in problems:
         if text:
             raise CheckpointError(text)
     return result
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on the first rank that failed, out of torch's collection with tracebacks."""
+    if isinstance(error, CheckpointException):
+        first: BaseException = next(iter(error.failures.values()))[0]
+        return first
+    return error
 
 
 @contextlib.contextmanager
@@ -172,7 +184,7 @@ def _write_in_this_process() -> Iterator[None]:
 def _write_buckets(
     transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any
 ) -> None:
-    """One file after the other; ``results`` gets what was written by bucket number, or the error."""
+    """One file after the other; ``results`` gets what was written by number, or the error."""
     written: Any = {}
     for number, bucket in enumerate(buckets):
         done: queue.Queue[Any] = queue.Queue()

@@ -12,7 +12,7 @@ from megatron_spear.policy.parallel import ParallelContext
 def scatter(
     packed: PackedStep | None, message: Any, ctx: ParallelContext
 ) -> tuple[tuple[TrainBatch, ...], Any]:
-    """This rank's micro-batches, and the controller's ``message`` (small, picklable), on every rank.
+    """This rank's micro-batches and the controller's ``message`` (small, picklable).
 
     Collective. The controller passes both; what other ranks pass is not looked at. All ranks of a
     data-parallel replica get the same micro-batches.

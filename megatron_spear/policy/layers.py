@@ -12,7 +12,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 
-class RMSNorm(torch.nn.Module):
+class RMSNorm(torch.nn.Module):  # type: ignore[misc]
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, in float32 for half inputs.
 
     Under sequence parallelism its weight's gradient is summed over the tensor-parallel group.
@@ -22,7 +22,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
@@ -30,7 +30,7 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
     """With n = x * r, r = 1 / rms: dx = r (w g - n mean(n w g)); dw = sum(n g)."""
 
     @staticmethod
@@ -53,7 +53,7 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-class GatedMlp(MLP):
+class GatedMlp(MLP):  # type: ignore[misc]
     """Megatron's MLP with ``silu(gate) * up`` as one operation.
 
     ``adopt`` turns a plain MLP into this class after it was built: Megatron decides what a layer
@@ -67,10 +67,11 @@ class GatedMlp(MLP):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         both, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(_SiluGate.apply(both))
+        output, bias = self.linear_fc2(_SiluGate.apply(both))
+        return output, bias
 
 
-class _SiluGate(torch.autograd.Function):
+class _SiluGate(torch.autograd.Function):  # type: ignore[misc]
     """``silu(x[..., :n]) * x[..., n:]``; keeps only its input."""
 
     @staticmethod

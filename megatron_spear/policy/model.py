@@ -102,7 +102,7 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
     )
 
 
-class PackedModel(GPTModel):
+class PackedModel(GPTModel):  # type: ignore[misc]
     """GPTModel that takes a ``TrainBatch`` and gives logits ``[T, V / tp]`` on the last stage.
 
     Positions are applied in the attention (see ``attention``), so Megatron's own are switched off.
@@ -130,7 +130,7 @@ class PackedModel(GPTModel):
         self.first_layer = layers * ctx.pipeline_rank
         self.rotary = Rotary(shape, ctx.device, config.params_dtype)
 
-    def forward(self, batch: TrainBatch) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: TrainBatch) -> Tensor:
         """Logits ``[T, V / tp]`` on the last stage, hidden states ``[T, 1, hidden]`` before it."""
         layout = packed_layout(batch.cu_seqlens, batch.max_seqlen, self.rotary)
         output = super().forward(

@@ -39,6 +39,8 @@ def build_optimizer(model: DistributedDataParallel, section: OptimizerSection, b
             use_gloo_process_groups=cpu.active(),
         )
     for group in optimizer.param_groups:
+        # Megatron's own scheduler would do this; the schedule here is a pure function
+        group["weight_decay"] = section.weight_decay * group.get("wd_mult", 1.0)
         if "fused" in group:
             group["fused"] = True
     return optimizer

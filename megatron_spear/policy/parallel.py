@@ -108,7 +108,8 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
 def destroy(keep_world: bool = False) -> None:
     """Leave all process groups; harmless when there are none.
 
-    With ``keep_world`` the ranks stay connected and ``initialize`` may be called with another layout.
+    With ``keep_world`` the ranks stay connected and ``initialize`` may be called with another
+    layout.
     """
     from megatron.core import parallel_state
 

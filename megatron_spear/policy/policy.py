@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_spear.config.schema import OptimizerSection, PolicySection
@@ -75,7 +76,7 @@ class MegatronPolicy:
         return made
 
     def reset_optimizer(self, optimizer: OptimizerSection, total_steps: int) -> None:
-        """Start over with a new optimizer and schedule on the present weights (warm start to RL)."""
+        """Start over with a new optimizer and schedule on the present weights."""
         self._section, self._total_steps, self.num_steps = optimizer, total_steps, 0
         self._optimizer = build_optimizer(
             self._model, optimizer, bf16=self._policy.precision == "bf16"
@@ -115,9 +116,9 @@ class MegatronPolicy:
     def train_step(self, packed: PackedStep | None, loss: PolicyLoss | None) -> dict[str, float]:
         """One optimizer step on the plain sum of ``loss`` over all tokens; collective.
 
-        Gives, on every rank: ``grad_norm`` (before clipping), ``lr``, ``skipped`` (1 if the gradient
-        was not finite and the weights were left alone), ``loss/total`` and the sums the loss
-        reports, over all data-parallel ranks.
+        Gives, on every rank: ``grad_norm`` (before clipping), ``lr``, ``skipped`` (1 if the
+        gradient was not finite and the weights were left alone), ``loss/total`` and the sums the
+        loss reports, over all data-parallel ranks.
         """
         batches, loss = exchange.scatter(packed, loss, self.ctx)
         assert loss is not None
@@ -128,7 +129,7 @@ class MegatronPolicy:
         return {**metrics, **exchange.all_sum(sums, self.ctx)}
 
     def compute_gradient(self, batches: Any, loss: PolicyLoss) -> dict[str, float] | None:
-        """Forward and backward of this rank's micro-batches; the reduced gradient stays in place."""
+        """Forward and backward of this rank's micro-batches; the reduced gradient stays."""
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         return step.forward_backward(self._model, batches, self.ctx, self.shape.vocab_size, loss)
@@ -148,7 +149,10 @@ class MegatronPolicy:
                     "optimizer step %d skipped: the gradient norm is %s", self.num_steps, norm
                 )
                 return {"grad_norm": math.nan, "skipped": 1.0}
-            self._optimizer.step()
+            if self._section.clip_grad > 0:
+                params = [p for group in self._optimizer.param_groups for p in group["params"]]
+                clip_grad_by_total_norm_fp32(params, self._section.clip_grad, norm)
+            self._optimizer.step_with_ready_grads()
         return {"grad_norm": norm, "skipped": 0.0}
 
     def export_weights(self) -> Iterator[tuple[str, Tensor | None]]:

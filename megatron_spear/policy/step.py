@@ -1,8 +1,8 @@
 """One pass of micro-batches through the model by Megatron's own pipeline schedule.
 
-The loss is the plain sum of what the loss function gives for each micro-batch: each token carries its
-final weight, so nothing here divides by micro-batches, tokens or ranks, and loss and gradient do not
-depend on how the step was packed or laid out.
+The loss is the plain sum of what the loss function gives for each micro-batch: each token carries
+its final weight, so nothing here divides by micro-batches, tokens or ranks, and loss and gradient
+do not depend on how the step was packed or laid out.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +113,7 @@ def _run(
         batch = next(data)
         return module(batch), partial(on_logits, batch)
 
-    return get_forward_backward_func()(
+    results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=[model],
@@ -123,3 +123,4 @@ def _run(
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
+    return results

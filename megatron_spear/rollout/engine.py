@@ -35,7 +35,8 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """What came back: sampled tokens int32 ``[A]`` (stop token included), float32 ``[A]`` log-probs.
+    """What came back: sampled tokens int32 ``[A]`` (stop token included), float32 ``[A]``
+    log-probs.
 
     ``finish_reason`` is ``stop``, ``length`` (max_new_tokens) or ``context`` (the context is full).
     """

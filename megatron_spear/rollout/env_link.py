@@ -40,7 +40,7 @@ class WorkerLink:
         self._deadline_s = deadline_s
         self._ready = False
         self._next_id = HELLO + 1
-        self._pending: dict[int, asyncio.Future[Any] | None] = {}
+        self._pending: dict[int, asyncio.Future[Any]] = {}
         self._reader = FrameReader()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -97,8 +97,6 @@ class WorkerLink:
             )
         ours.setblocking(False)
         self._socket = ours
-        # The hello waits for the process's answer like any call, under the start's own deadline.
-        self._pending[HELLO] = None
         self._outgoing += hello
 
     def _attach(self) -> asyncio.AbstractEventLoop:
@@ -107,15 +105,13 @@ class WorkerLink:
             return loop
         old = self._loop
         if old is not None and not old.is_closed():
-            if any(future is not None and not future.done() for future in self._pending.values()):
+            if any(not future.done() for future in self._pending.values()):
                 raise RuntimeError(f"{self._name} is in use by another event loop")
             self._unwatch(old)
         self._loop, self._timer = loop, None
         self._flush_due = self._writing = False
-        self._pending = dict.fromkeys(self._pending)
-        if self._pending:
-            self._progress_at = loop.time()
-            self._watch(loop)
+        # Nobody waits for these any more; should the worker hang in one, the next call finds out.
+        self._pending = {}
         return loop
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -221,7 +217,7 @@ class WorkerLink:
         self._socket.close()
         pending, self._pending = self._pending, {}
         for future in pending.values():
-            if future is not None and not future.get_loop().is_closed():
+            if not future.get_loop().is_closed():
                 future.get_loop().call_soon_threadsafe(_set_fault, future, reason)
 
 

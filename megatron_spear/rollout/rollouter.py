@@ -22,7 +22,8 @@ class Rollouter:
     """Plays ``group_size`` attempts of each prompt with one engine and one environment pool.
 
     ``history`` is ``full`` (one segment that grows) or a ``WindowHistory`` (each turn is a segment,
-    rendered anew). How many generations run at once is the engine's business.
+    rendered anew). At most ``rollout.max_slots`` attempts run at once, which the engine has
+    room for.
     """
 
     def __init__(
@@ -66,10 +67,13 @@ class Rollouter:
         """
         names = _group_names(prompts, seed)
         finished = 0
+        # More contexts than the engine's slots would push each other's cache out between turns.
+        slots = asyncio.Semaphore(self._stage.rollout.max_slots)
 
         async def run(attempt: Attempt) -> tuple[Trajectory, Exception | None]:
             nonlocal finished
-            outcome = await self._guarded(attempt)
+            async with slots:
+                outcome = await self._guarded(attempt)
             finished += 1
             if progress is not None:
                 progress(finished)

@@ -27,9 +27,9 @@ def run_ranks(
     """``function(*args)`` on ``world_size`` processes; their results in rank order.
 
     ``function`` must be importable (a module's top level), ``args`` and results picklable. Each
-    process has the environment torchrun gives it (RANK, WORLD_SIZE, MASTER_ADDR, ...) and one thread.
-    Raises RankFailed with the first failing rank's traceback, or naming the ranks that were not done
-    after ``timeout_s`` seconds; all processes are killed then.
+    process has the environment torchrun gives it (RANK, WORLD_SIZE, MASTER_ADDR, ...) and one
+    thread. Raises RankFailed with the first failing rank's traceback, or naming the ranks that
+    were not done after ``timeout_s`` seconds; all processes are killed then.
     """
     context = _context()
     port = _free_port()

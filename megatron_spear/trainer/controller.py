@@ -1,4 +1,5 @@
-"""What rank 0 does in a step: rollouts, rewards, filters, advantages, the updates and their weights.
+"""What rank 0 does in a step: rollouts, rewards, filters, advantages, the updates and their
+weights.
 
 Nothing here talks to other ranks; ``trainer.loop`` calls it between the policy's collective calls.
 """
@@ -171,7 +172,8 @@ def with_old_logprobs(
 
 
 def logprob_gap(samples: Sequence[TrainSample]) -> dict[str, float]:
-    """How far the engine's log-probs are from the policy's: mean and largest absolute difference."""
+    """How far the engine's log-probs are from the policy's: mean and largest absolute
+    difference."""
     if not samples:
         return {}
     gaps = np.concatenate(

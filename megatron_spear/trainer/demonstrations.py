@@ -1,7 +1,12 @@
 """Demonstrations as training samples, made ahead of time by worker processes (no torch in them)."""
 
+import contextlib
 import multiprocessing
+import os
 import random
+import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -36,8 +41,13 @@ class DemonstrationSource:
     def __init__(self, env: AlfworldSection, sft: SftSection, game_seed: int) -> None:
         self._env, self._sft, self._seed = env, sft, game_seed
         self._executor = ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn"), initializer=_load, initargs=(env,)
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_end_with,
+            initargs=(os.getpid(),),
         )
+        with _stop_signals_blocked():  # the worker starts now, and inherits that
+            self._executor.submit(os.getpid)
 
     def batches(self) -> Iterator[list[Demonstration]]:
         """One list of demonstrations a step, ``sft.steps`` times, made ahead in the background."""
@@ -62,6 +72,8 @@ def make_demonstrations(
     env: AlfworldSection, sft: SftSection, game_seed: int, first: int, count: int
 ) -> list[Demonstration]:
     """Demonstrations ``first`` to ``first + count - 1``; runs in the worker."""
+    if env.games is not None and not _pool:
+        _pool.extend(training_games(env))
     return [_one(env, sft, game_seed, index) for index in range(first, first + count)]
 
 
@@ -93,13 +105,29 @@ def _one(env: AlfworldSection, sft: SftSection, game_seed: int, index: int) -> D
     )
 
 
-def _load(env: AlfworldSection) -> None:
-    """Start of the worker: Ctrl-C is the parent's business; loaded games stay in memory."""
-    import signal
+def _end_with(parent: int) -> None:
+    """Start of the worker: it ends when its parent is gone, also after a kill."""
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if env.games is not None:
-        _pool.extend(training_games(env))
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(2.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Ctrl-C and its like wait until the end of the block; a process started in it never gets one.
+
+    They go to the whole process group, and are the parent's business alone.
+    """
+    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def to_samples(

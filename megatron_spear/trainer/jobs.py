@@ -24,10 +24,11 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
     """The main job: initial model, warm start, SPEAR steps, evaluation, export, summary."""
     console, controller = _start(config)
     directory = _run_directory(config) if controller else RunDirectory(config.run.dir)
-    with _ranks(config, console) as context:
+    with console, _ranks(config, console) as context:
         from megatron_spear.trainer import build
         from megatron_spear.trainer.run import SpearRun
 
+        panel = build.make_panel(config) if controller else None  # bad games end the run here
         model = _warm_model(config, context, console, stop)
         console.phase("Policy and engine")
         rollout = build.make_rollout(config, model) if controller else None
@@ -40,7 +41,7 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
                 step,
                 directory=directory,
                 rollout=rollout,
-                panel=build.make_panel(config) if controller else None,
+                panel=panel,
                 console=console,
                 stop=stop,
                 model=model,
@@ -71,7 +72,7 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
 def warm_start(config: RunConfig, stop: Any) -> Path:
     """Make the warm start, or find it in the cache; returns its Hugging Face folder."""
     console, _ = _start(config)
-    with _ranks(config, console) as context:
+    with console, _ranks(config, console) as context:
         folder = _warm_model(config, context, console, stop)
         console.line(f"warm start: {folder}")
         return folder
@@ -92,7 +93,7 @@ def evaluate_model(config: RunConfig, model: str, stop: Any) -> float:
     section = config.evaluation
     try:
         console.phase("Evaluation")
-        with console.bar("games", len(panel.prompts)) as bar:
+        with console, console.bar("games", len(panel.prompts)) as bar:
             result = evaluate(
                 rollout.rollouter,
                 panel,
@@ -107,13 +108,17 @@ def evaluate_model(config: RunConfig, model: str, stop: Any) -> float:
     return result.success
 
 
-def _start(config: RunConfig) -> tuple[Console, bool]:
-    """Check the settings and set up logging; (console, is this rank the controller)."""
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+def require_possible(config: RunConfig, world_size: int) -> None:
+    """ConfigError with every combination of settings that cannot work on ``world_size`` ranks."""
     problems = check_config(config, world_size)
     if problems:
         raise ConfigError("these settings cannot work:\n" + "\n".join(f"  {p}" for p in problems))
+
+
+def _start(config: RunConfig) -> tuple[Console, bool]:
+    """Check the settings and set up logging; (console, is this rank the controller)."""
+    rank = int(os.environ.get("RANK", "0"))
+    require_possible(config, int(os.environ.get("WORLD_SIZE", "1")))
     controller = rank == 0
     console = Console(enabled=controller, live=config.tracking.progress)
     handler = console.log_handler() if controller else logging.StreamHandler()
@@ -159,11 +164,12 @@ def _warm_model(config: RunConfig, context: Any, console: Console, stop: Any) ->
 
     if context.is_controller:
         console.phase("Initial model")
-    folder = broadcast(initial_model(config.model, make=True) if context.is_controller else None)
+    made = initial_model(config.model, make=True) if context.is_controller else Path()
+    folder = broadcast(made)
     console.line(f"Hugging Face folder: {folder}")
     if not config.sft.enabled:
         return folder
-    target = broadcast(sft.cached_folder(config, folder) if context.is_controller else None)
+    target = broadcast(sft.cached_folder(config, folder) if context.is_controller else Path())
     console.phase("Warm start")
     if broadcast(target.is_dir()):
         console.line(f"from the cache: {target}")

@@ -88,7 +88,8 @@ class SpearStep:
         return self._logprobs(update.samples if update else ())
 
     def _logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
-        """Collective: log-probs ``[L]`` of each sample on the controller; [] where there are none."""
+        """Collective: log-probs ``[L]`` of each sample on the controller; [] where there are
+        none."""
         if not broadcast(len(samples) > 0):
             return []
         packed = None
@@ -163,7 +164,8 @@ _OPTIMIZER = {
 
 
 def finish_step_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """What ``train_step`` gave as metric names: the optimizer's numbers, and the loss's sums as means."""
+    """What ``train_step`` gave as metric names: the optimizer's numbers, and the loss's sums as
+    means."""
     own = {_OPTIMIZER[k]: v for k, v in metrics.items() if k in _OPTIMIZER}
     sums = {k: v for k, v in metrics.items() if k not in _OPTIMIZER and k != "loss/total"}
     return own | finish_metrics(sums)

@@ -1,7 +1,9 @@
-"""The initial policy as a Hugging Face folder: the user's, or a tiny one made and kept in the cache."""
+"""The initial policy as a Hugging Face folder: the user's, or a tiny one made and kept in the
+cache."""
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,11 +22,16 @@ def initial_model(section: ModelSection, *, make: bool) -> Path:
     """
     folder = section.path if section.path is not None else tiny_model_folder(section)
     if section.path is None and make and not folder.is_dir():
-        work = folder.with_name(f".{folder.name}.writing")
+        work = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
         shutil.rmtree(work, ignore_errors=True)
         work.parent.mkdir(parents=True, exist_ok=True)
         make_tiny_model(work, section.tiny, alfworld_words(), PHRASES)
-        work.rename(folder)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(work)  # another run made the same one meanwhile
     if make:
         check_model(folder)
     return folder

@@ -1,4 +1,5 @@
-"""A whole run: evaluate, train to the last step with checkpoints in between, evaluate, export, sum up."""
+"""A whole run: evaluate, train to the last step with checkpoints in between, evaluate, export,
+sum up."""
 
 import json
 import logging
@@ -53,7 +54,8 @@ class Progress:
 
 
 class SpearRun:
-    """Runs on every rank; the controller alone evaluates, prints, tracks and owns the checkpoints."""
+    """Runs on every rank; the controller alone evaluates, prints, tracks and owns the
+    checkpoints."""
 
     def __init__(
         self,
@@ -77,8 +79,17 @@ class SpearRun:
         self._is_controller = rollout is not None
 
     def resume(self) -> int:
-        """Continue from the newest whole checkpoint; returns its step (0 if there is none)."""
+        """Continue from the newest whole checkpoint; returns its step (0 if there is none).
+
+        Raises CheckpointError when there are checkpoints and every one of them is damaged.
+        """
         found: Checkpoint | None = self._store.recover() if self._is_controller else None
+        if self._is_controller and found is None and self._store.steps():
+            raise CheckpointError(
+                f"resume={self._directory.path}: none of its checkpoints is whole (the warnings "
+                "above say what is wrong with each); restore one from a copy, or start again with "
+                "another run.dir"
+            )
         path = broadcast(found.path if found else None)
         if path is None:
             return 0
@@ -134,7 +145,12 @@ class SpearRun:
                     break
                 every = self._config.evaluation.every
                 if every and step % every == 0 and step < self._config.run.steps:
-                    self._evaluate(f"Evaluation at step {step}", step)
+                    try:
+                        self._evaluate(f"Evaluation at step {step}", step)
+                    except StopRequested:
+                        if saved != step:
+                            self._save()
+                        raise
         assert saved == self._progress.step, "the last step is always saved"
         if broadcast(bool(self._stop)):
             raise StopRequested(
@@ -152,7 +168,8 @@ class SpearRun:
         )
 
     def _check_stop(self, finished: int) -> None:
-        """A clean stop waits for the end of the step; nothing to do here but keep the screen alive."""
+        """A clean stop waits for the end of the step; nothing to do here but keep the screen
+        alive."""
         self._console.beat(f"rollout: {finished} trajectories")
 
     def _track(self, report: StepReport) -> None:
@@ -160,10 +177,24 @@ class SpearRun:
             self.tracker.log(report.step, report.metrics)
 
     def _evaluate(self, title: str, step: int) -> PanelResult | None:
-        """Play the panel with the engine's weights; None on ranks other than the controller."""
+        """Play the panel with the engine's weights; None on ranks other than the controller.
+
+        A clean stop ends it, on every rank, with StopRequested.
+        """
         self._console.phase(title)
-        if not self._is_controller:
-            return None
+        result: PanelResult | None = None
+        stopped = ""
+        try:
+            if self._is_controller:
+                result = self._play_panel(step)
+        except StopRequested as error:
+            stopped = f"{error}; continue with resume={self._directory.path}"
+        stopped = broadcast(stopped)
+        if stopped:
+            raise StopRequested(stopped)
+        return result
+
+    def _play_panel(self, step: int) -> PanelResult:
         section = self._config.evaluation
         with self._console.bar("games", len(self._panel.prompts)) as bar:
             result = evaluate(
@@ -252,7 +283,7 @@ def advance(bar: Any, stop: Any) -> Callable[[int], None]:
         bar.advance(finished - done)
         done = finished
         if stop:
-            raise StopRequested(f"{stop.reason} during an evaluation; resume repeats it")
+            raise StopRequested(f"{stop.reason} during an evaluation")
 
     return report
 

@@ -26,7 +26,8 @@ _FORMAT = 1  # raise it when demonstrations or rendering change, so that old cac
 
 
 def cached_folder(config: RunConfig, model: Path) -> Path:
-    """Where the warm start of these settings lies (or will lie): a name from a hash of all of them."""
+    """Where the warm start of these settings lies (or will lie): a name from a hash of all of
+    them."""
     made_from = {
         "format": _FORMAT,
         "model": _fingerprint(model),
@@ -63,12 +64,12 @@ def warm_start(
     finally:
         if source:
             source.close()
-    if context.is_controller:
+    weights = policy.export_weights()
+    if context.is_controller and not target.is_dir():  # another run may have made it meanwhile
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_hf_folder(target, model, policy.export_weights())
-    else:
-        for _ in policy.export_weights():
-            pass
+        write_hf_folder(target, model, weights)
+    for _ in weights:  # what nobody wrote is still a collective
+        pass
     return target
 
 

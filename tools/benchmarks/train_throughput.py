@@ -188,7 +188,9 @@ def main() -> None:
         median, best = statistics.median(rates[name]), max(rates[name])
         print(f"{name:14}{median:14.0f}{best:10.0f}{peaks[name]:18.2f}{losses[name][-1]:12.4f}")
     ratios = [m / p for m, p in zip(rates["megatron"], rates["plain torch"], strict=True)]
-    print(f"megatron / plain torch: {statistics.median(ratios):.2f}x (median of {len(ratios)} rounds)")
+    print(
+        f"megatron / plain torch: {statistics.median(ratios):.2f}x (median of {len(ratios)} rounds)"
+    )
 
 
 if __name__ == "__main__":

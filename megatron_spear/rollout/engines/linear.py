@@ -1,8 +1,8 @@
 """Matrix products with a weight that is packed for the CPU, and packed anew after each update.
 
 oneDNN reads a packed weight in the order it computes. Where weights do not fit the cache, as in a
-decode step, that is worth more than half again of the speed of a plain product. A packed weight is a
-copy: one that is not remade after an update answers with the old weights.
+decode step, generation gains some 10 to 20 % over plain products. A packed weight is a copy: one
+that is not remade after an update answers with the old weights.
 """
 
 import torch

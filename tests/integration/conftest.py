@@ -1,0 +1,207 @@
+"""Runs of the real command on a model of some thousand weights: a second or two once torch is loaded.
+
+``spear`` runs the command in this process, ``launch`` starts it as its own (signals, torchrun).
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "alfworld" / "quickstart.yaml"
+
+TINY = (
+    "model.tiny.hidden_size=32",
+    "model.tiny.num_layers=2",
+    "model.tiny.num_heads=4",
+    "model.tiny.num_kv_heads=2",
+    "model.tiny.ffn_size=64",
+    "env.max_turns=8",
+    "env.task_types=[pick_and_place_simple, look_at_obj_in_light]",
+    "sft.steps=100",  # enough for some valid actions, so that rewards differ
+    "sft.trajectories_per_step=8",
+    "sft.explore=0",
+    "sft.optimizer.lr=0.01",
+    "sft.optimizer.warmup_steps=2",
+    "rollout.prompts_per_step=2",
+    "rollout.group_size=4",
+    "rollout.max_slots=8",
+    "curriculum.replay_warmup_steps=0",
+    "evaluation.games=4",
+    "tracking.wandb=false",
+    "run.threads=1",
+)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command left: exit status and the two streams."""
+
+    status: int
+    out: str
+    err: str
+
+
+def arguments(command: str, cache: Path, settings: tuple[str, ...]) -> list[str]:
+    """The command line of a tiny run; later settings win."""
+    return [command, str(QUICKSTART), *TINY, f"model.cache_dir={cache}", *settings]
+
+
+@contextlib.contextmanager
+def _process_as_it_was() -> Iterator[None]:
+    """Signals and logging as before: the command sets both for a process of its own."""
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    root = logging.getLogger()
+    loggers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        root.handlers[:] = loggers
+        root.setLevel(level)
+
+
+def run_here(command_line: list[str]) -> Outcome:
+    """The command in this process, as a user sees it: status, stdout, stderr."""
+    from megatron_spear.cli.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with _process_as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(command_line)
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny model and its warm start, made once, also with several pytest workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    folder = shared / "spear-cache"
+    with (shared / "spear-cache.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not any(folder.glob("warm-start-*")):
+            made = run_here(arguments("sft", folder, ()))
+            assert made.status == 0, made.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., Outcome]:
+    """``command("train", "a.yaml", status=2)``: run exactly this here, check the exit status."""
+
+    def run(*command_line: str, status: int = 0) -> Outcome:
+        done = run_here(list(command_line))
+        assert done.status == status, f"exit status {done.status}\n{done.out}\n{done.err}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def spear(cache: Path, command: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """``spear("train", "run.steps=2", status=0)``: a tiny run with these settings on top."""
+
+    def run(name: str, *settings: str, status: int = 0) -> Outcome:
+        return command(*arguments(name, cache, settings), status=status)
+
+    return run
+
+
+class Launched:
+    """A command in a process (group) of its own, its output in files."""
+
+    def __init__(self, command_line: list[str], folder: Path, env: Mapping[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._out, self._err = folder / "stdout", folder / "stderr"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                command_line, stdout=out, stderr=err, env=dict(env), start_new_session=True
+            )
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the whole group, as a terminal does it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def wait(self, timeout_s: float) -> Outcome:
+        return Outcome(self.process.wait(timeout_s), self.out, self.err)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+@pytest.fixture
+def launch(cache: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """``launch("run.dir=...", ranks=2)``: start ``train``, killed at the end of the test."""
+    started: list[Launched] = []
+
+    def start(*settings: str, ranks: int = 1, cache_dir: Path = cache) -> Launched:
+        line = [sys.executable, "-m"]
+        if ranks > 1:
+            line += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        line += ["megatron_spear.cli.train", *arguments("train", cache_dir, settings)[1:]]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        started.append(Launched(line, tmp_path / f"launch-{len(started)}", env))
+        return started[-1]
+
+    yield start
+    for launched in started:
+        launched.kill()
+
+
+@pytest.fixture(scope="session")
+def training_records() -> Callable[[Path], dict[int, dict[str, Any]]]:
+    """Reads a run's training metrics by step, without the clock's; each step exactly once."""
+
+    def read(run_dir: Path) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if "rollout/num_trajectories" not in record:
+                continue
+            step = record["step"]
+            assert step not in found, f"step {step} is in {run_dir} twice"
+            found[step] = {k: v for k, v in record.items() if not k.startswith("time")}
+        return found
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def exported() -> Callable[[Path], dict[str, Any]]:
+    """Reads the tensors of a run's exported model."""
+
+    def read(run_dir: Path) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        return load_file(run_dir / "model" / "model.safetensors")
+
+    return read

@@ -1,0 +1,82 @@
+"""The same run on several ranks: the layout changes who computes, not what."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.timeout(300)
+
+SETTINGS = ("run.steps=2", "policy.optimizer.lr=0.01", "checkpoint.every=1")
+Records = Callable[[Path], dict[int, dict[str, Any]]]
+Tensors = Callable[[Path], dict[str, torch.Tensor]]
+
+SAME = ("rollout/", "reward/", "replay/rows", "replay/inserted", "train/num_rows", "optimizer/lr")
+"""Equal to the last digit but for rounding: the same games, draws and selections."""
+
+
+@pytest.fixture(scope="module")
+def one_rank(spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("one-rank") / "run"
+    spear("train", f"run.dir={run_dir}", *SETTINGS)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(2, "policy.tensor_parallel=2", id="tensor2"),
+        pytest.param(2, "policy.pipeline_parallel=2", id="pipeline2", marks=pytest.mark.slow),
+        pytest.param(2, "policy.tensor_parallel=1", id="data2", marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            "policy={tensor_parallel: 2, pipeline_parallel: 2}",
+            id="tensor2-pipeline2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_more_ranks_same_run(
+    ranks: int,
+    layout: str,
+    one_rank: Path,
+    launch: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+    exported: Tensors,
+) -> None:
+    run_dir = tmp_path / "run"
+    done = launch(f"run.dir={run_dir}", *SETTINGS, layout, ranks=ranks).wait(240)
+    assert done.status == 0, done.err
+    assert f"{ranks} rank(s)" in done.out
+    expected, found = training_records(one_rank), training_records(run_dir)
+    assert list(found) == [1, 2]
+    for step, record in expected.items():
+        assert found[step].keys() == record.keys()
+        same = {k: v for k, v in record.items() if k.startswith(SAME)}
+        assert {k: found[step][k] for k in same} == pytest.approx(same, rel=1e-6), f"step {step}"
+        assert found[step] == pytest.approx(record, rel=1e-3, abs=1e-5), f"step {step}"
+    weights, again = exported(one_rank), exported(run_dir)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0.0, atol=1e-5)
+
+
+def test_a_run_goes_on_at_another_layout(
+    one_rank: Path,
+    launch: Callable[..., Any],
+    spear: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+    exported: Tensors,
+) -> None:
+    """Step 1 on one rank, step 2 on two tensor-parallel ranks."""
+    run_dir = tmp_path / "run"
+    spear("train", f"run.dir={run_dir}", *SETTINGS, "run.stop_after=1")
+    done = launch(f"resume={run_dir}", *SETTINGS, "policy.tensor_parallel=2", ranks=2).wait(240)
+    assert done.status == 0, done.err
+    record = training_records(one_rank)[2]
+    assert training_records(run_dir)[2] == pytest.approx(record, rel=1e-3, abs=1e-5)
+    for name, tensor in exported(one_rank).items():
+        torch.testing.assert_close(exported(run_dir)[name], tensor, rtol=0.0, atol=1e-5)

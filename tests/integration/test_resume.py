@@ -1,0 +1,134 @@
+"""A run that was stopped and resumed is the run that was not stopped."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.timeout(300)
+
+SETTINGS = (
+    "run.steps=4",
+    "policy.optimizer.lr=0.01",
+    "policy.optimizer.schedule=cosine",
+    "policy.optimizer.warmup_steps=2",
+    "checkpoint.every=1",
+    "checkpoint.keep=4",
+)
+Records = Callable[[Path], dict[int, dict[str, Any]]]
+Tensors = Callable[[Path], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def whole(spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps in one go."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    spear("train", f"run.dir={run_dir}", *SETTINGS)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def stopped(spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, stopped after step 3."""
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    done = spear("train", f"run.dir={run_dir}", *SETTINGS, "run.stop_after=3")
+    assert f"resume={run_dir}" in done.out
+    assert not (run_dir / "summary.json").exists()
+    return run_dir
+
+
+def same_run(one: Path, other: Path, records: Records, exported: Tensors) -> None:
+    """Equal training metrics of every step (but times) and equal exported weights."""
+    expected, found = records(one), records(other)
+    assert list(found) == list(expected)
+    for step, record in expected.items():
+        assert found[step].keys() == record.keys()
+        for name, value in record.items():
+            # Which contexts share the engine's batch is a matter of timing; it rounds accordingly.
+            rounding = 1e-5 if name.startswith("mismatch/") else 1e-9
+            told = f"{name} at step {step}"
+            assert found[step][name] == pytest.approx(value, rel=1e-6, abs=rounding), told
+    weights, again = exported(one), exported(other)
+    assert weights.keys() == again.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0.0, atol=1e-7)
+
+
+def test_the_run_exercises_what_has_to_survive(whole: Path, training_records: Records) -> None:
+    """Replay in steps 3 and 4 and a moving learning rate; else the tests below prove little."""
+    records = training_records(whole)
+    assert records[3]["replay/rows"] > 0 and records[4]["replay/rows"] > 0
+    assert len({record["optimizer/lr"] for record in records.values()}) == 4
+    assert len({record["replay/p50"] for record in records.values()}) > 1
+
+
+def test_resumed_is_not_stopped(
+    whole: Path,
+    spear: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+    exported: Tensors,
+) -> None:
+    run_dir = tmp_path / "run"
+    spear("train", f"run.dir={run_dir}", *SETTINGS, "run.stop_after=2")
+    assert list(training_records(run_dir)) == [1, 2]
+    done = spear("train", f"resume={run_dir}", *SETTINGS)
+    assert "continuing after step 2 of 4" in done.out
+    same_run(whole, run_dir, training_records, exported)
+
+
+def test_a_damaged_checkpoint_costs_one_step(
+    whole: Path,
+    stopped: Path,
+    spear: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+    exported: Tensors,
+) -> None:
+    """Falls back to step 2, says so, does step 3 again; a half-written step 4 is swept away."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    file = max(
+        (run_dir / "checkpoints" / "step_3").rglob("*.distcp"), key=lambda f: f.stat().st_size
+    )
+    with file.open("rb+") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    (run_dir / "checkpoints" / "step_4.tmp" / "policy").mkdir(parents=True)
+    done = spear("train", f"resume={run_dir}", *SETTINGS)
+    told = done.out + done.err
+    assert "passing over checkpoint" in told and "step_3" in told and file.name in told
+    assert "continuing after step 2 of 4" in told
+    assert not (run_dir / "checkpoints" / "step_4.tmp").exists()
+    assert (run_dir / "checkpoints" / "step_3.damaged").is_dir()
+    same_run(whole, run_dir, training_records, exported)
+
+
+def test_a_finished_run_can_be_resumed_to_no_effect(
+    whole: Path,
+    spear: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+    exported: Tensors,
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    spear("train", f"resume={run_dir}", *SETTINGS)
+    same_run(whole, run_dir, training_records, exported)
+
+
+def test_resume_without_a_file_takes_the_runs_own_settings(
+    whole: Path,
+    stopped: Path,
+    command: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+    exported: Tensors,
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    done = command("train", f"resume={run_dir}")
+    assert "continuing after step 3 of 4" in done.out
+    same_run(whole, run_dir, training_records, exported)

@@ -1,0 +1,129 @@
+"""Packing: hand numbers for the shift, properties for everything else."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_spear.data.packing import PackedStep, pack
+from megatron_spear.errors import DataError
+from megatron_spear.testing.hand_made import make_sample
+from megatron_spear.types import Origin, TrainSample
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=25)
+
+
+def sample_of(length: int, number: int) -> TrainSample:
+    draw = np.random.default_rng(number)
+    return make_sample(
+        group=str(number),
+        mask=[1] * length,
+        token_ids=draw.integers(1, 99, length).astype(np.int32),
+        old_logprobs=draw.normal(size=length).astype(np.float32),
+        advantages=draw.normal(size=length).astype(np.float32),
+    )
+
+
+def packed_of(
+    lengths: list[int], limit: int, data_parallel: int, multiple: int
+) -> tuple[list[TrainSample], list[np.ndarray], PackedStep]:
+    samples = [sample_of(length, number) for number, length in enumerate(lengths)]
+    weights = [np.random.default_rng(n).random(length) for n, length in enumerate(lengths)]
+    for weight in weights:
+        weight[0] = 0.0
+    origins = [Origin.REPLAY if n % 2 else Origin.ON_POLICY for n in range(len(lengths))]
+    step = pack(
+        samples,
+        weights,
+        origins,
+        data_parallel=data_parallel,
+        tokens_per_microbatch=limit,
+        pad_multiple=multiple,
+    )
+    return samples, weights, step
+
+
+def test_shift_by_hand() -> None:
+    sample = make_sample(
+        mask=(0, 1, 1),
+        token_ids=np.array([5, 6, 7], np.int32),
+        old_logprobs=np.array([0.0, -1.0, -2.0], np.float32),
+        advantages=np.array([0.0, 3.0, 4.0], np.float32),
+    )
+    weight = np.array([0.0, 0.25, 0.75])
+    step = pack([sample], [weight], [Origin.REPLAY], tokens_per_microbatch=8, pad_multiple=4)
+    batch = step.micro_batches[0][0]
+    assert batch.token_ids.tolist() == [5, 6, 7, 0]
+    assert batch.labels.tolist() == [6, 7, 0, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.old_logprobs.tolist() == [-1.0, -2.0, 0.0, 0.0]
+    assert batch.advantages.tolist() == [3.0, 4.0, 0.0, 0.0]
+    assert batch.token_weight.tolist() == [0.25, 0.75, 0.0, 0.0]
+    assert batch.origin.tolist() == [1, 1, 1, 0] and batch.origin.dtype == torch.uint8
+    assert batch.max_seqlen == 3
+    (values,) = step.unpack([[torch.tensor([10.0, 20.0, 99.0, 99.0])]])
+    assert values.tolist() == [0.0, 10.0, 20.0] and values.dtype == np.float32
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4))
+def test_nothing_is_lost_or_doubled(
+    lengths: list[int], limit: int, data_parallel: int, multiple: int
+) -> None:
+    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple)
+    assert len(step.micro_batches) == data_parallel
+    assert len({len(rank) for rank in step.micro_batches}) == 1
+    packed_members = sorted(i for rank in step.members for group in rank for i in group)
+    assert packed_members == list(range(len(lengths)))
+    for rank, members in zip(step.micro_batches, step.members, strict=True):
+        for batch, group in zip(rank, members, strict=True):
+            used = sum(lengths[i] for i in group)
+            assert used <= limit or len(group) == 1
+            assert batch.num_tokens % multiple == 0
+            assert batch.cu_seqlens[-1] == batch.num_tokens
+            assert batch.token_weight[used:].sum() == 0
+            expected = np.concatenate([samples[i].token_ids for i in group] + [np.zeros(0)])
+            assert np.array_equal(batch.token_ids[:used].numpy(), expected)
+    total = sum(float(b.token_weight.double().sum()) for r in step.micro_batches for b in r)
+    assert total == pytest.approx(sum(w.sum() for w in weights), abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4))
+def test_unpack_undoes_pack(
+    lengths: list[int], limit: int, data_parallel: int, multiple: int
+) -> None:
+    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple)
+    for name, originals in (
+        ("old_logprobs", [s.old_logprobs for s in samples]),
+        ("token_weight", [w.astype(np.float32) for w in weights]),
+    ):
+        back = step.unpack([[getattr(b, name) for b in rank] for rank in step.micro_batches])
+        for value, original in zip(back, originals, strict=True):
+            assert value[0] == 0
+            assert np.array_equal(value[1:], original[1:])
+
+
+def test_ranks_get_about_the_same_cost() -> None:
+    lengths = np.random.default_rng(0).integers(50, 300, 80).tolist()
+    _, _, step = packed_of(lengths, 4096, 2, 1)
+    tokens = [sum(b.num_tokens for b in rank) for rank in step.micro_batches]
+    assert max(tokens) / min(tokens) < 1.1
+    assert step.padding_fraction == 0
+
+
+def test_long_sample_gets_a_micro_batch_of_its_own() -> None:
+    _, _, step = packed_of([100, 3, 4, 5], 16, 1, 1)
+    assert (0,) in step.members[0]
+
+
+def test_refuses_what_cannot_be_trained() -> None:
+    sample = sample_of(4, 0)
+    with pytest.raises(DataError, match="token 0 has weight"):
+        pack([sample], [np.ones(4)], [Origin.ON_POLICY], tokens_per_microbatch=8)
+    with pytest.raises(DataError, match="3 weights for 4 tokens"):
+        pack([sample], [np.zeros(3)], [Origin.ON_POLICY], tokens_per_microbatch=8)
+    with pytest.raises(DataError, match="no samples"):
+        pack([], [], [], tokens_per_microbatch=8)

@@ -1,0 +1,205 @@
+"""One rank: equal to transformers, independent of packing, exact after a resume."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_spear.config.schema import OptimizerSection, PolicySection
+from megatron_spear.data.packing import PackedStep, TrainBatch, pack
+from megatron_spear.errors import CheckpointError, ConfigError
+from megatron_spear.policy.parallel import ParallelContext
+from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
+
+
+@dataclass
+class WeightedNll:
+    """Plain sum of token_weight * -log p."""
+
+    temperature: float = 1.0
+    needs_entropy: bool = False
+    factor: float = 1.0
+
+    def __call__(
+        self, logprobs: Tensor, entropy: Tensor | None, batch: TrainBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = -self.factor * (batch.token_weight * logprobs).sum()
+        return loss, {"tokens": (batch.token_weight > 0).sum()}
+
+
+def make(path: Path, ctx: ParallelContext, **policy: Any) -> MegatronPolicy:
+    optimizer = OptimizerSection(lr=1e-3, warmup_steps=2, schedule="linear")
+    return MegatronPolicy.from_hf(path, PolicySection(**policy), optimizer, 10, ctx)
+
+
+def packed(limit: int = 200) -> PackedStep:
+    return pack(*random_samples(), tokens_per_microbatch=limit)
+
+
+def gradient(policy: MegatronPolicy, step: PackedStep) -> dict[str, Tensor]:
+    policy.compute_gradient(step.micro_batches[0], WeightedNll())
+    return {name: p.main_grad.clone() for name, p in policy._core.named_parameters()}
+
+
+def exported(policy: MegatronPolicy) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in policy.export_weights() if t is not None}
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3", "Qwen2", "Llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_equals_transformers(
+    architecture: str, tied: bool, tmp_path: Path, ctx: ParallelContext
+) -> None:
+    model = tiny_hf_folder(tmp_path, architecture, tie_word_embeddings=tied)
+    policy = make(tmp_path, ctx)
+    samples, weights, _ = random_samples()
+    step = packed()
+    got, entropies = policy.logprobs(step, temperature=0.8, with_entropy=True)
+    with torch.no_grad():
+        for sample, values, entropy in zip(samples, got, entropies, strict=True):
+            want = hf_logprobs(model, sample.token_ids, 0.8)
+            torch.testing.assert_close(torch.from_numpy(values), want, rtol=0, atol=1e-5)
+            assert entropy[0] == 0 and (entropy[1:] > 0).all()
+    loss = sum(
+        -(hf_logprobs(model, sample.token_ids) * torch.from_numpy(weight)).sum()
+        for sample, weight in zip(samples, weights, strict=True)
+    )
+    loss.backward()
+    grads = gradient(policy, step)
+    for ours, theirs in (
+        ("embedding.word_embeddings.weight", model.model.embed_tokens),
+        ("decoder.layers.0.mlp.linear_fc2.weight", model.model.layers[0].mlp.down_proj),
+        ("decoder.layers.1.input_layernorm.weight", model.model.layers[1].input_layernorm),
+    ):
+        want = theirs.weight.grad
+        assert ((grads[ours] - want).norm() / want.norm()).item() < 1e-5
+    state = model.state_dict()
+    weights_out = exported(policy)
+    assert set(weights_out) == set(state) - ({"lm_head.weight"} if tied else set())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in weights_out.items())
+
+
+def test_gradient_does_not_depend_on_packing(tmp_path: Path, ctx: ParallelContext) -> None:
+    tiny_hf_folder(tmp_path)
+    policy = make(tmp_path, ctx)
+    one = gradient(policy, packed(10_000))
+    assert len(packed(10_000).micro_batches[0]) == 1
+    for step in (packed(100), pack(*random_samples(), tokens_per_microbatch=150, pad_multiple=64)):
+        assert len(step.micro_batches[0]) > 2
+        for name, grad in gradient(policy, step).items():
+            assert ((grad - one[name]).norm() / one[name].norm()).item() < 1e-5, name
+
+
+def test_training_lowers_the_loss_and_reports(tmp_path: Path, ctx: ParallelContext) -> None:
+    tiny_hf_folder(tmp_path)
+    policy = make(tmp_path, ctx)
+    reports = [policy.train_step(packed(), WeightedNll()) for _ in range(4)]
+    assert reports[-1]["loss/total"] < reports[0]["loss/total"]
+    assert [r["lr"] for r in reports] == pytest.approx([5e-4, 1e-3, 8.75e-4, 7.5e-4])
+    samples, _, _ = random_samples()
+    assert reports[0]["tokens"] == sum(len(s.token_ids) - 1 for s in samples)
+    assert reports[0]["grad_norm"] > 0 and reports[0]["skipped"] == 0
+
+
+def test_update_is_adamw_without_decay_on_norms(tmp_path: Path, ctx: ParallelContext) -> None:
+    model = tiny_hf_folder(tmp_path)
+    optimizer = OptimizerSection(lr=1e-3, weight_decay=0.5, clip_grad=0.1)
+    policy = MegatronPolicy.from_hf(tmp_path, PolicySection(), optimizer, 10, ctx)
+    samples, weights, _ = random_samples()
+    plain = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.5},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    for _ in range(2):
+        plain.zero_grad()
+        for sample, weight in zip(samples, weights, strict=True):
+            (-(hf_logprobs(model, sample.token_ids) * torch.from_numpy(weight)).sum()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        plain.step()
+        report = policy.train_step(packed(), WeightedNll())
+        assert report["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    state = model.state_dict()
+    for name, tensor in policy.export_weights():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_not_finite_gradient_is_skipped(tmp_path: Path, ctx: ParallelContext) -> None:
+    tiny_hf_folder(tmp_path)
+    policy = make(tmp_path, ctx)
+    before = exported(policy)
+    report = policy.train_step(packed(), WeightedNll(factor=math.inf))
+    assert report["skipped"] == 1 and math.isnan(report["grad_norm"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.export_weights())
+    assert policy.train_step(packed(), WeightedNll())["skipped"] == 0
+    assert all(torch.isfinite(tensor).all() for tensor in exported(policy).values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_resume_is_exact(
+    precision: str, steps_before: int, tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path / "hf")
+    policy = make(tmp_path / "hf", ctx, precision=precision)
+    for _ in range(steps_before):
+        policy.train_step(packed(), WeightedNll())
+    policy.save(tmp_path / "state")
+    expected = [policy.train_step(packed(), WeightedNll()) for _ in range(2)]
+    resumed = make(tmp_path / "hf", ctx, precision=precision)
+    resumed.load(tmp_path / "state")
+    assert [resumed.train_step(packed(), WeightedNll()) for _ in range(2)] == expected
+    want = exported(policy)
+    assert all(torch.equal(tensor, want[name]) for name, tensor in exported(resumed).items())
+
+
+def test_broken_state_is_refused(tmp_path: Path, ctx: ParallelContext) -> None:
+    tiny_hf_folder(tmp_path / "hf")
+    policy = make(tmp_path / "hf", ctx)
+    policy.train_step(packed(), WeightedNll())
+    state = tmp_path / "state"
+    policy.save(state)
+    with pytest.raises(CheckpointError, match="not empty"):
+        policy.save(state)
+    file = max(state.glob("*.distcp"), key=lambda f: f.stat().st_size)
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    for broken, message in (
+        (whole[:middle], "truncated"),
+        (whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "has changed"),
+    ):
+        file.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=message):
+            policy.load(state)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        policy.load(state)
+    with pytest.raises(CheckpointError, match=r"no files\.json"):
+        policy.load(tmp_path / "nowhere")
+
+
+def test_state_of_another_model_is_refused(tmp_path: Path, ctx: ParallelContext) -> None:
+    tiny_hf_folder(tmp_path / "small")
+    tiny_hf_folder(tmp_path / "wide", hidden_size=128)
+    make(tmp_path / "small", ctx).save(tmp_path / "state")
+    with pytest.raises(CheckpointError, match="does not fit or is damaged"):
+        make(tmp_path / "wide", ctx).load(tmp_path / "state")
+
+
+def test_misuse_is_named(tmp_path: Path, ctx: ParallelContext) -> None:
+    tiny_hf_folder(tmp_path)
+    policy = make(tmp_path, ctx)
+    with pytest.raises(ConfigError, match="got no packed step"):
+        policy.logprobs(None, 1.0)
+    with pytest.raises(ConfigError, match="packed for 2 data-parallel ranks"):
+        step = pack(*random_samples(), tokens_per_microbatch=200, data_parallel=2)
+        policy.logprobs(step, 1.0)
