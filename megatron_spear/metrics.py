@@ -3,9 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-_SUMS = ("num_", "tokens")
-_MAXIMA = ("max_",)
-
 
 def merge(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Merge metric records of parts of one step into one record.
@@ -25,8 +22,8 @@ def merge(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def _combine(name: str, series: list[float]) -> float:
     last = name.rsplit("/", 1)[-1]
-    if last.startswith(_SUMS) or last.endswith("tokens"):
+    if last.startswith("num_") or last.endswith("tokens"):
         return sum(series)
-    if last.startswith(_MAXIMA):
+    if last.startswith("max_"):
         return max(series)
     return sum(series) / len(series)

@@ -11,9 +11,11 @@ from megatron_spear.errors import SpearError, StopRequested
 
 USAGE_EXIT = 2
 STOPPED_EXIT = 130
+PEER_GONE_EXIT = 71
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 _COMMANDS = {
     "train": "run the whole job: model, warm start, SPEAR steps, evaluation, export",
@@ -64,6 +66,8 @@ def run(arguments: Sequence[str]) -> int:
 
     stop = install_stop_signals()  # before torch is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait for each other give their core away: far better where the machine is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from megatron_spear.trainer import jobs
 
     if options.command == "train":
@@ -97,6 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         status = USAGE_EXIT
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _PEER_GONE):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"rank {rank} ends because another rank did; that one says why", file=sys.stderr)
+        status = PEER_GONE_EXIT
     sys.stdout.flush()
     sys.exit(status)
 

@@ -13,6 +13,7 @@ RESUME_MAY_DIFFER = (
     "run.name",
     "run.stop_after",
     "run.threads",
+    "run.hang_limit_s",
     "resume",
     "model.cache_dir",
     "policy.tensor_parallel",

@@ -52,6 +52,9 @@ class RunSection(Section):
     """Trainer steps in total; a resumed run continues up to the same number."""
     stop_after: PositiveInt | None = None
     """Stop cleanly after this many steps in total (a partial run, to be resumed); None = never."""
+    hang_limit_s: PositiveFloat = 3600.0
+    """Longest wait without progress; then the process prints who was waited for and all stacks, and
+    exits with status 70. Must be above the longest rollout stage, for which other ranks wait."""
     threads: NonNegativeInt = 0
     """torch threads a process; 0 = the cores of the machine shared out among its ranks."""
 
@@ -310,8 +313,10 @@ class SftSection(Section):
     """Chance per turn of an inserted invalid action, answered and not trained on."""
     explore: NonNegativeFloat = 2.0
     """Mean number of places searched before the demonstration goes to the right one."""
+    decision_weight: PositiveFloat = 1.0
+    """Loss weight of an action's first token, which says what kind of action it is."""
     observation_weight: Fraction = 0.3
-    """Loss weight of observation tokens (1 for actions)."""
+    """Loss weight of observation tokens (1 for the other tokens of actions)."""
     optimizer: OptimizerSection = OptimizerSection(
         lr=2e-3, schedule="cosine", min_lr=2e-4, warmup_steps=20, beta2=0.98
     )

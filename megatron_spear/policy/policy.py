@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
+from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.data.packing import PackedStep
@@ -24,7 +25,6 @@ from megatron_spear.policy import checkpoint, cpu, exchange, step, weights
 from megatron_spear.policy.model import PackedModel
 from megatron_spear.policy.optimizer import build_optimizer, learning_rate
 from megatron_spear.policy.parallel import ParallelContext, check_layout
-from megatron_spear.policy.step import PolicyLoss
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class MegatronPolicy:
         ]
         return (lists[0], lists[1]) if with_entropy else lists[0]
 
-    def train_step(self, packed: PackedStep | None, loss: PolicyLoss | None) -> dict[str, float]:
+    def train_step(self, packed: PackedStep | None, loss: TokenLoss | None) -> dict[str, float]:
         """One optimizer step on the plain sum of ``loss`` over all tokens; collective.
 
         Gives, on every rank: ``grad_norm`` (before clipping), ``lr``, ``skipped`` (1 if the
@@ -128,7 +128,7 @@ class MegatronPolicy:
         metrics = {"lr": rate, **self._update(rate)}
         return {**metrics, **exchange.all_sum(sums, self.ctx)}
 
-    def compute_gradient(self, batches: Any, loss: PolicyLoss) -> dict[str, float] | None:
+    def compute_gradient(self, batches: Any, loss: TokenLoss) -> dict[str, float] | None:
         """Forward and backward of this rank's micro-batches; the reduced gradient stays."""
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()

@@ -7,7 +7,7 @@ do not depend on how the step was packed or laid out.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -16,27 +16,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_spear.algorithms.logprobs import token_logprobs
+from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.data.packing import TrainBatch
 from megatron_spear.policy.parallel import ParallelContext
-
-
-class PolicyLoss(Protocol):
-    """A loss over one micro-batch; small and picklable, since the controller sends it to the ranks.
-
-    ``temperature`` divides the logits. ``needs_entropy`` asks for the entropy (without gradient).
-    """
-
-    temperature: float
-    needs_entropy: bool
-
-    def __call__(
-        self, logprobs: Tensor, entropy: Tensor | None, batch: TrainBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar ``sum(token_weight * surrogate)`` and sums to report, by name.
-
-        ``logprobs`` and ``entropy`` are ``[T]`` and speak of ``batch.labels``.
-        """
-        ...
 
 
 def forward_logprobs(
@@ -68,7 +50,7 @@ def forward_backward(
     batches: Sequence[TrainBatch],
     ctx: ParallelContext,
     vocab_size: int,
-    loss: PolicyLoss,
+    loss: TokenLoss,
 ) -> dict[str, float] | None:
     """Leave the summed, fully reduced gradient in the model; the loss's sums on the last stage.
 

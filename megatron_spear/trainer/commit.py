@@ -115,7 +115,11 @@ class CheckpointStore:
         self._agreed(step, agree, failure, controller)
         try:
             yield tmp
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            if controller:
+                self.abort(step)
+            raise
+        except BaseException as error:  # torch's CheckpointException is no Exception
             failure = self._failure(step, error)
             agree(False)
             if controller:
@@ -123,10 +127,6 @@ class CheckpointStore:
             if failure is None:
                 raise
             raise failure from error
-        except BaseException:
-            if controller:
-                self.abort(step)
-            raise
         self._agreed(step, agree, None, controller)
         try:
             if controller:
@@ -208,7 +208,7 @@ class CheckpointStore:
             "(its own message says why); earlier checkpoints are untouched"
         )
 
-    def _failure(self, step: int, error: Exception) -> CheckpointError | None:
+    def _failure(self, step: int, error: BaseException) -> CheckpointError | None:
         """What a failed write means for the user; None for a mistake in the program.
 
         torch and safetensors turn a full disk into errors of their own, so the text counts too.
@@ -219,18 +219,19 @@ class CheckpointStore:
             return self._unwritten(step, error, full=told_full)
         return None
 
-    def _unwritten(self, step: int, error: Exception, *, full: bool = False) -> CheckpointError:
+    def _unwritten(self, step: int, error: BaseException, *, full: bool = False) -> CheckpointError:
         full = full or getattr(error, "errno", None) in _FULL or self._free() < 1 << 20
         if not full:
             return CheckpointError(
-                f"checkpoint of step {step} was not written: {error}; earlier checkpoints are "
-                "untouched"
+                f"checkpoint of step {step} was not written: {_last_line(error)}; earlier "
+                "checkpoints are untouched"
             )
         written, last = _size(self.tmp_path(step)), _size_of_last(self._committed())
         needed = f"about {_human(last)} (like the last one)" if last else "more"
+        free, reason = _human(self._free()), _last_line(error)
         return CheckpointError(
             f"checkpoint of step {step} was not written: the disk is full or a quota is reached "
-            f"({error}). {_human(written)} were written, {needed} needed; {_human(self._free())} "
+            f"({reason}). {_human(written)} were written, {needed} needed; {free} "
             f"are free in {self.folder}. Earlier checkpoints are untouched; free some space "
             "(or lower checkpoint.keep) and resume the run"
         )
@@ -238,6 +239,12 @@ class CheckpointStore:
     def _free(self) -> int:
         existing = next((p for p in (self.folder, *self.folder.parents) if p.exists()), Path("/"))
         return shutil.disk_usage(existing).free
+
+
+def _last_line(error: BaseException) -> str:
+    """The error in one line; torch puts the reason of a failed write below a whole traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _size_of_last(committed: list[tuple[int, Path]]) -> int:

@@ -1,6 +1,7 @@
 """Demonstrations as training samples, made ahead of time by worker processes (no torch in them)."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import random
@@ -28,8 +29,6 @@ from megatron_spear.types import Reward, Segment, TrainSample, TrajectoryId, Tur
 
 _MAX_TRIES = 50
 _PREFETCH = 4
-
-_pool: list[GameFile] = []
 
 
 class DemonstrationSource:
@@ -72,9 +71,13 @@ def make_demonstrations(
     env: AlfworldSection, sft: SftSection, game_seed: int, first: int, count: int
 ) -> list[Demonstration]:
     """Demonstrations ``first`` to ``first + count - 1``; runs in the worker."""
-    if env.games is not None and not _pool:
-        _pool.extend(training_games(env))
     return [_one(env, sft, game_seed, index) for index in range(first, first + count)]
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded_games(env: AlfworldSection) -> list[GameFile]:
+    """The training games of ``env.games``, read once in a process."""
+    return training_games(env)
 
 
 def _one(env: AlfworldSection, sft: SftSection, game_seed: int, index: int) -> Demonstration:
@@ -88,7 +91,7 @@ def _one(env: AlfworldSection, sft: SftSection, game_seed: int, index: int) -> D
                 settings=env.generator,
             )
         else:
-            game = rng.choice(_pool)
+            game = rng.choice(_loaded_games(env))
         played = demonstrate(
             parse_game(game),
             rng,
@@ -138,11 +141,12 @@ def to_samples(
     *,
     observation_weight: float,
     max_tokens: int,
+    decision_weight: float = 1.0,
 ) -> list[tuple[TrainSample, WeightArray]]:
     """The samples of one demonstration (one per segment), rendered exactly as rollouts are.
 
-    Weights ``[L]`` are not normalised yet: 1 on learned actions, 0 on slips, ``observation_weight``
-    on what is read. Segments are cut at ``max_tokens``.
+    Weights ``[L]`` are not normalised yet: 1 on learned actions (``decision_weight`` on their first
+    token), 0 on slips, ``observation_weight`` on what is read. Segments are cut at ``max_tokens``.
     """
     view = alfworld_view(env.prompt)
     segments: list[list[Turn]] = []
@@ -161,7 +165,9 @@ def to_samples(
             segments.append([])
         segments[-1].append(turn)
     return [
-        _sample(name, number, len(segments), turns, observation_weight, max_tokens)
+        _sample(
+            (name, number, len(segments)), turns, (observation_weight, decision_weight), max_tokens
+        )
         for number, turns in enumerate(segments)
     ]
 
@@ -187,36 +193,33 @@ def _observation_tokens(
 
 
 def _sample(
-    name: str, number: int, count: int, turns: Sequence[Turn], seen_weight: float, limit: int
+    name: tuple[str, int, int], turns: Sequence[Turn], weight: tuple[float, float], limit: int
 ) -> tuple[TrainSample, WeightArray]:
+    """``name`` is (prompt id, segment, number of segments), ``weight`` (observation, decision)."""
     segment = Segment(turns=tuple(turns))
-    weights = np.concatenate(
-        [
-            np.concatenate(
-                [
-                    np.full(len(t.observation_tokens), seen_weight),
-                    np.full(len(t.action_tokens), float(t.valid)),
-                ]
-            )
-            for t in turns
-        ]
-    )
+    parts: list[WeightArray] = []
+    for turn in turns:
+        action = np.full(len(turn.action_tokens), float(turn.valid))
+        action[0] *= weight[1]
+        parts += [np.full(len(turn.observation_tokens), weight[0]), action]
+    weights = np.concatenate(parts)
     length = min(segment.num_tokens, limit)
+    starts = segment.turn_starts[segment.turn_starts < length]
     weights[0] = 0.0
     zeros = np.zeros(length, np.float32)
     sample = TrainSample(
-        trajectory_id=TrajectoryId(group=name, member=0),
-        segment=number,
-        num_segments=count,
-        prompt_id=name,
+        trajectory_id=TrajectoryId(group=name[0], member=0),
+        segment=name[1],
+        num_segments=name[2],
+        prompt_id=name[0],
         token_ids=segment.token_ids[:length],
         response_mask=segment.response_mask[:length],
         rollout_logprobs=zeros,
         old_logprobs=zeros,
         advantages=zeros,
         reward=Reward(outcome=1.0),
-        turn_starts=segment.turn_starts,
-        anchors=("",) * len(turns),
+        turn_starts=starts,
+        anchors=("",) * len(starts),
         policy_version=0,
     )
     return sample, weights[:length]

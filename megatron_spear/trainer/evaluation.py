@@ -61,11 +61,14 @@ def evaluate(
 def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
     """Mean paired difference after - before and its 95 % normal interval: (mean, low, high).
 
-    Example: 4 games, one newly won: mean 0.25, interval 0.25 -+ 1.96 * 0.25.
+    Example: 4 games, one newly won: mean 0.25, interval 0.25 -+ 1.96 * 0.25. One game alone says
+    nothing about the spread, so its interval is all that is possible, -1 to 1.
     """
     import numpy as np
 
     difference = np.asarray(after, float) - np.asarray(before, float)
     mean = float(difference.mean())
+    if len(difference) < 2:
+        return mean, -1.0, 1.0
     half = 1.96 * float(difference.std(ddof=1)) / len(difference) ** 0.5
     return mean, mean - half, mean + half

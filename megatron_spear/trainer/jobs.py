@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_spear.config.check import check_config
 from megatron_spear.config.schema import RunConfig
-from megatron_spear.errors import ConfigError
+from megatron_spear.errors import ConfigError, StopRequested
 from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import build_tracker
@@ -23,8 +23,11 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, stop: Any) -> dict[str, Any]:
     """The main job: initial model, warm start, SPEAR steps, evaluation, export, summary."""
     console, controller = _start(config)
-    directory = _run_directory(config) if controller else RunDirectory(config.run.dir)
-    with console, _ranks(config, console) as context:
+    with (
+        console,
+        _run_directory(config, controller) as directory,
+        _ranks(config, console) as context,
+    ):
         from megatron_spear.trainer import build
         from megatron_spear.trainer.run import SpearRun
 
@@ -127,10 +130,22 @@ def _start(config: RunConfig) -> tuple[Console, bool]:
     return console, controller
 
 
-def _run_directory(config: RunConfig) -> RunDirectory:
-    if config.resume is not None:
-        return RunDirectory.resume(config.resume, config)
-    return RunDirectory.create(config.run.dir, config)
+@contextlib.contextmanager
+def _run_directory(config: RunConfig, controller: bool) -> Iterator[RunDirectory]:
+    """The run directory; a new one goes again if the run fails before it has recorded anything."""
+    if not controller:
+        yield RunDirectory(config.run.dir)
+    elif config.resume is not None:
+        yield RunDirectory.resume(config.resume, config)
+    else:
+        directory = RunDirectory.create(config.run.dir, config)
+        try:
+            yield directory
+        except StopRequested:
+            raise
+        except BaseException:
+            directory.remove_unused()
+            raise
 
 
 @contextlib.contextmanager
@@ -144,7 +159,9 @@ def _ranks(config: RunConfig, console: Console) -> Iterator[Any]:
     from megatron_spear.trainer.build import use_threads
 
     threads = use_threads(config.run.threads)
-    context = parallel.initialize(config.policy, seed=config.run.seed)
+    context = parallel.initialize(
+        config.policy, seed=config.run.seed, timeout_s=config.run.hang_limit_s
+    )
     console.line(
         f"{context.world_size} rank(s): tensor {context.tensor_size} x pipeline "
         f"{context.pipeline_size} x data {context.data_size}, {threads} thread(s) each"

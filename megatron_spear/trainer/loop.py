@@ -54,7 +54,8 @@ class SpearStep:
                 metrics.update(found)
         with timer.phase("old_logprobs"):
             active = self._with_old_logprobs(with_gradient(samples))
-            metrics.update(logprob_gap(active))
+            if self.algorithm.old_logprobs == "policy":  # else the engine's, compared with itself
+                metrics.update(logprob_gap(active))
         with timer.phase("replay"):
             extra = self._extra_updates(ctx, active)
         with timer.phase("replay_logprobs"):

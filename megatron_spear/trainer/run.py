@@ -13,6 +13,7 @@ from megatron_spear.config.fingerprint import config_hash
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.hf_io import write_hf_folder
 from megatron_spear.curriculum.coefficients import coefficients
+from megatron_spear.deadlines import Watchdog
 from megatron_spear.errors import CheckpointError, StopRequested
 from megatron_spear.trainer.commit import Checkpoint, CheckpointStore
 from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval
@@ -76,6 +77,7 @@ class SpearRun:
         self._model = model
         self._store = CheckpointStore(directory.checkpoints, config.checkpoint.keep)
         self._progress = Progress()
+        self._watchdog = Watchdog(config.run.hang_limit_s, "the start of the run")
         self._is_controller = rollout is not None
 
     def resume(self) -> int:
@@ -108,7 +110,14 @@ class SpearRun:
         return self._progress.step
 
     def run(self) -> dict[str, Any]:
-        """From where the run stands to its end; returns the summary (empty on other ranks)."""
+        """From where the run stands to its end; returns the summary (empty on other ranks).
+
+        A step or evaluation that stands still for ``run.hang_limit_s`` ends the process loudly.
+        """
+        with self._watchdog:
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         section = self._config.run
         if self._progress.step == 0:
             before = self._evaluate("Evaluation before", 0)
@@ -132,6 +141,7 @@ class SpearRun:
         saved = self._progress.step
         with self._console.bar("step", last, done=self._progress.step) as bar:
             while self._progress.step < last:
+                self._watchdog.beat(f"step {self._progress.step + 1}")
                 report = self._step.run(self._context(), self._check_stop)
                 self._progress.add(report)
                 self._track(report)
@@ -168,8 +178,8 @@ class SpearRun:
         )
 
     def _check_stop(self, finished: int) -> None:
-        """A clean stop waits for the end of the step; nothing to do here but keep the screen
-        alive."""
+        """A clean stop waits for the end of the step; here only screen and watchdog hear of it."""
+        self._watchdog.beat(f"step {self._progress.step + 1}, {finished} trajectories are done")
         self._console.beat(f"rollout: {finished} trajectories")
 
     def _track(self, report: StepReport) -> None:
@@ -181,6 +191,7 @@ class SpearRun:
 
         A clean stop ends it, on every rank, with StopRequested.
         """
+        self._watchdog.beat(title)
         self._console.phase(title)
         result: PanelResult | None = None
         stopped = ""
@@ -197,12 +208,18 @@ class SpearRun:
     def _play_panel(self, step: int) -> PanelResult:
         section = self._config.evaluation
         with self._console.bar("games", len(self._panel.prompts)) as bar:
+            shown = advance(bar, self._stop)
+
+            def progress(finished: int) -> None:
+                self._watchdog.beat(f"the evaluation, {finished} games are done")
+                shown(finished)
+
             result = evaluate(
                 self._rollout.rollouter,
                 self._panel,
                 seed=section.seed,
                 temperature=section.temperature,
-                progress=advance(bar, self._stop),
+                progress=progress,
             )
         self._console.line(f"success {result.success:.3f} on {len(result.won)} games")
         if self.tracker:

@@ -6,6 +6,7 @@ curves.png      the curves                        checkpoints/   step_N, committ
 wandb/          wandb's own files
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -117,6 +118,18 @@ class RunDirectory:
         run._warn_of_versions()
         run._write(config)
         return run
+
+    def remove_unused(self) -> None:
+        """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""
+        own = (self.config_file, self.versions_file, self.metrics_file)
+        used = self.metrics_file.is_file() and self.metrics_file.stat().st_size
+        if used or set(self.path.iterdir()) - {*own, self.checkpoints}:
+            return
+        with contextlib.suppress(OSError):  # a checkpoint inside keeps its folder
+            self.checkpoints.rmdir()
+            for file in own:
+                file.unlink(missing_ok=True)
+            self.path.rmdir()
 
     def _refuse_reuse(self, config: RunConfig) -> None:
         """Raise unless a non-empty directory was left by the same run before its first record."""

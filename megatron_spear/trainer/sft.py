@@ -70,7 +70,7 @@ def warm_start(
         write_hf_folder(target, model, weights)
     for _ in weights:  # what nobody wrote is still a collective
         pass
-    return target
+    return broadcast(target)  # no rank goes on before the folder is there
 
 
 def _pack(
@@ -90,6 +90,7 @@ def _pack(
             renderer,
             config.env,
             observation_weight=config.sft.observation_weight,
+            decision_weight=config.sft.decision_weight,
             max_tokens=config.rollout.max_context,
         )
     ]

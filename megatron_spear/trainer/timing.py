@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PRODUCTIVE = ("rollout", "old_logprobs", "replay_logprobs", "train")
+
 
 class PhaseTimer:
     """Adds up seconds by phase; ``metrics()`` gives ``time/<phase>_s`` and ``time/step_s``.
@@ -11,7 +13,7 @@ class PhaseTimer:
     ``time/other_fraction`` is the share of the step spent outside the named ``productive`` phases.
     """
 
-    def __init__(self, productive: tuple[str, ...] = ("rollout", "old_logprobs", "train")) -> None:
+    def __init__(self, productive: tuple[str, ...] = PRODUCTIVE) -> None:
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
         self._productive = productive

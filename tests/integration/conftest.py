@@ -1,4 +1,4 @@
-"""Runs of the real command on a model of some thousand weights: a second or two once torch is loaded.
+"""Runs of the real command on a model of some thousand weights: seconds once torch is loaded.
 
 ``spear`` runs the command in this process, ``launch`` starts it as its own (signals, torchrun).
 """

@@ -1,4 +1,4 @@
-"""Histories and prompts other than the quick start's, each through warm start, rollout and update."""
+"""Histories and prompts other than the quick start's, each from warm start to update."""
 
 import json
 from collections.abc import Callable

@@ -9,7 +9,7 @@ import torch
 
 pytestmark = pytest.mark.timeout(300)
 
-SETTINGS = ("run.steps=2", "policy.optimizer.lr=0.01", "checkpoint.every=1")
+SETTINGS = ("run.steps=2", "policy.optimizer.lr=0.001", "checkpoint.every=1")
 Records = Callable[[Path], dict[int, dict[str, Any]]]
 Tensors = Callable[[Path], dict[str, torch.Tensor]]
 
@@ -61,6 +61,29 @@ def test_more_ranks_same_run(
     weights, again = exported(one_rank), exported(run_dir)
     for name, tensor in weights.items():
         torch.testing.assert_close(again[name], tensor, rtol=0.0, atol=1e-5)
+
+
+def test_several_ranks_make_the_warm_start(launch: Callable[..., Any], tmp_path: Path) -> None:
+    """One rank writes the folder, all of them start from it: none may look before it is there."""
+    settings = (f"run.dir={tmp_path / 'run'}", "run.steps=1", "sft.steps=2")
+    launched = launch(*settings, "policy.tensor_parallel=2", ranks=2, cache_dir=tmp_path / "cache")
+    done = launched.wait(240)
+    assert done.status == 0, done.err
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert [p.name[:5] for p in sorted((tmp_path / "cache").iterdir())] == ["tiny-", "warm-"]
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_by_the_rank_that_found_it(
+    launch: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The controller alone reads the folder; no other rank waits for it or hides its message."""
+    settings = (f"run.dir={tmp_path / 'run'}", f"model.path={tmp_path / 'absent'}")
+    done = launch(*settings, "policy.tensor_parallel=2", ranks=2).wait(120)
+    assert done.status != 0
+    assert f"error: {tmp_path / 'absent'} has no config.json" in done.err
+    assert "[rank1]" not in done.err
+    assert done.err.count("Traceback") <= 1, "torchrun's own only"
 
 
 def test_a_run_goes_on_at_another_layout(

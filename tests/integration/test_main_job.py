@@ -60,10 +60,10 @@ def test_each_step_is_recorded_once_and_trains(
     assert [r["step"] for r in evaluated if "eval/success" in r] == [0, 3]
 
 
-def test_the_exported_model_is_the_trained_policy(finished: tuple[Path, Any], cache: Path) -> None:
+def test_the_exported_model_is_the_trained_policy(finished: tuple[Path, Any]) -> None:
     """Plain transformers on ``model`` == the policy of the last checkpoint, != the warm start."""
-    run_dir, _ = finished
-    (warm,) = cache.glob("warm-start-*")
+    run_dir, done = finished
+    (warm,) = [Path(x.split(": ")[1]) for x in done.out.splitlines() if "from the cache: " in x]
     tokens = _tokens(run_dir / "model")
     ours = _plain_logprobs(run_dir / "model", tokens)
     last = _policy_logprobs(warm, run_dir / "checkpoints" / "step_3" / "policy", tokens)

@@ -12,9 +12,12 @@ pytestmark = pytest.mark.timeout(300)
 
 SETTINGS = (
     "run.steps=4",
-    "policy.optimizer.lr=0.01",
+    "policy.optimizer.lr=0.002",
     "policy.optimizer.schedule=cosine",
+    "policy.optimizer.min_lr=0.0002",
     "policy.optimizer.warmup_steps=2",
+    "algorithm.keep_groups_fraction=1.0",
+    "replay.rows_per_step=2",  # fewer than there are, so that some lie in the store over a stop
     "checkpoint.every=1",
     "checkpoint.keep=4",
 )

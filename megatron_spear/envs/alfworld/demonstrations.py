@@ -20,6 +20,7 @@ from megatron_spear.envs.alfworld.text import intro
 
 MAX_EXPLORE = 6  # most places searched before the hint
 
+MAX_SLIPS = 3  # most impossible actions in a row
 _ODD_SEARCH = 3.0  # percent added to the likelihood of every place, so that none is ruled out
 _NAME = re.compile(r"\ba ([a-z]+ \d+)")
 _PERCENT = {
@@ -70,8 +71,9 @@ def demonstrate(
         rng: where all chance comes from.
         explore: mean number of places searched for the first object before the hint, >= 0
             (geometric, at most `MAX_EXPLORE`); half of it for a second object or the lamp.
-        noise: chance, before each action, of one slip: an impossible action, answered with
-            "Nothing happens." and marked ``trained=False``. Never two slips in a row.
+        noise: chance, before each action, of a slip: an impossible action, answered with
+            "Nothing happens." and marked ``trained=False``; after a slip, of one more (at most
+            `MAX_SLIPS` in a row).
         max_turns: most turns, slips included.
         admissible: note the possible actions of each turn (the official prompt lists them).
 
@@ -103,11 +105,14 @@ class _Player:
         self.places: list[str] = _NAME.findall(self.observation.partition("you see")[2])
         self.seen: dict[str, list[str]] = {}
         self.brought: set[str] = set()
+        self.wanted = read_sentence(game.task).object
         self._noise, self._max_turns, self._lists_admissible = noise, max_turns, admissible
 
     def do(self, action: str) -> str:
-        """One action to learn, after a slip now and then; gives the answer."""
-        if self.rng.random() < self._noise:
+        """One action to learn, after slips now and then; gives the answer."""
+        for _ in range(MAX_SLIPS):
+            if self.rng.random() >= self._noise:
+                break
             slip = self._impossible_action(action)
             if slip is not None:
                 self._turn(slip, trained=False)
@@ -165,6 +170,11 @@ class _Player:
                 return action
         return None
 
+    def here(self) -> str:
+        """The place where the player stands; any place at the start."""
+        names = [self.game.names[r] for r in self.game.receptacles_at.get(self.state.location, ())]
+        return self.rng.choice(names or self.places)
+
     def some_place(self) -> str:
         """A place of the room."""
         return self.rng.choice(self.places)
@@ -183,11 +193,22 @@ def _wrong_place(player: _Player, intended: str) -> str:
     return re.sub(r"[a-z]+ \d+$", player.some_place(), intended)
 
 
+def _take_absent(player: _Player, intended: str) -> str:
+    """What a young policy does most: reach for the wanted object where it is not."""
+    return f"take {player.wanted} {player.rng.randint(1, 2)} from {player.here()}"
+
+
+def _move_absent(player: _Player, intended: str) -> str:
+    return f"move {player.wanted} {player.rng.randint(1, 2)} to {player.here()}"
+
+
 def _cut_short(player: _Player, intended: str) -> str:
     return intended.rsplit(" ", 1)[0]
 
 
 _SLIPS: tuple[Callable[[_Player, str], str], ...] = (
+    *[_take_absent] * 6,
+    *[_move_absent] * 2,
     _wrong_number,
     _wrong_place,
     _cut_short,

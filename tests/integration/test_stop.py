@@ -1,0 +1,110 @@
+"""Ctrl-C: once is a clean stop to resume from, twice ends at once; nothing stays half-written."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.timeout(300)
+
+SETTINGS = ("run.steps=8", "policy.optimizer.lr=0.002", "checkpoint.every=0")
+Records = Callable[[Path], dict[int, dict[str, Any]]]
+
+
+def until(condition: Callable[[], bool], launched: Any, limit_s: float = 180.0) -> None:
+    """Wait for the condition; fails when the process ends or the time is over before."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert launched.process.poll() is None, launched.out + launched.err
+        assert time.monotonic() < deadline, launched.out + launched.err
+        time.sleep(0.02)
+
+
+def has_step(run_dir: Path, step: int) -> bool:
+    file = run_dir / "metrics.jsonl"
+    return file.is_file() and f'"step": {step},' in file.read_text()
+
+
+def test_one_ctrl_c_stops_cleanly_and_resumes(
+    launch: Callable[..., Any],
+    spear: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+    exported: Callable[[Path], dict[str, torch.Tensor]],
+) -> None:
+    run_dir = tmp_path / "run"
+    launched = launch(f"run.dir={run_dir}", *SETTINGS)
+    until(lambda: has_step(run_dir, 1), launched)
+    launched.interrupt()
+    done = launched.wait(60)
+    assert done.status == 130, done.out + done.err
+    assert "SIGINT: stopping cleanly after this step; Ctrl-C again stops at once" in done.err
+    saved = len(training_records(run_dir))
+    assert 1 <= saved < 8
+    assert f"stopped: SIGINT; saved at step {saved}, continue with resume={run_dir}" in done.err
+    assert "Traceback" not in done.err
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == [f"step_{saved}"]
+
+    resumed = spear("train", f"resume={run_dir}", *SETTINGS)
+    assert f"continuing after step {saved} of 8" in resumed.out
+    whole = tmp_path / "whole"
+    spear("train", f"run.dir={whole}", *SETTINGS)
+    expected, found = training_records(whole), training_records(run_dir)
+    assert list(found) == list(expected)
+    for step, record in expected.items():
+        assert found[step] == pytest.approx(record, rel=1e-6, abs=1e-5), f"step {step}"
+    for name, tensor in exported(whole).items():
+        torch.testing.assert_close(exported(run_dir)[name], tensor, rtol=0.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 2.0])
+def test_ctrl_c_in_the_warm_start(
+    wait_s: float, launch: Callable[..., Any], tmp_path: Path
+) -> None:
+    """At its very beginning (worker processes are starting) and in the middle."""
+    folder = tmp_path / "cache"
+    launched = launch(f"run.dir={tmp_path / 'run'}", "sft.steps=100000", cache_dir=folder)
+    until(lambda: "Warm start" in launched.out, launched)
+    time.sleep(wait_s)
+    launched.interrupt()
+    done = launched.wait(60)
+    assert done.status == 130, done.out + done.err
+    assert "stopped: SIGINT in the warm start" in done.err
+    assert "Traceback" not in done.err
+    assert [p.name.split("-")[0] for p in folder.iterdir()] == ["tiny"]
+
+
+def test_a_second_ctrl_c_ends_at_once(launch: Callable[..., Any], tmp_path: Path) -> None:
+    """In a step that would take minutes; nothing half-written stays."""
+    run_dir = tmp_path / "run"
+    launched = launch(f"run.dir={run_dir}", "rollout.prompts_per_step=500", "run.steps=1")
+    until(lambda: "SPEAR steps" in launched.out, launched)
+    launched.interrupt()
+    until(lambda: "stopping cleanly" in launched.err, launched)
+    time.sleep(1.0)
+    assert launched.process.poll() is None
+    launched.interrupt()
+    done = launched.wait(15)
+    assert done.status == 130, done.out + done.err
+    assert "stopped at once" in done.err
+    assert "Traceback" not in done.err
+    assert not any((run_dir / "checkpoints").iterdir())
+
+
+def test_ctrl_c_in_an_evaluation_loses_no_step(
+    launch: Callable[..., Any], tmp_path: Path, training_records: Records
+) -> None:
+    """Between checkpoints, in the middle of a long evaluation: the finished steps are saved."""
+    run_dir = tmp_path / "run"
+    launched = launch(f"run.dir={run_dir}", *SETTINGS, "evaluation.every=1", "evaluation.games=150")
+    until(lambda: "Evaluation at step 1" in launched.out, launched)
+    launched.interrupt()
+    done = launched.wait(60)
+    assert done.status == 130, done.out + done.err
+    assert f"SIGINT during an evaluation; continue with resume={run_dir}" in done.err
+    assert "Traceback" not in done.err
+    assert list(training_records(run_dir)) == [1]
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_1"]

@@ -1,0 +1,58 @@
+"""Prompt order: every prompt once an epoch, a function of the position alone."""
+
+import pytest
+
+from megatron_spear.data.prompts import FreshPrompts, PoolPrompts, PromptCursor
+from megatron_spear.errors import DataError
+from megatron_spear.testing.hand_made import make_prompt
+from megatron_spear.types import Prompt
+
+POOL = [make_prompt(str(i)) for i in range(7)]
+
+
+def _ids(prompts: list[Prompt]) -> list[str]:
+    return [prompt.prompt_id for prompt in prompts]
+
+
+def test_every_prompt_comes_once_an_epoch_in_an_order_of_its_own() -> None:
+    source = PoolPrompts(POOL, seed=0)
+    epochs = [[source.at(7 * epoch + i) for i in range(7)] for epoch in range(20)]
+    assert all(sorted(_ids(epoch)) == sorted(_ids(POOL)) for epoch in epochs)
+    assert len({tuple(_ids(epoch)) for epoch in epochs}) > 15
+
+
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    ahead, back = PoolPrompts(POOL, seed=3), PoolPrompts(POOL, seed=3)
+    expected = [ahead.at(i) for i in range(30)]
+    assert [back.at(i) for i in reversed(range(30))] == expected[::-1]
+    other = PoolPrompts(POOL, seed=4)
+    assert [other.at(i) for i in range(30)] != expected
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 6, 7, 8, 20])
+def test_a_resumed_cursor_goes_on_identically(stopped: int) -> None:
+    straight = PromptCursor(PoolPrompts(POOL, seed=1))
+    expected = straight.take(stopped + 15)[stopped:]
+    cursor = PromptCursor(PoolPrompts(POOL, seed=1))
+    cursor.take(stopped)
+    resumed = PromptCursor(PoolPrompts(POOL, seed=1))
+    resumed.load_state_dict(cursor.state_dict())
+    assert resumed.take(10) + resumed.take(5) == expected
+    assert resumed.state_dict() == straight.state_dict() == {"consumed": stopped + 15}
+
+
+def test_a_cursor_asks_for_each_position_once() -> None:
+    asked: list[int] = []
+
+    def make(index: int) -> Prompt:
+        asked.append(index)
+        return make_prompt(f"fresh {index}")
+
+    cursor = PromptCursor(FreshPrompts(make))
+    assert _ids(cursor.take(2) + cursor.take(0) + cursor.take(3))[-1] == "prompt-fresh 4"
+    assert asked == [0, 1, 2, 3, 4]
+
+
+def test_an_empty_pool_is_refused() -> None:
+    with pytest.raises(DataError, match="got 0 prompts"):
+        PoolPrompts([], seed=0)

@@ -1,0 +1,87 @@
+"""Success on the panel: who counts as lost, by task type, and the paired interval."""
+
+from typing import Any
+
+import pytest
+
+from megatron_spear.envs.alfworld.task import Panel, success_by_type
+from megatron_spear.testing.hand_made import make_trajectory
+from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval
+from megatron_spear.types import Prompt, Status, Trajectory, TrajectoryGroup
+
+IDS = ("look-Pen-1/t1", "pick-Mug-2/t2", "pick-Pan-3/t3", "pick-Cup-4/t4")
+PANEL = Panel(tuple(Prompt(prompt_id=i, env="alfworld") for i in IDS), sha256="0")
+
+
+class _Rollouter:
+    """Answers with ready trajectories, one a prompt; keeps how it was called."""
+
+    def __init__(self, played: list[Trajectory]) -> None:
+        self._played = played
+        self.calls: list[dict[str, Any]] = []
+
+    def collect_sync(self, prompts: Any, **settings: Any) -> list[TrajectoryGroup]:
+        self.calls.append({"prompts": prompts, **settings})
+        return [
+            TrajectoryGroup(
+                group_id=prompt.prompt_id,
+                prompt=prompt,
+                members=() if played.status.failed else (played,),
+                failures=(played,) if played.status.failed else (),
+            )
+            for prompt, played in zip(prompts, self._played, strict=True)
+        ]
+
+
+def test_a_failed_rollout_is_a_lost_game_and_is_reported() -> None:
+    # The third fails after it had won: an error never becomes a success.
+    rollouter = _Rollouter(
+        [
+            make_trajectory("a", 0, won=True),
+            make_trajectory("b", 0, won=False),
+            make_trajectory("c", 0, won=True, status=Status.FAILED_TOOL),
+            make_trajectory("d", 0, won=True),
+        ]
+    )
+    seen: list[int] = []
+    result = evaluate(rollouter, PANEL, seed=9, temperature=0.7, progress=seen.append)
+    assert result.won == (True, False, False, True) and result.prompt_ids == IDS
+    assert result.failed == 1 and result.success == 0.5
+    (call,) = rollouter.calls
+    assert call == {
+        "prompts": PANEL.prompts,
+        "group_size": 1,
+        "seed": (9, 0),
+        "temperature": 0.7,
+        "progress": seen.append,
+    }
+
+
+def test_metrics_by_hand() -> None:
+    result = PanelResult(prompt_ids=IDS, won=(True, False, False, True), failed=1, wall_s=2.5)
+    assert result.metrics() == {
+        "eval/success": 0.5,
+        "eval/failed": 1.0,
+        "time/eval_s": 2.5,
+        "eval/success_look": 1.0,
+        "eval/success_pick": pytest.approx(1 / 3),
+    }
+    assert result.metrics("panel")["panel/success_look"] == 1.0
+
+
+def test_success_by_type_weighs_every_attempt_alike() -> None:
+    wins = {"pick-a/1": [True, False, False], "look-b/1": [True], "pick-c/1": [True]}
+    assert success_by_type(wins) == {"look": 1.0, "pick": 0.5}
+
+
+def test_paired_interval_by_hand() -> None:
+    mean, low, high = paired_interval([False] * 4, [True, False, False, False])
+    assert (mean, low, high) == pytest.approx((0.25, 0.25 - 0.49, 0.25 + 0.49))
+    # One won and one lost: differences 1, -1, 0, 0 have std sqrt(2/3).
+    mean, low, high = paired_interval([False, True, True, False], [True, False, True, False])
+    assert mean == 0.0 and high == -low == pytest.approx(1.96 * (2 / 3) ** 0.5 / 2)
+    assert paired_interval([True, False], [True, False]) == (0.0, 0.0, 0.0)
+
+
+def test_one_game_tells_nothing_about_the_spread() -> None:
+    assert paired_interval([False], [True]) == (1.0, -1.0, 1.0)

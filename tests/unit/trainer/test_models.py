@@ -1,0 +1,125 @@
+"""The initial model's folder: named by shape and vocabulary, made once, never half-made."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_spear.config.schema import ModelSection, TinyModelSection
+from megatron_spear.errors import CheckpointError
+from megatron_spear.trainer import models
+from megatron_spear.trainer.models import check_model, initial_model, tiny_model_folder
+
+SHAPE = TinyModelSection(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=16)
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def _section(cache: Path, **shape: int) -> ModelSection:
+    return ModelSection(tiny=SHAPE.model_copy(update=shape), cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return initial_model(_section(tmp_path_factory.mktemp("cache")), make=True)
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch, made: Path) -> list[Path]:
+    """Making a model is copying a ready one; gives the list of folders it was made in."""
+    folders: list[Path] = []
+
+    def copy(folder: Path, *_: Any) -> Path:
+        folders.append(folder)
+        shutil.copytree(made, folder)
+        return folder
+
+    monkeypatch.setattr(models, "make_tiny_model", copy)
+    return folders
+
+
+def test_the_folder_is_complete_and_named_by_what_it_is_made_from(made: Path) -> None:
+    assert {file.name for file in made.iterdir()} >= FILES
+    assert made == tiny_model_folder(_section(made.parent))
+    assert [entry.name for entry in made.parent.iterdir()] == [made.name]
+    check_model(made)
+
+
+def test_the_name_depends_on_every_number_of_the_shape(tmp_path: Path) -> None:
+    changes = [{name: 64} for name in TinyModelSection.model_fields]
+    names = {tiny_model_folder(_section(tmp_path, **change)).name for change in [{}, *changes]}
+    assert len(names) == 1 + len(changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PHRASES", ("go to",)), ("alfworld_words", lambda: ("go", "to"))]
+)
+def test_the_name_depends_on_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: Any
+) -> None:
+    before = tiny_model_folder(_section(tmp_path))
+    monkeypatch.setattr(models, name, value)
+    assert tiny_model_folder(_section(tmp_path)) != before
+
+
+def test_a_model_is_made_once(tmp_path: Path, make: list[Path]) -> None:
+    section = _section(tmp_path / "new" / "cache")
+    folder = initial_model(section, make=True)
+    assert initial_model(section, make=True) == folder and len(make) == 1
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+
+
+def test_only_the_controller_makes_it(tmp_path: Path, make: list[Path]) -> None:
+    folder = initial_model(_section(tmp_path), make=False)
+    assert not make and not folder.exists()
+
+
+def test_a_half_written_folder_is_not_used(
+    tmp_path: Path, make: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, copy = _section(tmp_path), models.make_tiny_model
+
+    def write_half(folder: Path, *_: Any) -> Path:
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "make_tiny_model", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        initial_model(section, make=True)
+    assert not tiny_model_folder(section).exists()
+    monkeypatch.setattr(models, "make_tiny_model", copy)
+    folder = initial_model(section, make=True)
+    assert {file.name for file in folder.iterdir()} >= FILES
+    assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]
+
+
+def test_two_runs_may_make_it_at_the_same_time(
+    tmp_path: Path, made: Path, make: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, copy = _section(tmp_path), models.make_tiny_model
+    first = tiny_model_folder(section)
+
+    def late(folder: Path, *rest: Any) -> Path:
+        shutil.copytree(made, first)
+        (first / "first").touch()
+        return copy(folder, *rest)
+
+    monkeypatch.setattr(models, "make_tiny_model", late)
+    assert initial_model(section, make=True) == first
+    assert (first / "first").exists(), "the other run's folder stays"
+    assert [entry.name for entry in tmp_path.iterdir()] == [first.name]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
+def test_a_broken_folder_is_refused_and_left_alone(
+    tmp_path: Path, made: Path, missing: str
+) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(made, folder)
+    assert initial_model(ModelSection(path=folder), make=True) == folder
+    (folder / missing).unlink()
+    before = sorted(folder.iterdir())
+    with pytest.raises(CheckpointError, match="mine"):
+        initial_model(ModelSection(path=folder), make=True)
+    assert sorted(folder.iterdir()) == before

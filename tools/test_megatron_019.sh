@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The policy's tests with megatron-core 0.19.2, the GPU stack's version: laid over .venv in a folder
+# of its own (it declares Python 3.12 and imports triton, but runs on 3.11). Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+tools/setup_env.sh
+venv="${SPEAR_VENV:-.venv}"
+overlay="$venv/megatron-0.19.2"
+if [ ! -f "$overlay/.complete" ]; then
+    echo "setup: installing megatron-core 0.19.2 and triton into $overlay (about 1 GB)"
+    rm -rf "$overlay"
+    "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps \
+        --ignore-requires-python --target "$overlay" megatron-core==0.19.2 triton==3.9.0
+    touch "$overlay/.complete"
+fi
+export PYTHONPATH="$overlay" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+version="$("$venv/bin/python" -c 'import megatron.core as m; print(m.__version__)' 2>/dev/null)"
+[ "$version" = 0.19.2 ] || { echo "found megatron-core $version, expected 0.19.2" >&2; exit 1; }
+echo "megatron-core $version"
+[ $# -gt 0 ] || set -- tests/unit/policy tests/distributed -m "not gpu and not slow"
+exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
