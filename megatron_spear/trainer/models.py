@@ -14,6 +14,8 @@ from megatron_spear.conversion.tiny_model import make_tiny_model
 from megatron_spear.envs.alfworld.phrases import PHRASES
 from megatron_spear.envs.alfworld.vocabulary import alfworld_words
 
+_FORMAT = 1  # raise it when the making of tiny models changes, so that old ones are not used
+
 
 def initial_model(section: ModelSection, *, make: bool) -> Path:
     """The folder of the initial policy; ``make`` (the controller) creates a missing tiny model.
@@ -44,5 +46,7 @@ def check_model(folder: Path) -> None:
 
 def tiny_model_folder(section: ModelSection) -> Path:
     """Where the tiny model of this shape and vocabulary lies: a name from a hash of both."""
-    made_from = json.dumps([section.tiny.model_dump(), list(alfworld_words()), list(PHRASES)])
+    made_from = json.dumps(
+        [_FORMAT, section.tiny.model_dump(), list(alfworld_words()), list(PHRASES)]
+    )
     return section.cache_dir / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_spear.config.schema import (
@@ -168,6 +169,22 @@ def test_a_window_has_one_sample_a_turn() -> None:
     assert [weights.sum() for _, weights in rows] == [0, actions[1], actions[2]]
     for sample, weights in rows[1:]:
         assert weights.tolist() == sample.response_mask.tolist()
+
+
+@pytest.mark.parametrize("history", ["full", WindowHistory(window=1)])
+def test_the_first_token_of_a_learned_action_weighs_the_decision(history: Any) -> None:
+    options = {"observation_weight": 0.25, "max_tokens": 100_000}
+    weighed = to_samples(
+        HAND_MADE, "a", RENDERER, _env(history=history), decision_weight=3.0, **options
+    )
+    plain = to_samples(HAND_MADE, "a", RENDERER, _env(history=history), **options)
+    decisions = []
+    for (sample, weights), (_, before) in zip(weighed, plain, strict=True):
+        changed = np.flatnonzero(weights != before)
+        assert set(changed) <= set(sample.turn_starts.tolist())
+        assert weights[changed].tolist() == [3.0] * len(changed)
+        decisions += [RENDERER.decode_action([token]) for token in sample.token_ids[changed]]
+    assert decisions == ["go to", "look"], "each one token; not that of the slip"
 
 
 @pytest.mark.parametrize("history", ["full", WindowHistory(window=1)])
