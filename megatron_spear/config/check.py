@@ -51,7 +51,7 @@ def _tiny_model(config: RunConfig) -> Iterator[str]:
         ("model.tiny.num_layers", "policy.pipeline_parallel", tiny.num_layers, pp),
     ):
         if whole_value % part_value:
-            yield f"{whole}={whole_value} is not a multiple of {part}={part_value}"
+            yield f"{whole}={whole_value} is not a multiple of {part}={part_value}; change one"
     if tiny.hidden_size % tiny.num_heads == 0 and (tiny.hidden_size // tiny.num_heads) % 2:
         yield (
             f"model.tiny.hidden_size / model.tiny.num_heads = {tiny.hidden_size // tiny.num_heads} "

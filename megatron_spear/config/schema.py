@@ -226,7 +226,9 @@ class AlgorithmSection(Section):
     """Upper clip of the ratio: 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1.0)] = 10.0
     """Bound of the loss for negative advantages: -advantage * dual_clip."""
-    aggregation: Literal["token-mean", "seq-mean-token-sum-norm"] = "seq-mean-token-sum-norm"
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    ] = "seq-mean-token-sum-norm"
     """How token losses are averaged into one number."""
     norm_length: PositiveInt = 128
     """Constant length that ``seq-mean-token-sum-norm`` divides by, in tokens."""

@@ -53,6 +53,7 @@ class AgentView(Protocol):
         """The text a policy should generate to take ``action``; ``parse`` gives it back, valid."""
         ...
 
+
 def last_between(text: str, opening: str, closing: str) -> str | None:
     """The text inside the last complete ``opening``..``closing`` pair, or None.
 

@@ -211,6 +211,9 @@ def _finish(
         "launch_wall_s": wall_s,
     }
     write_summary(directory.summary_file, summary)
-    plot_curves(directory.metrics_file, directory.curves_file, title=config.run.name)
     console.table(summary_rows(summary), title="Summary")
+    try:
+        plot_curves(directory.metrics_file, directory.curves_file, title=config.run.name)
+    except (OSError, ValueError, RuntimeError) as error:  # the run itself is done and saved
+        log.warning("the curves could not be drawn: %s", error)
     console.line(f"curves: {directory.curves_file}   metrics: {directory.metrics_file}")

@@ -122,7 +122,7 @@ def _file_games(file: Path, skip_unsolvable: bool) -> Iterator[GameFile]:
         else:
             raise DataError(
                 f"{where}: game {game.id} is marked unsolvable (solvable is false); expected "
-                "solvable games. Remove it or set skip_unsolvable."
+                "solvable games. Remove it, or set env.skip_unsolvable=true."
             )
 
 
