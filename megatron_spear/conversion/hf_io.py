@@ -113,7 +113,8 @@ class HfReader:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{self.path / file} is truncated or not a safetensors file "
-                    f"({self.path.joinpath(file).stat().st_size} bytes): {error}; copy or download it again"
+                    f"({self.path.joinpath(file).stat().st_size} bytes): {error}; "
+                    "copy or download it again"
                 ) from error
         return self._handles[file]
 
