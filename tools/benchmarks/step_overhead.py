@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PRODUCTIVE = ("rollout", "old_logprobs", "replay_logprobs", "train")
+from megatron_spear.trainer.timing import PRODUCTIVE
 
 
 def main() -> None:
