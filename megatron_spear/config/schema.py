@@ -9,28 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_spear.types import TASK_TYPES, TaskType
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-
-TaskType = Literal[
-    "pick_and_place_simple",
-    "look_at_obj_in_light",
-    "pick_clean_then_place_in_recep",
-    "pick_heat_then_place_in_recep",
-    "pick_cool_then_place_in_recep",
-    "pick_two_obj_and_place",
-]
-ALL_TASK_TYPES: tuple[TaskType, ...] = (
-    "pick_and_place_simple",
-    "look_at_obj_in_light",
-    "pick_clean_then_place_in_recep",
-    "pick_heat_then_place_in_recep",
-    "pick_cool_then_place_in_recep",
-    "pick_two_obj_and_place",
-)
 
 
 class Section(BaseModel):
@@ -170,7 +155,7 @@ class AlfworldSection(Section):
     """Split to train on, where ``games`` is a folder with splits."""
     eval_split: str = "valid_seen"
     """Split to evaluate on, where ``games`` is a folder with splits."""
-    task_types: tuple[TaskType, ...] = ALL_TASK_TYPES
+    task_types: tuple[TaskType, ...] = TASK_TYPES
     """Task types played."""
     max_receptacles: PositiveInt | None = None
     """Leave out loaded games with more receptacles; None = take all."""

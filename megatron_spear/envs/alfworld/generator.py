@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_spear.config.schema import GeneratorSection
-from megatron_spear.envs.alfworld.game import TASK_TYPES, GameFile, parse_game
+from megatron_spear.envs.alfworld.game import GameFile, parse_game
 from megatron_spear.envs.alfworld.objective import (
     TREATMENTS,
     Objective,
@@ -30,6 +30,7 @@ from megatron_spear.envs.alfworld.rooms import (
     ROOM_HABITS,
 )
 from megatron_spear.errors import ConfigError
+from megatron_spear.types import TASK_TYPES
 
 # Rooms of each task type; the weights are the official train split's.
 _TASK_ROOMS = {
@@ -59,7 +60,7 @@ def generate_game(
     Args:
         seed: which endless row of games.
         index: which game of it, from 0.
-        task_types: some of `game.TASK_TYPES`; one is drawn, each with the same chance.
+        task_types: some of `types.TASK_TYPES`; one is drawn, each with the same chance.
         settings: how many receptacles and movable objects a room has.
 
     Example: ``generate_game(0, 7, ..)`` may have the id

@@ -306,21 +306,3 @@ def _read_habit(line: str) -> tuple[str, Habit]:
 ROOM_HABITS: dict[str, dict[str, Habit]] = {
     room: dict(map(_read_habit, text.strip().splitlines())) for room, text in _HABITS.items()
 }
-
-
-def likely_places(kind: str) -> dict[str, float]:
-    """Percent by receptacle type of where an object type lies, over all rooms; empty if unknown.
-
-    Example: ``likely_places("Pillow")`` is about ``{"Bed": 59, "Sofa": 34, "ArmChair": 7}``.
-    """
-    if kind == LAMP:
-        return dict(LAMP_PLACES)
-    total: dict[str, float] = {}
-    frequency = 0.0
-    for habits in ROOM_HABITS.values():
-        habit = habits.get(kind)
-        if habit is not None:
-            frequency += habit.frequency
-            for place, percent in habit.places.items():
-                total[place] = total.get(place, 0.0) + habit.frequency * percent
-    return {place: value / frequency for place, value in total.items()}

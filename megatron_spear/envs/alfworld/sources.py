@@ -18,10 +18,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_spear.envs.alfworld.game import TASK_TYPES, GameFile
+from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.alfworld.pddl import parse_problem
 from megatron_spear.envs.alfworld.rules_check import check_domain, check_grammar, task_from_grammar
 from megatron_spear.errors import DataError
+from megatron_spear.types import TASK_TYPES
 
 logger = logging.getLogger(__name__)
 

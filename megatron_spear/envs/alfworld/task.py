@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_spear.config.schema import AlfworldSection, GeneratorSection, TaskType
+from megatron_spear.config.schema import AlfworldSection, GeneratorSection
 from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.alfworld.generator import generate_game
 from megatron_spear.envs.alfworld.sources import load_games
 from megatron_spear.errors import DataError
-from megatron_spear.types import Prompt
+from megatron_spear.types import Prompt, TaskType
 
 
 @dataclass(frozen=True)

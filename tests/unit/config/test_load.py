@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_spear.config.load import dump_config, load_config
-from megatron_spear.config.schema import ALL_TASK_TYPES, RunConfig, WindowHistory
+from megatron_spear.config.schema import RunConfig, WindowHistory
 from megatron_spear.errors import ConfigError
+from megatron_spear.types import TASK_TYPES
 
 
 def write(folder: Path, text: str) -> Path:
@@ -52,7 +53,7 @@ def test_values_are_yaml_and_floats_are_lax(tmp_path: Path) -> None:
     assert config.sft.optimizer.lr == 1e-5
     assert config.env.history == WindowHistory(window=2)
     assert config.replay.covariance_clip is None
-    assert config.env.task_types == ALL_TASK_TYPES[:1]
+    assert config.env.task_types == TASK_TYPES[:1]
     assert config.reward.success == -1.0
 
 

@@ -15,7 +15,7 @@ from megatron_spear.errors import ConfigError
 
 _LINES = """
 You arrive at countertop On the you see a apple and mug Your task is to put some in fridge
-Nothing happens go take from think 1 2 3 Welcome TextWorld ALFRED
+Nothing happens go take from think on 1 2 3 12 Welcome TextWorld ALFRED
 """
 WORDS = tuple(_LINES.split())
 PHRASES = ("You arrive at", "you see", "Nothing happens.", "<think>")
@@ -25,13 +25,15 @@ TEXT = (
     "Nothing happens."
 )
 SHAPE = TinyModelSection(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=48)
+NAMES = ("apple 1", "mug 1", "mug 2", "countertop 1", "countertop 12")
 TOKENIZER = make_tokenizer(WORDS, PHRASES)
+NAMING = make_tokenizer(WORDS, PHRASES, NAMES)
 PLAIN = make_tokenizer(WORDS)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", SHAPE, WORDS, PHRASES)
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", SHAPE, WORDS, PHRASES, NAMES)
 
 
 def test_plain_transformers_load_it(folder):
@@ -50,22 +52,46 @@ def test_plain_transformers_load_it(folder):
 
 
 def test_the_seed_decides_every_byte(folder, tmp_path):
-    again = make_tiny_model(tmp_path / "again", SHAPE, WORDS, PHRASES)
+    again = make_tiny_model(tmp_path / "again", SHAPE, WORDS, PHRASES, NAMES)
     names = sorted(file.name for file in folder.iterdir())
     assert filecmp.cmpfiles(folder, again, names, shallow=False)[0] == names
     other = make_tiny_model(
-        tmp_path / "other", SHAPE.model_copy(update={"seed": 1}), WORDS, PHRASES
+        tmp_path / "other", SHAPE.model_copy(update={"seed": 1}), WORDS, PHRASES, NAMES
     )
     assert not filecmp.cmp(folder / "model.safetensors", other / "model.safetensors", shallow=False)
 
 
 def test_standard_deviations(folder):
     weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-    assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.05, rel=0.1)
+    assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.2, rel=0.1)
     up, down = (weights[f"model.layers.0.mlp.{x}_proj.weight"].std().item() for x in ("up", "down"))
     assert up == pytest.approx(32**-0.5, rel=0.1)
     assert down == pytest.approx(32**-0.5 / 2, rel=0.1)
     assert (weights["model.norm.weight"] == 1).all()
+
+
+def test_heads_start_as_copying_heads(folder):
+    weights = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for layer in range(SHAPE.num_layers):
+        q, k, v, o = (
+            weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"].detach()
+            for name in "qkvo"
+        )
+        # 4 query heads of 8 in 2 groups: heads 0 and 1 read group 0, heads 2 and 3 group 1
+        for head in range(4):
+            group, own = slice(head // 2 * 8, head // 2 * 8 + 8), slice(head * 8, head * 8 + 8)
+            assert torch.equal(o[:, own], 0.5 * v[group].T)
+            likeness = torch.cosine_similarity(q[own].flatten(), k[group].flatten(), 0).item()
+            assert likeness == pytest.approx(0.5**0.5 if head % 2 == 0 else 0.0, abs=0.15)
+
+
+def test_a_name_starts_near_its_words(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    table = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.detach()
+    name, word, number = (
+        table[tokenizer.convert_tokens_to_ids(t)] for t in (" mug 2", " mug", " 2")
+    )
+    assert torch.allclose(name, (word + number) / 2**0.5)
 
 
 def test_a_word_is_a_token_and_so_is_a_phrase():
@@ -77,12 +103,21 @@ def test_a_word_is_a_token_and_so_is_a_phrase():
     ]  # fmt: skip
 
 
+def test_a_name_is_a_token_behind_a_space():
+    text = "take mug 2 and mug 3 on countertop 12, mug 2. mug 21"
+    assert NAMING.tokenize(text) == [
+        "take", " mug 2", " and", " mug", " 3", " on", " countertop 12", ",", " mug 2", ".", " mug",
+        "<unk>",
+    ]  # fmt: skip
+    assert NAMING.tokenize("mug 2") == ["mug", " 2"]
+
+
 def test_phrases_do_not_start_or_end_inside_a_word():
     assert TOKENIZER.tokenize("you seem")[0] == "you"
     assert TOKENIZER.tokenize("thyou see") == ["<unk>", " see"]
 
 
-_PIECES = st.sampled_from([*WORDS, *PHRASES, *SIGNS, " ", "\n", "  ", "\n\n"])
+_PIECES = st.sampled_from([*WORDS, *PHRASES, *NAMES, *SIGNS, " ", "\n", "  ", "\n\n"])
 
 
 @given(st.lists(_PIECES, max_size=30))
@@ -92,7 +127,7 @@ def test_decoding_gives_the_text_back(pieces):
         f" {piece}" if i and pieces[i - 1][-1].isalnum() and piece[0].isalnum() else piece
         for i, piece in enumerate(pieces)
     )
-    for tokenizer in (TOKENIZER, PLAIN):
+    for tokenizer in (TOKENIZER, PLAIN, NAMING):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 

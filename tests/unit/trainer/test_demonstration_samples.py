@@ -27,7 +27,7 @@ from megatron_spear.envs.alfworld.demonstrations import (
 )
 from megatron_spear.envs.alfworld.environment import AlfworldEnvironment
 from megatron_spear.envs.alfworld.game import GameFile, parse_game
-from megatron_spear.envs.alfworld.phrases import PHRASES
+from megatron_spear.envs.alfworld.phrases import NAMES, PHRASES
 from megatron_spear.envs.alfworld.prompts import alfworld_view
 from megatron_spear.envs.alfworld.task import fresh_game, game_prompt
 from megatron_spear.envs.alfworld.vocabulary import alfworld_words
@@ -43,7 +43,7 @@ from megatron_spear.trainer.demonstrations import (
 )
 from megatron_spear.types import Trajectory
 
-RENDERER = ChatRenderer(make_tokenizer(alfworld_words(), PHRASES))
+RENDERER = ChatRenderer(make_tokenizer(alfworld_words(), PHRASES, NAMES))
 SMALL = GeneratorSection(max_receptacles=8, min_objects=4, max_objects=6)
 SFT = SftSection(steps=3, trajectories_per_step=2, noise=0.3)
 

@@ -52,7 +52,8 @@ def test_the_name_depends_on_every_number_of_the_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PHRASES", ("go to",)), ("alfworld_words", lambda: ("go", "to"))]
+    ("name", "value"),
+    [("PHRASES", ("go to",)), ("NAMES", ("mug 1",)), ("alfworld_words", lambda: ("go", "to"))],
 )
 def test_the_name_depends_on_the_vocabulary(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: Any

@@ -8,12 +8,13 @@ import pytest
 
 from megatron_spear.config.schema import GeneratorSection
 from megatron_spear.envs.alfworld.engine import act
-from megatron_spear.envs.alfworld.game import TASK_TYPES, Game, GameFile, GameState
+from megatron_spear.envs.alfworld.game import Game, GameFile, GameState
 from megatron_spear.envs.alfworld.generator import generate_game
 from megatron_spear.envs.alfworld.objective import read_goal, read_sentence
 from megatron_spear.envs.alfworld.rooms import CAN_CONTAIN, ROOM_FIXTURES, ROOM_HABITS
 from megatron_spear.envs.alfworld.text import intro
 from megatron_spear.errors import ConfigError
+from megatron_spear.types import TASK_TYPES
 
 
 def make(

@@ -8,12 +8,13 @@ import pytest
 
 from megatron_spear.config.schema import GeneratorSection
 from megatron_spear.envs.alfworld.engine import act, admissible_actions
-from megatron_spear.envs.alfworld.game import TASK_TYPES, Game, GameFile, GameState
+from megatron_spear.envs.alfworld.game import Game, GameFile, GameState
 from megatron_spear.envs.alfworld.generator import generate_game
 from megatron_spear.envs.alfworld.objective import read_goal
 from megatron_spear.envs.alfworld.planner import plan, walkthrough
 from megatron_spear.envs.alfworld.sources import iter_games
 from megatron_spear.errors import DataError
+from megatron_spear.types import TASK_TYPES
 
 OFFICIAL = Path(__file__).parents[4] / ".." / "shared" / "data" / "alfworld"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_spear.config.schema import ALL_TASK_TYPES, AlfworldSection
+from megatron_spear.config.schema import AlfworldSection
 from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.alfworld.task import (
     Panel,
@@ -18,6 +18,7 @@ from megatron_spear.envs.alfworld.task import (
     training_games,
 )
 from megatron_spear.errors import DataError
+from megatron_spear.types import TASK_TYPES
 
 
 def _games(panel: Panel) -> list[GameFile]:
@@ -64,7 +65,7 @@ def test_games_have_the_asked_size_and_number(panel: Panel) -> None:
     counts = [game.num_receptacles for game in _games(panel)]
     assert min(counts) >= 8 and max(counts) <= 12 and len(set(counts)) > 1
     assert panel.task_types == tuple(sorted({i.split("-")[0] for i in _ids(panel)}))
-    assert set(panel.task_types) <= set(ALL_TASK_TYPES) and len(panel.task_types) > 3
+    assert set(panel.task_types) <= set(TASK_TYPES) and len(panel.task_types) > 3
 
 
 def test_a_longer_panel_begins_with_the_shorter_one(panel: Panel) -> None:
@@ -77,7 +78,7 @@ def test_a_longer_panel_begins_with_the_shorter_one(panel: Panel) -> None:
 def test_loaded_games_are_spread_over_the_sorted_split(
     loaded: AlfworldSection, size: int, taken: Sequence[int]
 ) -> None:
-    everything = sorted(fresh_game(1, i, ALL_TASK_TYPES, loaded.generator).id for i in range(10))
+    everything = sorted(fresh_game(1, i, TASK_TYPES, loaded.generator).id for i in range(10))
     panel = make_panel(loaded, size, seed=0)
     assert _ids(panel) == [everything[i] for i in taken]
     assert make_panel(loaded, size, seed=99) == panel, "the seed is of generated games"
@@ -92,7 +93,7 @@ def test_too_few_loaded_games_are_refused(loaded: AlfworldSection) -> None:
 
 
 def test_training_games_are_those_of_the_training_split(loaded: AlfworldSection) -> None:
-    own = [fresh_game(1, i, ALL_TASK_TYPES, loaded.generator) for i in (10, 11, 12)]
+    own = [fresh_game(1, i, TASK_TYPES, loaded.generator) for i in (10, 11, 12)]
     assert training_games(loaded) == own
 
 

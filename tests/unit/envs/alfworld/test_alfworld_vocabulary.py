@@ -11,13 +11,14 @@ import pytest
 from megatron_spear.config.schema import GeneratorSection
 from megatron_spear.envs.alfworld.demonstrations import demonstrate
 from megatron_spear.envs.alfworld.engine import act, admissible_actions
-from megatron_spear.envs.alfworld.game import TASK_TYPES, Game, GameState
+from megatron_spear.envs.alfworld.game import Game, GameState
 from megatron_spear.envs.alfworld.generator import generate_game
 from megatron_spear.envs.alfworld.prompts import OfficialView
 from megatron_spear.envs.alfworld.rooms import ROOM_FIXTURES, ROOM_HABITS
 from megatron_spear.envs.alfworld.sources import iter_games
 from megatron_spear.envs.alfworld.text import intro
 from megatron_spear.envs.alfworld.vocabulary import PUNCTUATION, alfworld_words, split_words
+from megatron_spear.types import TASK_TYPES
 
 SHARED = Path(__file__).parents[4] / ".." / "shared"
 WORDS = set(alfworld_words())

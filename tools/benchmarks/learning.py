@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Does it learn: the quickstart with several seeds from one cached warm start, as one table.
+
+    python tools/benchmarks/learning.py [--seeds 0 1 2] [--games 256] [--dir runs/learning] [..]
+
+Before and after are shares of won games on one fixed panel of generated games that no run trains
+on; the interval is the paired 95 % interval of the difference, game by game. A seed whose run in
+``--dir`` is already complete is not run again. Aim: warm start 0.20 to 0.50, mean gain >= 0.10.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--games", type=int, default=256, help="games on the panel")
+    parser.add_argument("--config", default="examples/alfworld/quickstart.yaml")
+    parser.add_argument("--dir", type=Path, default=Path("runs/learning"))
+    options, settings = parser.parse_known_args()
+    runs = [_run(options, seed, settings) for seed in options.seeds]
+    panels = {run["panel_sha256"] for run in runs}
+    if len(panels) > 1:
+        sys.exit(f"{options.dir} holds runs on {len(panels)} panels; choose another --dir")
+    print(f"panel: {runs[0]['panel_games']} games, sha256 {panels.pop()}")
+    columns = ("before", "after", "gain")
+    head = "".join(f"{name:>9}" for name in columns)
+    print(f"{'seed':>6}{'steps':>7}{head}   95 % interval{'wall s':>9}")
+    for run in runs:
+        low, high = run["success_gain_95"]
+        print(
+            f"{run['seed']:6}{run['steps']:7}{run['success_before']:9.3f}"
+            f"{run['success_after']:9.3f}{run['success_gain']:+9.3f}   {low:+.3f} to {high:+.3f}"
+            f"{run['wall_s']:8.0f}"
+        )
+    before, after, gain = (statistics.fmean(run[f"success_{c}"] for run in runs) for c in columns)
+    print(f"{'mean':>6}{'':7}{before:9.3f}{after:9.3f}{gain:+9.3f}   (aim: at least +0.100)")
+
+
+def _run(options: argparse.Namespace, seed: int, settings: list[str]) -> dict[str, Any]:
+    """The summary of one seed's run."""
+    folder = options.dir / f"seed-{seed}"
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "-m", "megatron_spear.cli.main", "train", options.config]
+        own = [f"run.seed={seed}", f"run.dir={folder}", f"evaluation.games={options.games}"]
+        print(f"seed {seed}: training in {folder}", file=sys.stderr, flush=True)
+        subprocess.run([*command, *own, *settings], check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "summary.json").read_text())
+
+
+if __name__ == "__main__":
+    main()
