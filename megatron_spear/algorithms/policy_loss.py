@@ -81,19 +81,16 @@ class ClippedLoss:
     clip_high: float
     dual_clip: float | None = None
     temperature: float = 1.0
-    needs_entropy: bool = False
+    needs_entropy: bool = True
 
     @classmethod
-    def from_section(
-        cls, section: AlgorithmSection, *, temperature: float, needs_entropy: bool = False
-    ) -> "ClippedLoss":
+    def from_section(cls, section: AlgorithmSection, *, temperature: float) -> "ClippedLoss":
         """The loss of the ``algorithm`` section at the rollout's sampling temperature."""
         return cls(
             clip_low=section.clip_low,
             clip_high=section.clip_high,
             dual_clip=section.dual_clip,
             temperature=temperature,
-            needs_entropy=needs_entropy,
         )
 
     def __call__(
