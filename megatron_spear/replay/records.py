@@ -101,7 +101,8 @@ def split_records(content: bytes, source: str) -> Iterator[tuple[int, int]]:
     if content[: len(MAGIC)] != MAGIC:
         raise CheckpointError(
             f"{source}: not a replay segment of this version (starts with {content[:8]!r}, "
-            f"expected {MAGIC!r}); restore the file or resume from another checkpoint"
+            f"expected {MAGIC!r}); restore the file or set the checkpoint aside (an older one is "
+            "then taken)"
         )
     offset = len(MAGIC)
     while offset < len(content):
@@ -122,7 +123,7 @@ def _open(record: memoryview, source: str) -> tuple[memoryview, dict[str, Any]]:
     if len(payload) != payload_size or zlib.crc32(payload) != checksum:
         raise CheckpointError(
             f"{source}: a replay record is corrupt (its crc32 or length does not match); "
-            f"restore the file or resume from another checkpoint"
+            f"restore the file or set the checkpoint aside (an older one is then taken)"
         )
     meta: dict[str, Any] = json.loads(bytes(payload[:meta_size]))
     return payload, meta
@@ -131,5 +132,5 @@ def _open(record: memoryview, source: str) -> tuple[memoryview, dict[str, Any]]:
 def _truncated(source: str, offset: int, needed: int, length: int) -> CheckpointError:
     return CheckpointError(
         f"{source}: truncated: a record at byte {offset} needs {needed} bytes, the file ends at "
-        f"{length}; restore the file or resume from another checkpoint"
+        f"{length}; restore the file or set the checkpoint aside (an older one is then taken)"
     )

@@ -145,7 +145,7 @@ class ReplayStore:
         if lost:
             raise CheckpointError(
                 f"{self._folder}: the checkpoint lists replay rows {lost[:5]} that none of its "
-                f"segment files holds; resume from another checkpoint"
+                f"segment files holds; set the checkpoint aside (an older one is then taken)"
             )
         self._rows = {row_id: found[row_id] for row_id in state["rows"]}
         self._files = files
@@ -157,7 +157,7 @@ class ReplayStore:
         if not path.exists():
             raise CheckpointError(
                 f"{path}: missing, but the checkpoint needs its replay rows; restore the file or "
-                f"resume from another checkpoint"
+                f"set the checkpoint aside (an older one is then taken)"
             )
         content = path.read_bytes()
         if len(content) != file.num_bytes or zlib.crc32(content) != file.crc32:

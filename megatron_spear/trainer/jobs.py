@@ -136,16 +136,18 @@ def _run_directory(config: RunConfig, controller: bool) -> Iterator[RunDirectory
     if not controller:
         yield RunDirectory(config.run.dir)
     elif config.resume is not None:
-        yield RunDirectory.resume(config.resume, config)
+        with RunDirectory(config.resume).alone():
+            yield RunDirectory.resume(config.resume, config)
     else:
         directory = RunDirectory.create(config.run.dir, config)
-        try:
-            yield directory
-        except StopRequested:
-            raise
-        except BaseException:
-            directory.remove_unused()
-            raise
+        with directory.alone():
+            try:
+                yield directory
+            except StopRequested:
+                raise
+            except BaseException:
+                directory.remove_unused()
+                raise
 
 
 @contextlib.contextmanager

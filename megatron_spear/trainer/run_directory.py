@@ -7,10 +7,12 @@ wandb/          wandb's own files
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -118,6 +120,33 @@ class RunDirectory:
         run._warn_of_versions()
         run._write(config)
         return run
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """For the length of the block no other process may run here; ends with the process too.
+
+        Raises ConfigError where one does. A file system without locks is taken as it is, and so is
+        a path that is no directory (``resume`` tells what is wrong with it).
+        """
+        if not self.path.is_dir():
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigError(
+                f"{self.path}: another process is running this run; wait for it, stop it, or "
+                "choose another run.dir"
+            ) from None
+        except OSError as error:
+            log.warning("%s: cannot be locked against a second process: %s", self.path, error)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(handle)
 
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""

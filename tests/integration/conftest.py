@@ -35,6 +35,7 @@ TINY = (
     "sft.decision_weight=1",
     "sft.observation_weight=0.3",
     "algorithm.mini_batches=1",
+    "reward.invalid_action_penalty=0",
     "sft.optimizer.lr=0.01",
     "sft.optimizer.warmup_steps=2",
     "rollout.prompts_per_step=2",
@@ -199,12 +200,16 @@ def training_records() -> Callable[[Path], dict[int, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
-def exported() -> Callable[[Path], dict[str, Any]]:
-    """Reads the tensors of a run's exported model."""
+def same_weights() -> Callable[[Path, Path, float], None]:
+    """``same_weights(run_dir, run_dir, atol)``: both runs exported the same model."""
 
-    def read(run_dir: Path) -> dict[str, Any]:
+    def check(one: Path, other: Path, atol: float) -> None:
+        import torch
         from safetensors.torch import load_file
 
-        return load_file(run_dir / "model" / "model.safetensors")
+        expected, found = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=atol)
 
-    return read
+    return check

@@ -89,3 +89,18 @@ def test_resume_warns_of_changed_packages(tmp_path: Path, caplog) -> None:
     run.versions_file.write_text(json.dumps({**versions, "numpy": "1.0"}))
     RunDirectory.resume(tmp_path, load_config(None, [f"resume={tmp_path}"]))
     assert "numpy was 1.0, is now" in caplog.text
+
+
+def test_two_processes_cannot_run_one_run(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", load_config())
+    with run.alone():
+        with (
+            pytest.raises(ConfigError, match="another process is running this run"),
+            RunDirectory(run.path).alone(),
+        ):
+            pass
+        assert run.config_file.is_file()
+    with RunDirectory(run.path).alone():
+        pass
+    with RunDirectory(tmp_path / "absent").alone():
+        pass
