@@ -281,7 +281,7 @@ class RewardSection(Section):
     intrinsic_max: NonNegativeFloat = 0.1
     """Most intrinsic reward of one trajectory (before mu)."""
     invalid_action_penalty: NonNegativeFloat = 0.0
-    """Taken off per invalid action, as the format part of the reward (paper: 0.1)."""
+    """Taken off the reward of a turn with an invalid action (paper: 0.1, where a win earns 10)."""
 
 
 class SftSection(Section):

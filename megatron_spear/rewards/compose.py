@@ -28,7 +28,8 @@ def trajectory_reward(trajectory: Trajectory, section: RewardSection) -> Reward:
     - outcome: ``success`` where the task was won, else 0.
     - intrinsic: ``intrinsic_per_action`` for each *distinct* valid action, at most
       ``intrinsic_max``; repeating an action, or surviving another turn, earns nothing.
-    - format: minus ``invalid_action_penalty`` for each invalid turn.
+    - format: minus ``invalid_action_penalty`` for each invalid turn, averaged over the turns. The
+      advantage puts each turn's own part on that turn (`turn_advantages`), as the paper does.
 
     Example (defaults): won after "go to desk 1", "look", "look", "take pen 1", all valid, gives
     outcome 1, intrinsic 0.03, format 0. ``parts`` records the counts.
@@ -40,7 +41,7 @@ def trajectory_reward(trajectory: Trajectory, section: RewardSection) -> Reward:
     return Reward(
         outcome=section.success if trajectory.won else 0.0,
         intrinsic=min(section.intrinsic_max, section.intrinsic_per_action * num_distinct),
-        format=0.0 - section.invalid_action_penalty * num_invalid,
+        format=0.0 - section.invalid_action_penalty * num_invalid / max(len(turns), 1),
         parts={
             "won": float(trajectory.won),
             "num_turns": float(len(turns)),

@@ -137,7 +137,7 @@ def test_grpo_advantage(case: dict[str, Any]) -> None:
         got, expected = np.zeros_like(mask), np.array(case["expected"][name])
         for uid in dict.fromkeys(uids):
             rows = np.flatnonzero(uids == uid)
-            values = group_relative(rewards[rows], normalize_std=normalize_std)
+            values, _ = group_relative(rewards[rows], normalize_std=normalize_std)
             got[rows] = values[:, None] * mask[rows]
             if len(rows) == 1:  # defect 17: the official advantage is the raw reward; ours is 0
                 assert not got[rows].any()

@@ -33,8 +33,10 @@ def test_invalid_turns_cost_format_and_earn_nothing() -> None:
         make_trajectory("g", 0, [turns], won=True),
         RewardSection(success=10.0, invalid_action_penalty=0.1),
     )
-    assert (reward.outcome, reward.intrinsic, reward.format) == pytest.approx((10.0, 0.01, -0.2))
-    assert reward.total(0.5) == pytest.approx(10.0 + 0.005 - 0.2)
+    assert (reward.outcome, reward.intrinsic, reward.format) == pytest.approx(
+        (10.0, 0.01, -0.2 / 3)
+    )
+    assert reward.total(0.5) == pytest.approx(10.0 + 0.005 - 0.2 / 3)
 
 
 @pytest.mark.parametrize("status", [status for status in Status if status.failed])
