@@ -77,7 +77,7 @@ def make_tokenizer(
 
 
 def _pattern(phrases: Sequence[str], names: Sequence[str]) -> str:
-    """The regular expression of one piece: phrase, name, word or sign, each with its space."""
+    """The regular expression of one piece: phrase, name, word, sign, with its space; or space."""
     pieces = []
     for phrase in sorted(set(phrases), key=len, reverse=True):
         start = "(?<![A-Za-z0-9])" if phrase[0].isalnum() else ""

@@ -133,20 +133,21 @@ class RunDirectory:
             return
         handle = os.open(self.path, os.O_RDONLY)
         try:
+            self._lock(handle)
+            yield
+        finally:
+            os.close(handle)
+
+    def _lock(self, handle: int) -> None:
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(handle)
             raise ConfigError(
                 f"{self.path}: another process is running this run; wait for it, stop it, or "
                 "choose another run.dir"
             ) from None
         except OSError as error:
             log.warning("%s: cannot be locked against a second process: %s", self.path, error)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                os.close(handle)
 
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""

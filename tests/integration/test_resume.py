@@ -21,7 +21,7 @@ SETTINGS = (
     "checkpoint.keep=4",
 )
 Records = Callable[[Path], dict[int, dict[str, Any]]]
-Same = Callable[[Path, Path, float], None]
+Same = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +42,24 @@ def stopped(spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
     return run_dir
 
 
-def same_run(one: Path, other: Path, records: Records, same_weights: Same) -> None:
+@pytest.fixture
+def same_run(training_records: Records, same_weights: Same) -> Same:
     """Equal training metrics of every step (but times) and equal exported weights."""
-    expected, found = records(one), records(other)
-    assert list(found) == list(expected)
-    for step, record in expected.items():
-        assert found[step].keys() == record.keys()
-        for name, value in record.items():
-            # Which contexts share the engine's batch is a matter of timing; it rounds accordingly.
-            rounding = 1e-5 if name.startswith("mismatch/") else 1e-9
-            told = f"{name} at step {step}"
-            assert found[step][name] == pytest.approx(value, rel=1e-6, abs=rounding), told
-    same_weights(one, other, 1e-7)
+
+    def check(one: Path, other: Path) -> None:
+        expected, found = training_records(one), training_records(other)
+        assert list(found) == list(expected)
+        for step, record in expected.items():
+            assert found[step].keys() == record.keys()
+            for name, value in record.items():
+                # Which contexts share the engine's batch is a matter of timing; it rounds
+                # accordingly.
+                rounding = 1e-5 if name.startswith("mismatch/") else 1e-9
+                told = f"{name} at step {step}"
+                assert found[step][name] == pytest.approx(value, rel=1e-6, abs=rounding), told
+        same_weights(one, other, 1e-7)
+
+    return check
 
 
 def test_the_run_exercises_what_has_to_survive(whole: Path, training_records: Records) -> None:
@@ -69,14 +75,14 @@ def test_resumed_is_not_stopped(
     spear: Callable[..., Any],
     tmp_path: Path,
     training_records: Records,
-    same_weights: Same,
+    same_run: Same,
 ) -> None:
     run_dir = tmp_path / "run"
     spear("train", f"run.dir={run_dir}", *SETTINGS, "run.stop_after=2")
     assert list(training_records(run_dir)) == [1, 2]
     done = spear("train", f"resume={run_dir}", *SETTINGS)
     assert "continuing after step 2 of 4" in done.out
-    same_run(whole, run_dir, training_records, same_weights)
+    same_run(whole, run_dir)
 
 
 def test_a_damaged_checkpoint_costs_one_step(
@@ -84,8 +90,7 @@ def test_a_damaged_checkpoint_costs_one_step(
     stopped: Path,
     spear: Callable[..., Any],
     tmp_path: Path,
-    training_records: Records,
-    same_weights: Same,
+    same_run: Same,
 ) -> None:
     """Falls back to step 2, says so, does step 3 again; a half-written step 4 is swept away."""
     run_dir = tmp_path / "run"
@@ -102,20 +107,19 @@ def test_a_damaged_checkpoint_costs_one_step(
     assert "continuing after step 2 of 4" in told
     assert not (run_dir / "checkpoints" / "step_4.tmp").exists()
     assert (run_dir / "checkpoints" / "step_3.damaged").is_dir()
-    same_run(whole, run_dir, training_records, same_weights)
+    same_run(whole, run_dir)
 
 
 def test_a_finished_run_can_be_resumed_to_no_effect(
     whole: Path,
     spear: Callable[..., Any],
     tmp_path: Path,
-    training_records: Records,
-    same_weights: Same,
+    same_run: Same,
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     spear("train", f"resume={run_dir}", *SETTINGS)
-    same_run(whole, run_dir, training_records, same_weights)
+    same_run(whole, run_dir)
 
 
 def test_resume_without_a_file_takes_the_runs_own_settings(
@@ -123,11 +127,10 @@ def test_resume_without_a_file_takes_the_runs_own_settings(
     stopped: Path,
     command: Callable[..., Any],
     tmp_path: Path,
-    training_records: Records,
-    same_weights: Same,
+    same_run: Same,
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(stopped, run_dir)
     done = command("train", f"resume={run_dir}")
     assert "continuing after step 3 of 4" in done.out
-    same_run(whole, run_dir, training_records, same_weights)
+    same_run(whole, run_dir)

@@ -2,8 +2,7 @@
 
 The player acts on what it has read: it searches the places it has not looked into, in the order in
 which the room names them, and goes on as soon as the wanted object is in sight. Only when its
-patience ends it gets a hint. (A drawn order, likely places first, took a tiny model twice as many
-demonstrations to learn from: what comes next is then a guess instead of a rule.)
+patience ends it gets a hint. The order is a rule that can be learned; a drawn one is a guess.
 """
 
 import contextlib
