@@ -9,7 +9,7 @@ Nothing is changed where CUDA is present. Three parts, from cold to hot:
 3. ``cuda_means_cpu()`` is a context for building, stepping and saving, where such spellings are
    many and time does not count. It slows every torch call, so forward and backward run outside.
 
-Works with megatron-core 0.16.1 and 0.19.2. ``megatron-on-cpu`` in docs lists what was measured.
+Works with megatron-core 0.16.1 and 0.19.2.
 """
 
 import contextlib

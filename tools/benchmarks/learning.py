@@ -4,8 +4,9 @@
     python tools/benchmarks/learning.py [--seeds 0 1 2] [--games 256] [--dir runs/learning] [..]
 
 Before and after are shares of won games on one fixed panel of generated games that no run trains
-on; the interval is the paired 95 % interval of the difference, game by game. A seed whose run in
-``--dir`` is already complete is not run again. Aim: warm start 0.20 to 0.50, mean gain >= 0.10.
+on; the interval is the paired 95 % interval of the difference, game by game. A seed that was cut
+off in ``--dir`` goes on from its last checkpoint (a finished one only plays its last evaluation
+again); one with other settings is refused. Aim: warm start 0.20 to 0.50, mean gain >= 0.10.
 """
 
 import argparse
@@ -46,12 +47,15 @@ def main() -> None:
 def _run(options: argparse.Namespace, seed: int, settings: list[str]) -> dict[str, Any]:
     """The summary of one seed's run."""
     folder = options.dir / f"seed-{seed}"
-    if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "megatron_spear.cli.main", "train", options.config]
-        own = [f"run.seed={seed}", f"run.dir={folder}", f"evaluation.games={options.games}"]
-        print(f"seed {seed}: training in {folder}", file=sys.stderr, flush=True)
-        subprocess.run([*command, *own, *settings], check=True, stdout=subprocess.DEVNULL)
-    return json.loads((folder / "summary.json").read_text())
+    command = [sys.executable, "-m", "megatron_spear.cli.main", "train", options.config]
+    own = [f"run.seed={seed}", f"run.dir={folder}", f"evaluation.games={options.games}"]
+    if (folder / "config.yaml").exists():
+        own.append(f"resume={folder}")
+    print(f"seed {seed}: training in {folder}", file=sys.stderr, flush=True)
+    if subprocess.run([*command, *own, *settings], stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"seed {seed}: the run in {folder} did not end well; its last words are above")
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
 
 
 if __name__ == "__main__":
