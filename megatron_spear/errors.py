@@ -28,5 +28,9 @@ class EnvironmentFault(SpearError, RuntimeError):
     reward."""
 
 
+class EnvironmentsLost(SpearError, RuntimeError):
+    """Environment workers that cannot be kept alive; ends the run."""
+
+
 class StopRequested(SpearError):
     """A clean stop was asked for (Ctrl-C, SIGTERM, SIGUSR1); the run can be resumed."""

@@ -4,9 +4,9 @@
     alfworld_transcripts.jsonl.xz \\
         --domain alfred.pddl --grammar alfred.twl2
 
-Each transcript entry counts as matched when feedback, admissible actions and the won flag are
-equal. The last line is ``alfworld: M matched, T total, S steps/s``; exit status 0 only when M == T
-> 0.
+Each transcript entry counts as matched when feedback, admissible actions (in any order) and the won
+flag are equal. The last line is ``alfworld: M matched, T total, S steps/s``; exit status 0 only
+when M == T > 0.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import lzma
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,15 @@ def replay(game_file: GameFile, transcript: list[dict[str, Any]]) -> Iterator[li
         yield [
             f"{name}: got {found[name]!r}, recorded {entry[name]!r}"
             for name in found
-            if found[name] != entry[name]
+            if not same(found[name], entry[name])
         ]
+
+
+def same(found: Any, recorded: Any) -> bool:
+    """Equal, lists in any order; an entry given twice has to be there twice."""
+    if isinstance(found, list) and isinstance(recorded, list):
+        return Counter(found) == Counter(recorded)
+    return bool(found == recorded)
 
 
 def measure_steps_per_s(games: dict[str, GameFile], rows: list[dict[str, Any]]) -> float:

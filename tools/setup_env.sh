@@ -23,6 +23,13 @@ fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
+# One line for each download and for each installation; the rest of what pip says is left out.
+pip_install() {
+    "${pip[@]}" install --progress-bar off --constraint "$constraints" "$@" | awk '
+        /^ *Downloading / && !/\.metadata/ { sub(/^ */, ""); print "setup:   " $0; fflush() }
+        /^Installing collected/ { print "setup:   Installing", NF - 3, "packages"; fflush() }'
+}
+
 torch_index=()
 [ -n "${SPEAR_CPU_INDEX:-}" ] && torch_index=(--index-url "$SPEAR_CPU_INDEX")
 
@@ -43,12 +50,13 @@ setup: to take the CUDA build all the same:
 MESSAGE
         exit 2
     fi
-    echo "setup: installing $torch_spec (about 200 MB)"
-    "${pip[@]}" install --quiet "${torch_index[@]}" --constraint "$constraints" "$torch_spec"
+    echo "setup: 1 of 3: $torch_spec (about 200 MB)"
+    pip_install "${torch_index[@]}" "$torch_spec"
 fi
-echo "setup: installing the other dependencies and megatron_spear"
-"${pip[@]}" install --quiet --constraint "$constraints" setuptools
-"${pip[@]}" install --quiet --no-build-isolation --constraint "$constraints" -e '.[dev]'
+echo "setup: 2 of 3: setuptools"
+pip_install setuptools
+echo "setup: 3 of 3: the other dependencies and megatron_spear"
+pip_install --no-build-isolation -e '.[dev]'
 rm -f "$venv"/.spear-*
 touch "$stamp"
 echo "setup: done ($venv)"

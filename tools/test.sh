@@ -12,6 +12,6 @@ export WANDB_MODE="${WANDB_MODE:-offline}" TOKENIZERS_PARALLELISM=false HF_HUB_O
 if [ $# -gt 0 ]; then
     exec "$bin/python" -m pytest "$@"
 fi
-"$bin/python" -m pytest -n 2 --dist loadgroup -m "not gpu and not slurm and not slow"
+"$bin/python" -m pytest -n 2 --dist loadgroup -m "not gpu and not slurm"
 # The same policy on the GPU stack's Megatron version: a subset of at most 3 minutes.
 tools/test_megatron_019.sh tests/unit/policy tests/distributed/test_layouts.py -k "not state_survives"

@@ -26,10 +26,12 @@ _COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The argument parser; settings after the file are ``a.b=c`` or ``--a.b c``."""
+    """The argument parser; settings (``a.b=c`` or ``--a.b=c``) are not its business."""
     parser = argparse.ArgumentParser(
         prog="megatron-spear",
         description="SPEAR for agentic LLMs on Megatron-Core, from a CPU to a cluster.",
+        epilog="After the file come settings, a.b=c or --a.b c. `train --resume DIR` without a "
+        "file continues a run with the settings it was started with.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
@@ -37,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "config",
             nargs="?",
-            help="YAML file, e.g. examples/alfworld/quickstart.yaml; not needed with resume=DIR",
+            help="YAML file, e.g. examples/alfworld/quickstart.yaml; none with --resume DIR",
         )
         if name == "evaluate":
             sub.add_argument("--model", required=True, help="Hugging Face folder to evaluate")
@@ -47,11 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command; returns the exit status."""
     parser = build_parser()
-    options, settings = parser.parse_known_args(list(arguments))
-    if options.config and "=" in options.config and not os.path.exists(options.config):
-        settings, options.config = [options.config, *settings], None
-    if options.config is None and not any(s.lstrip("-").startswith("resume") for s in settings):
-        parser.error(f"{options.command}: no YAML file, and no resume=DIR that would have one")
+    words = _joined(arguments)
+    options, unknown = parser.parse_known_args([w for w in words if not _is_setting(w)])
+    settings = [*filter(_is_setting, words), *unknown]
+    keys = {setting.removeprefix("--").partition("=")[0] for setting in settings}
+    if options.config is None and "resume" not in keys:
+        parser.error(f"{options.command}: no YAML file, and no --resume DIR that would have one")
     from megatron_spear.config.load import dump_config, load_config
 
     config = load_config(options.config, settings)
@@ -79,6 +82,25 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """``--a.b c`` as ``--a.b=c``, so that no value is taken for the YAML file."""
+    words: list[str] = []
+    for word in arguments:
+        before = words[-1] if words else ""
+        waits = before.startswith("--") and "=" not in before and before != "--help"
+        if waits and not word.startswith("--"):
+            words[-1] = f"{before}={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _is_setting(word: str) -> bool:
+    if word.startswith("--"):
+        return word.partition("=")[0] not in ("--help", "--model")
+    return "=" in word and not os.path.exists(word)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Console entry point: no traceback for mistakes of the user."""
     try:
@@ -91,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = USAGE_EXIT
     except KeyboardInterrupt:
         print(
-            "stopped at once; nothing since the last checkpoint was saved, that one is whole",
+            "stopped at once; what came after the last checkpoint is lost. Continue a run that "
+            "has one with resume=DIR, else give the same command again",
             file=sys.stderr,
         )
         status = STOPPED_EXIT

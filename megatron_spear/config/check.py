@@ -1,54 +1,57 @@
 """Combinations of settings that cannot work, found before anything is built."""
 
 from collections.abc import Iterator
+from typing import Literal
 
+from megatron_spear.config.layout import layout_problems
 from megatron_spear.config.schema import OptimizerSection, RunConfig
 
+Use = Literal["train", "sft", "evaluate"]
+"""What the settings are for."""
 
-def check_config(config: RunConfig, world_size: int) -> list[str]:
+
+def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list[str]:
     """One line for each combination that cannot work on ``world_size`` ranks; empty if none.
 
-    Only what needs no model: a model given by ``model.path`` is checked where it is read.
+    Only what needs no model: a model given by ``model.path`` is checked where it is read. An
+    evaluation has no policy, so nothing that speaks of training counts there.
 
     Example: with ``policy.tensor_parallel=2`` on 3 ranks, one line says that 3 is no multiple of 2.
     """
-    checks = (
-        _layout(config, world_size),
-        _tiny_model(config),
-        _rollout(config),
-        _replay(config),
-        _optimizer("policy.optimizer", config.policy.optimizer, None),
-        _optimizer("sft.optimizer", config.sft.optimizer, config.sft.steps),
-        _length(config),
-    )
+    checks = [_context(config)]
+    if use != "evaluate":
+        checks += [
+            _layout(config, world_size),
+            _tiny_model(config),
+            _groups(config),
+            _replay(config),
+            _optimizer("policy.optimizer", config.policy.optimizer, None),
+            _optimizer("sft.optimizer", config.sft.optimizer, config.sft.steps),
+            _length(config),
+        ]
+    if use == "train":
+        checks.append(_games(config))
     return [line for check in checks for line in check]
 
 
 def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
-    policy = config.policy
-    split = policy.tensor_parallel * policy.pipeline_parallel
-    if world_size % split:
-        yield (
-            f"world size {world_size} is not a multiple of policy.tensor_parallel x "
-            f"policy.pipeline_parallel = {policy.tensor_parallel} x {policy.pipeline_parallel}; "
-            f"start {split} ranks (or a multiple), or lower one of the two"
-        )
-    if policy.sequence_parallel and policy.tensor_parallel == 1:
-        yield "policy.sequence_parallel needs policy.tensor_parallel > 1; got 1"
+    """The layout, and how it cuts the made model; a loaded one has its own shape."""
+    tiny, by_tensor, by_pipeline = config.model.tiny, {}, {}
+    if config.model.path is None:
+        by_tensor["model.tiny.num_kv_heads"] = tiny.num_kv_heads
+        by_tensor["model.tiny.ffn_size"] = tiny.ffn_size
+        by_pipeline["model.tiny.num_layers"] = tiny.num_layers
+    yield from layout_problems(config.policy, world_size, by_tensor, by_pipeline)
 
 
 def _tiny_model(config: RunConfig) -> Iterator[str]:
-    """Divisibility of the made model; a loaded one has its own shape."""
+    """Divisibility inside the made model."""
     if config.model.path is not None:
         return
-    tiny, policy = config.model.tiny, config.policy
-    tp, pp = policy.tensor_parallel, policy.pipeline_parallel
+    tiny = config.model.tiny
     for whole, part, whole_value, part_value in (
         ("model.tiny.hidden_size", "model.tiny.num_heads", tiny.hidden_size, tiny.num_heads),
         ("model.tiny.num_heads", "model.tiny.num_kv_heads", tiny.num_heads, tiny.num_kv_heads),
-        ("model.tiny.num_kv_heads", "policy.tensor_parallel", tiny.num_kv_heads, tp),
-        ("model.tiny.ffn_size", "policy.tensor_parallel", tiny.ffn_size, tp),
-        ("model.tiny.num_layers", "policy.pipeline_parallel", tiny.num_layers, pp),
     ):
         if whole_value % part_value:
             yield f"{whole}={whole_value} is not a multiple of {part}={part_value}; change one"
@@ -59,13 +62,17 @@ def _tiny_model(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _rollout(config: RunConfig) -> Iterator[str]:
-    rollout, algorithm = config.rollout, config.algorithm
+def _context(config: RunConfig) -> Iterator[str]:
+    rollout = config.rollout
     if rollout.max_new_tokens >= rollout.max_context:
         yield (
             f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
             f"rollout.max_context={rollout.max_context}"
         )
+
+
+def _groups(config: RunConfig) -> Iterator[str]:
+    rollout, algorithm = config.rollout, config.algorithm
     if config.policy.tokens_per_microbatch < rollout.max_context:
         yield (
             f"policy.tokens_per_microbatch={config.policy.tokens_per_microbatch} is below "
@@ -114,3 +121,13 @@ def _length(config: RunConfig) -> Iterator[str]:
     run = config.run
     if run.stop_after is not None and run.stop_after > run.steps:
         yield f"run.stop_after={run.stop_after} is above run.steps={run.steps} and never happens"
+
+
+def _games(config: RunConfig) -> Iterator[str]:
+    env = config.env
+    if env.games is not None and env.games.expanduser().is_file():
+        yield (
+            f"env.games={env.games} is one file, which has no splits: the panel would be games "
+            f"that are trained on; give a folder with {env.train_split}.jsonl[.xz] and "
+            f"{env.eval_split}.jsonl[.xz] (sft and evaluate take a file)"
+        )

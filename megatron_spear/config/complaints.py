@@ -1,14 +1,14 @@
 """What is wrong with a set of settings: one line a mistake, with what to write instead."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
 from megatron_spear.config.knobs import LIST_OF, Knob, known_paths
-from megatron_spear.config.sources import Settings
+from megatron_spear.config.sources import Settings, leaves
 
 _VALUE_ERROR = "Value error, "
 
@@ -34,7 +34,7 @@ def wrong_kinds(settings: Settings) -> list[str]:
     """Values pydantic would bend in silence: true for a number (it reads 1), not-a-number."""
     knobs = known_paths()
     lines = []
-    for path, value in _leaves(settings.tree, ""):
+    for path, value in leaves(settings.tree):
         knob = knobs.get(path)
         if knob is None or not knob.types:
             continue
@@ -109,11 +109,3 @@ def _value_at(tree: Any, path: str) -> Any:
     for part in path.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_spear.config.schema import RunConfig
+from megatron_spear.config.sources import leaves
 
 RESUME_MAY_DIFFER = (
     "run.dir",
@@ -68,12 +69,4 @@ def _may_differ(path: str) -> bool:
 
 
 def _flat(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    yield from _leaves(config.model_dump(mode="json"), "")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    yield from leaves(config.model_dump(mode="json"))

@@ -1,7 +1,7 @@
-"""The schema as a list of knobs: path, documentation, what is expected, default.
+"""The schema as a list of knobs: path, what is expected, types.
 
-Everything that speaks about settings by name (error messages, the reference page, the test that
-each knob is read) uses this one walk.
+Everything that speaks about settings by name (error messages, the test that each knob is read) uses
+this one walk.
 """
 
 import types
@@ -33,14 +33,12 @@ _SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
 class Knob:
     """One setting, or one section, of the run configuration.
 
-    Example: ``Knob(path="rollout.group_size", doc="Attempts a prompt.", expected="an integer >= 1",
-    default=8, is_section=False)``. ``types`` are the plain types a value may have.
+    Example: ``Knob(path="rollout.group_size", expected="an integer >= 1", is_section=False,
+    types=(int,))``; ``types`` are the plain types a value may have.
     """
 
     path: str
-    doc: str
     expected: str
-    default: Any
     is_section: bool
     types: tuple[type, ...]
 
@@ -67,9 +65,7 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Knob]:
         sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
         yield Knob(
             path=path,
-            doc=" ".join((info.description or "").split()),
             expected=_expected(info),
-            default=None if info.is_required() else info.default,
             is_section=bool(sections) and len(members) == 1,
             types=tuple(m for m in members if isinstance(m, type)),
         )

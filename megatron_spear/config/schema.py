@@ -149,8 +149,10 @@ class AlfworldSection(Section):
     type: Literal["alfworld"] = "alfworld"
     """Which environment."""
     games: Path | None = None
-    """Folder or file of games (official ``game.tw-pddl`` tree, or packed ``.jsonl[.xz]``).
-    None = games are generated fresh for every step."""
+    """Folder of games with splits (official ``game.tw-pddl`` tree, or packed
+    ``<split>.jsonl[.xz]``). One file has no splits: ``sft`` and ``evaluate`` take it whole,
+    ``train`` refuses it, since its panel must not be trained on. None = games are generated fresh
+    for every step."""
     train_split: str = "train"
     """Split to train on, where ``games`` is a folder with splits."""
     eval_split: str = "valid_seen"
@@ -199,7 +201,8 @@ class RolloutSection(Section):
 
 
 class AlgorithmSection(Section):
-    """Advantages, policy loss, filters. Defaults are Dr.BoT's (spec sections 6 and 9)."""
+    """Advantages, policy loss, filters. Defaults are Dr.BoT's, SPEAR's baseline
+    (arXiv 2509.22601)."""
 
     advantage: Literal["grpo"] = "grpo"
     """Group-relative advantage: reward minus the group's mean."""

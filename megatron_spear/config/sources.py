@@ -64,6 +64,18 @@ def merged(base: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything in a tree that is no map.
+
+    Example: ``{"a": {"x": 1}, "b": [2]}`` gives ``("a.x", 1)`` and ``("b", [2])``.
+    """
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def read_yaml(path: Path, settings: Settings) -> None:
     """Add a YAML file; a missing file, a syntax error, a key given twice become problem lines."""
     try:

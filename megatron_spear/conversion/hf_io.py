@@ -4,6 +4,7 @@ Reading maps the safetensors files into memory and touches only what is asked fo
 which a folder can be broken is a CheckpointError that names the file or the tensor.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megatron_spear.conversion.mapping import WeightMap
 from megatron_spear.errors import CheckpointError
+from megatron_spear.files import says_disk_full
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -154,8 +156,8 @@ def check_tokenizer(path: Path, vocab_size: int) -> None:
     if not file.is_file():
         raise CheckpointError(f"{path} has no tokenizer.json; copy the model's tokenizer there")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:
+        tokenizer = Tokenizer.from_buffer(file.read_bytes())  # from_file raises plain Exceptions
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
@@ -177,25 +179,41 @@ def write_hf_folder(
     ``weights`` is a stream such as ``MegatronPolicy.export_weights()``; entries without a tensor
     are passed over. Files appear under a temporary name and are put in place at the end, so a
     folder is whole or not there. Raises CheckpointError if ``target`` exists and is not an empty
-    folder.
+    folder, and if the disk is full.
     """
     target, source = Path(target), Path(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not empty; give another folder")
     work = target.with_name(f".{target.name}.writing-{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
     try:
-        dtype = _write_shards(work, weights, max_shard_bytes)
-        _write_config(work, source, dtype)
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, work / name)
-        if target.exists():
-            target.rmdir()
-        work.replace(target)
+        with full_disk_told(target):
+            work.mkdir(parents=True)
+            dtype = _write_shards(work, weights, max_shard_bytes)
+            _write_config(work, source, dtype)
+            for name in COPIED:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, work / name)
+            if target.exists():
+                target.rmdir()
+            work.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_told(target: Path) -> Iterator[None]:
+    """A full disk while ``target`` is written is a CheckpointError, whichever library wrote."""
+    try:
+        yield
+    except Exception as error:
+        if not says_disk_full(error):
+            raise
+        raise CheckpointError(
+            f"{target} was not written: the disk is full or a quota is reached ({error}); nothing "
+            "is left of it. Free some space and start again, a run that has checkpoints with "
+            "resume=DIR"
+        ) from error
 
 
 def _write_shards(

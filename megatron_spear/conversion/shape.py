@@ -1,4 +1,4 @@
-"""What of a Hugging Face config the policy and the weight tables need, checked."""
+"""What of a Hugging Face config the policy, the engine and the weight tables need, checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,5 +96,5 @@ def _refuse_unsupported(config: Any, family: str) -> None:
         wrong.append(f"attention_dropout {config.attention_dropout} (expected 0)")
     if wrong:
         raise ConfigError(
-            f"{family} config has what the policy does not support: {'; '.join(wrong)}"
+            f"{family} config has what policy and engine do not support: {'; '.join(wrong)}"
         )

@@ -1,5 +1,6 @@
 """A tiny Qwen3 model with a word-level tokenizer, as a Hugging Face folder: the CPU quick start."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_spear.config.schema import TinyModelSection
+from megatron_spear.conversion.hf_io import full_disk_told
 from megatron_spear.conversion.word_tokenizer import END, PAD, make_tokenizer
 from megatron_spear.errors import ConfigError
 
@@ -27,7 +29,7 @@ def make_tiny_model(
     Plain ``AutoModelForCausalLM`` and ``AutoTokenizer`` load the folder. fp32, tied embeddings; the
     same ``shape`` (its ``seed`` included), words, phrases and names give the same bytes.
     ``max_positions`` is the longest context. Returns the folder; raises ConfigError for an
-    impossible shape.
+    impossible shape, CheckpointError if the disk is full (a new folder is then removed).
     """
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
@@ -57,8 +59,15 @@ def make_tiny_model(
         do_sample=True, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     path = Path(folder)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    is_new = not path.exists()
+    try:
+        with full_disk_told(path):
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
     return path
 
 

@@ -56,6 +56,22 @@ class PoolPrompts:
         return self._prompts[self._order[index]]
 
 
+class CheckedPrompts:
+    """The prompts of another source, each checked when it is first drawn."""
+
+    def __init__(self, source: PromptSource, check: Callable[[Prompt], None]) -> None:
+        self._source, self._check = source, check
+        self._checked: set[str] = set()
+
+    def at(self, position: int) -> Prompt:
+        """The source's prompt at this position; raises what its check raises."""
+        prompt = self._source.at(position)
+        if prompt.prompt_id not in self._checked:
+            self._check(prompt)
+            self._checked.add(prompt.prompt_id)
+        return prompt
+
+
 class PromptCursor:
     """How many prompts were consumed, each exactly once, and the next ones.
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_spear.conversion.rotary import rotary_frequencies
 from megatron_spear.conversion.shape import ModelShape
 
 
@@ -52,27 +53,6 @@ class Rotary:
             angles = torch.outer(positions, self.frequencies)[:, None, :]
             self._cos, self._sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         return self._cos[:length], self._sin[:length]
-
-
-def rotary_frequencies(shape: ModelShape) -> Tensor:
-    """Inverse frequencies ``[D / 2]``: default, linear or Llama 3 scaling."""
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-    frequencies = 1.0 / (shape.rope_theta**exponents)
-    kind = shape.rope.get("rope_type", "default")
-    if kind == "linear":
-        return frequencies / shape.rope["factor"]
-    if kind == "llama3":
-        return _llama3(frequencies, shape)
-    return frequencies
-
-
-def _llama3(frequencies: Tensor, shape: ModelShape) -> Tensor:
-    """Long wavelengths are divided by ``factor``, middle ones blended (Llama 3.1)."""
-    rope = shape.rope
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - blend) * frequencies / rope["factor"] + blend * frequencies
 
 
 def packed_layout(cu_seqlens: Tensor, max_seqlen: int, rotary: Rotary) -> PackedLayout:

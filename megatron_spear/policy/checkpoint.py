@@ -2,22 +2,30 @@
 
 Megatron writes its files from forked processes with a queue held by a spawned one, which for a
 small model takes far longer than the writing and re-imports the main script; here the same code
-writes from this process. Next to Megatron's files, ``files.json`` holds every file's size and
-CRC-32, which ``load`` checks before it touches the model.
+writes from this process. It also lets rank 0 write small files alone between two collectives, so an
+error there would leave the other ranks waiting; here such an error is kept until all ranks can hear
+of it. What is done by one rank alone ends in an agreement: it went well on all ranks, or each
+raises CheckpointError.
+
+Whether the files are still what was written is not checked here: the run's checkpoints have a
+manifest with hashes (``trainer.commit``).
 """
 
 import contextlib
+import functools
 import json
 import logging
+import pickle
 import queue
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spear.errors import CheckpointError
@@ -26,33 +34,52 @@ from megatron_spear.policy.parallel import ParallelContext
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "files.json"
+STATE_FILE = "policy.json"
 FORMAT = 1
+
+_PARALLEL_WRITERS = ("write_preloaded_data_multiproc", "write_preloaded_data_multithread")
+_WRITE_ERRORS = (OSError, RuntimeError)
+_LIBRARY_ERRORS = (
+    CheckpointException,  # torch's, of a collective save or load; no Exception
+    CheckpointingException,  # Megatron's, of state that does not fit
+    RuntimeError,  # torch's, of a file or tensor that does not fit
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+"""What torch and Megatron raise for files that cannot be written, are damaged or do not fit."""
 
 
 def save(folder: Path, model: Any, optimizer: Any, num_steps: int, ctx: ParallelContext) -> None:
     """Write everything that training needs to go on after ``num_steps`` steps; collective.
 
     ``folder`` is made if need be and must be empty; putting it in place as one commit is the
-    caller's affair. ``files.json`` is written last.
+    caller's affair. ``policy.json`` is written last. Raises CheckpointError on every rank if one of
+    them cannot write.
     """
-    if ctx.is_controller:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise CheckpointError(f"{folder} is not empty; give a new folder to save into")
-    dist.barrier(group=ctx.control)
-    with cpu.cuda_means_cpu(), _write_in_this_process():
-        dist_checkpointing.save(
-            _state(model, optimizer, num_steps, loading=False), str(folder), ("torch_dist", 1)
-        )
-    own = [
-        file for file in sorted(folder.glob("*")) if _owner(file.name) % ctx.world_size == ctx.rank
-    ]
-    sums = _gather([(file.name, file.stat().st_size, _crc(file)) for file in own], ctx)
-    if ctx.is_controller:
-        manifest = {"format": FORMAT, "num_steps": num_steps, "files": sorted(sums)}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    dist.barrier(group=ctx.control)
+
+    def begin() -> None:
+        if ctx.is_controller:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise CheckpointError(f"{folder} is not empty; give a new folder to save into")
+
+    def write() -> None:
+        with cpu.cuda_means_cpu(), _write_in_this_process(), _errors_kept() as errors:
+            state = _state(model, optimizer, num_steps, loading=False)
+            dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
+        if errors:
+            raise errors[0]
+
+    def end() -> None:
+        if ctx.is_controller:
+            state = {"format": FORMAT, "num_steps": num_steps}
+            (folder / STATE_FILE).write_text(json.dumps(state))
+
+    for action in (begin, write, end):
+        _agree(action, f"{folder} cannot be written", ctx)
 
 
 def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
@@ -60,9 +87,8 @@ def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
 
     Raises CheckpointError on every rank if a file is missing, damaged or of another model.
     """
-    manifest = _agree(lambda: _read_manifest(folder), ctx)
-    _agree(lambda: _check_files(folder, manifest["files"], ctx), ctx)
-    num_steps = int(manifest["num_steps"])
+    misfit = "the checkpoint does not fit or is damaged"
+    num_steps: int = _agree(lambda: _read_alone(folder), misfit, ctx)
 
     def restore() -> None:
         with cpu.cuda_means_cpu():
@@ -74,7 +100,7 @@ def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
             else:
                 optimizer.reload_model_params()
 
-    _agree(restore, ctx)
+    _agree(restore, misfit, ctx)
     return num_steps
 
 
@@ -87,68 +113,39 @@ def _state(model: Any, optimizer: Any, num_steps: int, loading: bool) -> dict[st
     return {"model": weights, "optimizer": state}
 
 
-def _read_manifest(folder: Path) -> Any:
-    file = folder / MANIFEST
+def _read_alone(folder: Path) -> int:
+    """``num_steps``; reads all that each rank reads by itself before Megatron's first collective.
+
+    A rank that cannot is found here, where the others do not wait for it yet.
+    """
+    file = folder / STATE_FILE
     if not file.is_file():
         raise CheckpointError(
-            f"{folder} has no {MANIFEST}: not a policy checkpoint, or one whose saving was cut off"
+            f"{folder} has no {STATE_FILE}: not a policy checkpoint, or its saving was cut off"
         )
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if manifest.get("format") != FORMAT:
+    state = json.loads(file.read_text())
+    if state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{file} has format {manifest.get('format')!r}, this version reads {FORMAT}"
+            f"{file} has format {state.get('format')!r}, this version reads {FORMAT}"
         )
-    return manifest
+    dist_checkpointing.load_common_state_dict(str(folder))
+    return int(state["num_steps"])
 
 
-def _check_files(folder: Path, files: list[list[Any]], ctx: ParallelContext) -> None:
-    """Size and CRC of this rank's share of the files."""
-    for name, size, crc in files[ctx.rank :: ctx.world_size]:
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; the checkpoint is incomplete")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, {size} were written; it is truncated"
-            )
-        if _crc(file) != crc:
-            raise CheckpointError(f"{file} has changed since it was written (CRC-32 differs)")
+def _agree(action: Callable[[], Any], failed: str, ctx: ParallelContext) -> Any:
+    """Run on all ranks; if it fails on one, a CheckpointError on each, so that none waits.
 
-
-def _owner(name: str) -> int:
-    """The rank that wrote the file: Megatron names them ``__RANK_NUMBER.distcp``."""
-    rank = name.removeprefix("__").split("_")[0]
-    return int(rank) if name.startswith("__") and rank.isdigit() else 0
-
-
-def _crc(file: Path) -> int:
-    crc = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-def _gather(mine: list[Any], ctx: ParallelContext) -> list[Any]:
-    parts: list[Any] = [None] * ctx.world_size
-    dist.all_gather_object(parts, mine, group=ctx.control)
-    return [item for part in parts for item in part]
-
-
-def _agree(action: Callable[[], Any], ctx: ParallelContext) -> Any:
-    """Run on all ranks; if it fails on one, a CheckpointError on each, so that none waits."""
+    ``failed`` says what an error of torch or Megatron means.
+    """
     problem, result = "", None
     try:
         result = action()
     except CheckpointError as error:
         problem = str(error)
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+    except _LIBRARY_ERRORS as error:
         logger.debug("checkpoint error", exc_info=True)
         cause = _cause(error)
-        problem = f"the checkpoint does not fit or is damaged: {type(cause).__name__}: {cause}"
+        problem = f"{failed}: {type(cause).__name__}: {cause}"
     problems: list[Any] = [None] * ctx.world_size
     dist.all_gather_object(problems, problem, group=ctx.control)
     for text in problems:
@@ -158,27 +155,64 @@ def _agree(action: Callable[[], Any], ctx: ParallelContext) -> Any:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first rank that failed, out of torch's collection with tracebacks."""
-    if isinstance(error, CheckpointException):
+    """What went wrong on the first rank that failed, out of torch's collection with tracebacks.
+
+    Megatron hands that collection to rank 0 only; ranks with an empty one have nothing to add.
+    """
+    if isinstance(error, CheckpointException) and error.failures:
         first: BaseException = next(iter(error.failures.values()))[0]
         return first
     return error
 
 
 @contextlib.contextmanager
+def _errors_kept() -> Iterator[list[Exception]]:
+    """Inside, errors of Megatron's files that rank 0 writes alone go to the list instead.
+
+    These are ``metadata.json``, ``.metadata`` and, in 0.16, ``common.pt``.
+    """
+    places: list[tuple[Any, str]] = [
+        (serialization, "save_config"),
+        (filesystem_async.FileSystemWriterAsync, "finish"),
+    ]
+    if hasattr(common, "TorchCommonSaveStrategy"):
+        places.append((common.TorchCommonSaveStrategy, "save_common"))
+    errors: list[Exception] = []
+
+    def keeping(write: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(write)
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except _WRITE_ERRORS as error:
+                errors.append(error)
+
+        return attempt
+
+    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
+    for owner, name, write in originals:
+        setattr(owner, name, keeping(write))
+    try:
+        yield errors
+    finally:
+        for owner, name, write in originals:
+            setattr(owner, name, write)
+
+
+@contextlib.contextmanager
 def _write_in_this_process() -> Iterator[None]:
-    """Megatron's file writer with a plain queue and, in 0.16, without its worker processes."""
+    """Megatron's file writer with a plain queue and without its worker processes (0.16) or threads
+    (0.19), which hide what went wrong or let it out on one rank alone."""
     writer = filesystem_async.FileSystemWriterAsync
-    forking = getattr(writer, "write_preloaded_data_multiproc", None)
+    (name,) = (name for name in _PARALLEL_WRITERS if hasattr(writer, name))
+    original = getattr(writer, name)
     filesystem_async._results_queue = queue.Queue()
-    if forking is not None:
-        writer.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+    setattr(writer, name, staticmethod(_write_buckets))
     try:
         yield
     finally:
         filesystem_async._results_queue = None
-        if forking is not None:
-            writer.write_preloaded_data_multiproc = staticmethod(forking)
+        setattr(writer, name, staticmethod(original))
 
 
 def _write_buckets(
@@ -195,7 +229,8 @@ def _write_buckets(
         )
         _, outcome = done.get_nowait()
         if isinstance(outcome, Exception):
-            written = outcome
+            hidden = outcome.__context__  # behind torch's "unexpected pos"
+            written = hidden if isinstance(hidden, OSError) else outcome
             break
         written[number] = outcome
     results.put(written)

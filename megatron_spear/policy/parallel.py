@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_spear.config.layout import layout_problems
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.shape import model_shape
 from megatron_spear.errors import ConfigError
@@ -69,7 +71,7 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_world_size(policy, world_size)
+    _refuse(layout_problems(policy, world_size, {}, {}))
     timeout = timedelta(seconds=timeout_s)
     device = _device()
     if not dist.is_initialized():
@@ -119,47 +121,25 @@ def destroy(keep_world: bool = False) -> None:
         dist.destroy_process_group()
 
 
-def check_world_size(policy: PolicySection, world_size: int) -> None:
-    """ConfigError unless tensor parallel x pipeline parallel divides the world size."""
-    tensor, pipeline = policy.tensor_parallel, policy.pipeline_parallel
-    if world_size % (tensor * pipeline):
-        raise ConfigError(
-            f"policy.tensor_parallel={tensor} x policy.pipeline_parallel={pipeline} is "
-            f"{tensor * pipeline} ranks a model copy, which does not divide the {world_size} ranks "
-            "that were started; start a multiple of it (torchrun --nproc-per-node) or change the "
-            "layout"
-        )
-    if policy.sequence_parallel and tensor == 1:
-        raise ConfigError(
-            "policy.sequence_parallel=true splits activations over tensor-parallel ranks, but "
-            "policy.tensor_parallel=1; expected 2 or more, or sequence_parallel=false"
-        )
-
-
 def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None:
     """ConfigError unless the model can be cut as ``policy`` says; pure, nothing is started.
 
     All problems are reported at once.
     """
-    check_world_size(policy, world_size)
     shape = model_shape(hf_config)
-    tensor, pipeline = policy.tensor_parallel, policy.pipeline_parallel
-    problems = [
-        f"policy.tensor_parallel={tensor} does not divide the model's {size} {what}"
-        for what, size in (
-            ("attention heads", shape.num_heads),
-            ("key-value groups", shape.num_groups),
-            ("MLP rows (intermediate_size)", shape.ffn_size),
-        )
-        if size % tensor
-    ]
-    if shape.num_layers % pipeline:
-        problems.append(
-            f"policy.pipeline_parallel={pipeline} does not divide the model's "
-            f"{shape.num_layers} layers"
-        )
-    if problems:
-        raise ConfigError("; ".join(problems) + ". Choose divisors.")
+    by_tensor = {
+        "the model's num_attention_heads": shape.num_heads,
+        "the model's num_key_value_heads": shape.num_groups,
+        "the model's intermediate_size": shape.ffn_size,
+    }
+    by_pipeline = {"the model's num_hidden_layers": shape.num_layers}
+    _refuse(layout_problems(policy, world_size, by_tensor, by_pipeline))
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    """ConfigError with all the problems, if there are any."""
+    if found := list(problems):
+        raise ConfigError("this layout cannot work:\n" + "\n".join(f"  {p}" for p in found))
 
 
 def _device() -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_spear.replay.state import require_keys
-from megatron_spear.types import ScoredGroup
+from megatron_spear.types import Reward, ScoredGroup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,16 +17,11 @@ class GroupMean:
 
     step: int
     prompt_id: str
-    outcome: float
-    intrinsic: float
-    format: float
-
-    def total(self, intrinsic_weight: float) -> float:
-        """Mean shaped reward of the group at the given intrinsic weight."""
-        return self.outcome + intrinsic_weight * self.intrinsic + self.format
+    reward: Reward
 
 
-_FIELDS = ("step", "prompt_id", "outcome", "intrinsic", "format")
+_PARTS = ("outcome", "intrinsic", "format")
+_COLUMNS = ("step", "prompt_id", *_PARTS)
 
 
 class BaselineHistory:
@@ -54,27 +49,34 @@ class BaselineHistory:
     def p50(self, intrinsic_weight: float) -> float:
         """Median of the group means at the current intrinsic weight (linear interpolation)."""
         assert self._means, "the history is updated with the step's groups before it is read"
-        totals = [mean.total(intrinsic_weight) for mean in self._means]
+        totals = [mean.reward.total(intrinsic_weight) for mean in self._means]
         return float(np.percentile(totals, 50))
 
     def state_dict(self) -> dict[str, Any]:
         """The entries as columns, oldest first (plain JSON)."""
-        return {name: [getattr(mean, name) for mean in self._means] for name in _FIELDS}
+        columns: dict[str, Any] = {
+            name: [getattr(mean.reward, name) for mean in self._means] for name in _PARTS
+        }
+        columns["step"] = [mean.step for mean in self._means]
+        columns["prompt_id"] = [mean.prompt_id for mean in self._means]
+        return columns
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace all entries; CheckpointError on other keys."""
-        require_keys(state, _FIELDS, "replay baseline")
-        rows = zip(*(state[name] for name in _FIELDS), strict=True)
+        require_keys(state, _COLUMNS, "replay baseline")
+        rows = zip(*(state[name] for name in _COLUMNS), strict=True)
         self._means.clear()
-        self._means.extend(GroupMean(**dict(zip(_FIELDS, row, strict=True))) for row in rows)
+        self._means.extend(
+            GroupMean(
+                step=step,
+                prompt_id=prompt_id,
+                reward=Reward(**dict(zip(_PARTS, parts, strict=True))),
+            )
+            for step, prompt_id, *parts in rows
+        )
 
 
 def _mean(step: int, group: ScoredGroup) -> GroupMean:
     rewards = [member.reward for member in group.members]
-    return GroupMean(
-        step=step,
-        prompt_id=group.prompt.prompt_id,
-        outcome=sum(reward.outcome for reward in rewards) / len(rewards),
-        intrinsic=sum(reward.intrinsic for reward in rewards) / len(rewards),
-        format=sum(reward.format for reward in rewards) / len(rewards),
-    )
+    means = {part: sum(getattr(r, part) for r in rewards) / len(rewards) for part in _PARTS}
+    return GroupMean(step=step, prompt_id=group.prompt.prompt_id, reward=Reward(**means))

@@ -20,6 +20,9 @@ from megatron_spear.errors import CheckpointError
 from megatron_spear.types import Reward, TrainSample, TrajectoryId
 
 MAGIC = b"MSREPL01"
+RESTORE = "restore the file, or resume the run: it goes back to a checkpoint that does not need it"
+"""What to do about a damaged file."""
+
 _HEADER = struct.Struct("<IIQ")
 _ARRAYS = (
     ("token_ids", "<i4", np.int32),
@@ -101,8 +104,7 @@ def split_records(content: bytes, source: str) -> Iterator[tuple[int, int]]:
     if content[: len(MAGIC)] != MAGIC:
         raise CheckpointError(
             f"{source}: not a replay segment of this version (starts with {content[:8]!r}, "
-            f"expected {MAGIC!r}); restore the file or set the checkpoint aside (an older one is "
-            "then taken)"
+            f"expected {MAGIC!r}); {RESTORE}"
         )
     offset = len(MAGIC)
     while offset < len(content):
@@ -122,8 +124,7 @@ def _open(record: memoryview, source: str) -> tuple[memoryview, dict[str, Any]]:
     payload = record[_HEADER.size :]
     if len(payload) != payload_size or zlib.crc32(payload) != checksum:
         raise CheckpointError(
-            f"{source}: a replay record is corrupt (its crc32 or length does not match); "
-            f"restore the file or set the checkpoint aside (an older one is then taken)"
+            f"{source}: a replay record is corrupt (its crc32 or length does not match); {RESTORE}"
         )
     meta: dict[str, Any] = json.loads(bytes(payload[:meta_size]))
     return payload, meta
@@ -132,5 +133,5 @@ def _open(record: memoryview, source: str) -> tuple[memoryview, dict[str, Any]]:
 def _truncated(source: str, offset: int, needed: int, length: int) -> CheckpointError:
     return CheckpointError(
         f"{source}: truncated: a record at byte {offset} needs {needed} bytes, the file ends at "
-        f"{length}; restore the file or set the checkpoint aside (an older one is then taken)"
+        f"{length}; {RESTORE}"
     )

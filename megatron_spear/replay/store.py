@@ -9,7 +9,6 @@ records a position in the log with the checksums of its files, never a copy; wha
 run appended beyond that position is not seen, and is overwritten as the log grows again.
 """
 
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.replay.records import MAGIC, decode, encode, split_records
+from megatron_spear.files import write_whole
+from megatron_spear.replay.records import MAGIC, RESTORE, decode, encode, split_records
 from megatron_spear.replay.state import require_keys
 from megatron_spear.types import Reward, TrainSample, TrajectoryId
 
@@ -32,10 +32,8 @@ class ReplayRow:
 
     row_id: int
     trajectory_id: TrajectoryId
-    prompt_id: str
     reward: Reward
     policy_version: int
-    num_tokens: int
     file: int
     offset: int
     size: int
@@ -83,7 +81,8 @@ class ReplayStore:
             crc32=zlib.crc32(content),
         )
         path = self._path(file.number)
-        _write_whole(path, content)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
         rows = _index(file, content, trajectories, str(path))
         self._files[file.number] = file
         self._rows.update((row.row_id, row) for row in rows)
@@ -145,7 +144,7 @@ class ReplayStore:
         if lost:
             raise CheckpointError(
                 f"{self._folder}: the checkpoint lists replay rows {lost[:5]} that none of its "
-                f"segment files holds; set the checkpoint aside (an older one is then taken)"
+                "segment files holds"
             )
         self._rows = {row_id: found[row_id] for row_id in state["rows"]}
         self._files = files
@@ -156,16 +155,14 @@ class ReplayStore:
         path = self._path(file.number)
         if not path.exists():
             raise CheckpointError(
-                f"{path}: missing, but the checkpoint needs its replay rows; restore the file or "
-                f"set the checkpoint aside (an older one is then taken)"
+                f"{path}: missing, but the checkpoint needs its replay rows; {RESTORE}"
             )
         content = path.read_bytes()
         if len(content) != file.num_bytes or zlib.crc32(content) != file.crc32:
             raise CheckpointError(
                 f"{path}: got {len(content)} bytes with crc32 {zlib.crc32(content):08x}, the "
                 f"checkpoint expects {file.num_bytes} bytes with {file.crc32:08x}: truncated, "
-                f"corrupt or overwritten by another run; restore the file or resume from another "
-                f"checkpoint"
+                f"corrupt or overwritten by another run; {RESTORE}"
             )
         spans = split_records(content, str(path))
         trajectories = [decode(content[at : at + size], str(path)) for at, size in spans]
@@ -208,24 +205,11 @@ def _index(
         ReplayRow(
             row_id=file.first_row + index,
             trajectory_id=samples[0].trajectory_id,
-            prompt_id=samples[0].prompt_id,
             reward=samples[0].reward,
             policy_version=min(sample.policy_version for sample in samples),
-            num_tokens=sum(len(sample.token_ids) for sample in samples),
             file=file.number,
             offset=offset,
             size=size,
         )
         for index, (samples, (offset, size)) in enumerate(zip(trajectories, spans, strict=True))
     ]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one, or none, but never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)

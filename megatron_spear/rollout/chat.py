@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_spear.envs.views import AgentView, HistoryStep
 from megatron_spear.errors import ConfigError
 from megatron_spear.types import TokenArray
 
@@ -77,13 +78,12 @@ class ChatRenderer:
         )
         return text
 
-    def encode_action(self, text: str, end_token: int | None = None) -> TokenArray:
-        """int32 ``[A]``: a demonstrated answer with its end token (default ``end_token_id``).
+    def encode_action(self, text: str) -> TokenArray:
+        """int32 ``[A]``: a demonstrated answer with its end token.
 
         For supervised data only; sampled answers stay the tokens they are.
         """
-        end = self.end_token_id if end_token is None else end_token
-        return np.asarray([*self._encode(text), end], np.int32)
+        return np.asarray([*self._encode(text), self.end_token_id], np.int32)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
@@ -112,3 +112,39 @@ class ChatRenderer:
                 f"contents {_USER_1}, {_ASSISTANT}, {_USER_2}"
             )
         return before, after
+
+
+def next_tokens(
+    renderer: ChatRenderer,
+    view: AgentView,
+    messages: Sequence[Mapping[str, Any]],
+    past: Sequence[HistoryStep],
+    answer: Sequence[int] | TokenArray,
+    observation: str,
+    info: Mapping[str, Any],
+    window: int | None,
+) -> TokenArray:
+    """int32 ``[O]``: what the prompt of turn ``len(past)`` adds to the context.
+
+    That is everything where prompts are rendered anew (``window`` steps of history each) and at the
+    first turn; else what comes between ``answer``, the tokens of the last one, and the next.
+
+    Args:
+        renderer: of the policy's tokenizer.
+        view: the environment's text as user messages.
+        messages: the prompt's own, before the first user message.
+        past: (observation, action) of every turn so far.
+        answer: the tokens of the last answer; not read at the first turn.
+        observation: the environment's latest text.
+        info: the environment's latest info.
+        window: steps of history; None for the full conversation.
+    """
+    turn = len(past)
+    if window is None:
+        text = view.full(observation, info, turn)
+        if turn > 0:
+            return renderer.extend(answer, text)
+    else:
+        first = past[0][0] if past else observation
+        text = view.window(first, past[-window:], observation, info, turn)
+    return renderer.initial([*messages, {"role": "user", "content": text}])

@@ -1,9 +1,12 @@
 """The protocol between the rollouter and any rollout engine: token in, token out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from megatron_spear.errors import EngineError
 from megatron_spear.types import FloatArray, TokenArray
 
 
@@ -32,13 +35,35 @@ class GenerationRequest:
     sampling: SamplingParams
     seed: tuple[int, ...]
 
+    def check(self) -> None:
+        """Raise EngineError where no engine could serve this."""
+        tokens, sampling, problem = np.asarray(self.token_ids), self.sampling, None
+        if tokens.ndim != 1 or len(tokens) == 0:
+            problem = f"token_ids has shape {tokens.shape}; expected [P] with P >= 1"
+        elif sampling.max_new_tokens < 1:
+            problem = f"max_new_tokens={sampling.max_new_tokens}; expected 1 or more"
+        elif not 0 <= sampling.temperature < float("inf"):
+            problem = f"temperature={sampling.temperature}; expected a number >= 0"
+        if problem is not None:
+            raise EngineError(f"request of session {self.session!r}: {problem}")
+
+    def finish_reason(self, token_ids: Sequence[int], max_context: int) -> str | None:
+        """``stop``, ``length`` or ``context`` where these tokens end the generation, else None."""
+        if len(token_ids) and token_ids[-1] in self.sampling.stop_token_ids:
+            return "stop"
+        if len(token_ids) >= self.sampling.max_new_tokens:
+            return "length"
+        return "context" if len(self.token_ids) + len(token_ids) >= max_context else None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """What came back: sampled tokens int32 ``[A]`` (stop token included), float32 ``[A]``
     log-probs.
 
-    ``finish_reason`` is ``stop``, ``length`` (max_new_tokens) or ``context`` (the context is full).
+    ``finish_reason`` is ``stop``, ``length`` (max_new_tokens) or ``context`` (the context is full;
+    without tokens where the prompt fills it). ``policy_version`` is the first and last version the
+    tokens were drawn from.
     """
 
     token_ids: TokenArray

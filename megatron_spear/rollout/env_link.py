@@ -1,8 +1,9 @@
-"""One worker process as the pool sees it: start, send, receive, deadline, kill.
+"""One worker process as the pool sees it: start, send, receive, deadline, kill, blame.
 
 Everything here is driven by the caller's event loop; nothing blocks on the socket. The loop
 watches the socket only while calls are pending, so the link may move to another loop between two
-rollouts.
+rollouts. The worker notes which call it serves in a memory file that outlives it; so the call that
+killed it, or in which it hung, is known.
 """
 
 import asyncio
@@ -17,11 +18,15 @@ from typing import Any
 
 from megatron_spear.errors import EnvironmentFault
 from megatron_spear.rollout.env_frames import READ_BYTES, FrameReader, pack
-from megatron_spear.rollout.env_worker import HELLO
+from megatron_spear.rollout.env_worker import HELLO, read_note
 
 START_DEADLINE_S = 60.0
 _PROGRAM = "from megatron_spear.rollout.env_worker import main; main()"
 _THREAD_LIMITS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class WorkerLost(Exception):
+    """The worker ended in somebody else's call: this one is to be made again in a new worker."""
 
 
 class WorkerLink:
@@ -29,13 +34,15 @@ class WorkerLink:
 
     ``deadline_s`` bounds the time without any reply while calls are pending; calls of one worker
     run one after the other, so that is the deadline of the call it is busy with. A link that
-    broke stays broken (``broken`` says why): the pool makes a new one.
+    broke stays broken: ``broken`` says why, ``unusable`` that a new worker would be no better (the
+    environment cannot be loaded).
     """
 
     def __init__(
         self, name: str, factory: str, options: Mapping[str, Any], deadline_s: float
     ) -> None:
         self.broken = ""
+        self.unusable = False
         self._name = name
         self._deadline_s = deadline_s
         self._ready = False
@@ -47,18 +54,21 @@ class WorkerLink:
         self._progress_at = 0.0
         self._outgoing = bytearray()
         self._flush_due = self._writing = False
+        self._note = os.memfd_create("environment-worker-note")
         self._start(pack(HELLO, (factory, dict(options))))
 
-    @property
     def alive(self) -> bool:
         """False once the process is gone, whether noticed by a call or not."""
-        return not self.broken and self._process.poll() is None
+        if not self.broken and self._process.poll() is not None:
+            self._break(f"{self._name} died")
+        return not self.broken
 
     def call(self, payload: tuple[Any, ...]) -> "asyncio.Future[Any]":
-        """Send one operation; the future gets its value or an EnvironmentFault.
+        """Send one operation; the future gets its value, or raises.
 
-        Calls made before the loop next turns leave in one write. Raises EnvironmentFault when the
-        payload cannot be pickled.
+        EnvironmentFault: the call itself failed, ended the worker or passed its deadline, or the
+        pool was closed. WorkerLost: the worker ended otherwise. Calls made before the loop next
+        turns leave in one write. Raises EnvironmentFault when the payload cannot be pickled.
         """
         try:
             frame = pack(self._next_id, payload)
@@ -78,7 +88,7 @@ class WorkerLink:
 
     def close(self, wait_s: float = 1.0) -> None:
         """End the process: it may close its environments for ``wait_s``, then it is killed."""
-        self._fail("the environment pool was closed")
+        self._fail("the environment pool was closed", blamed=None)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=wait_s)
         self._kill()
@@ -87,11 +97,12 @@ class WorkerLink:
         ours, theirs = socket.socketpair()
         with theirs:
             paths = [os.path.abspath(p) for p in sys.path if p]
+            files = [theirs.fileno(), self._note]
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-c", _PROGRAM, *map(str, [*files, os.getpid()])],
                 stdin=subprocess.DEVNULL,
                 stdout=2,
-                pass_fds=[theirs.fileno()],
+                pass_fds=files,
                 env={**os.environ, **_THREAD_LIMITS, "PYTHONPATH": os.pathsep.join(paths)},
                 start_new_session=True,
             )
@@ -191,6 +202,7 @@ class WorkerLink:
         if call_id == HELLO:
             self._ready = good
             if not good:
+                self.unusable = True
                 self._break(f"{self._name} could not load the environment: {value}")
         elif future is not None and not future.done():
             if good:
@@ -199,8 +211,11 @@ class WorkerLink:
                 future.set_exception(EnvironmentFault(f"in {self._name}: {value}"))
 
     def _break(self, reason: str) -> None:
+        if self.broken:
+            return
         self._kill()
-        self._fail(f"{reason} (exit status {self._process.returncode})")
+        blamed = read_note(self._note)
+        self._fail(f"{reason} (exit status {self._process.returncode})", blamed=blamed)
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -208,19 +223,22 @@ class WorkerLink:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1.0)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, *, blamed: int | None) -> None:
+        """End all pending calls: the ``blamed`` one (None: all) with a fault, others as lost."""
         if self.broken:
             return
         self.broken = reason
         if self._loop is not None:
             self._unwatch(self._loop)
         self._socket.close()
+        os.close(self._note)
         pending, self._pending = self._pending, {}
-        for future in pending.values():
+        for call_id, future in pending.items():
+            error = EnvironmentFault if blamed in (None, call_id) else WorkerLost
             if not future.get_loop().is_closed():
-                future.get_loop().call_soon_threadsafe(_set_fault, future, reason)
+                future.get_loop().call_soon_threadsafe(_set_error, future, error(reason))
 
 
-def _set_fault(future: "asyncio.Future[Any]", reason: str) -> None:
+def _set_error(future: "asyncio.Future[Any]", error: Exception) -> None:
     if not future.done():
-        future.set_exception(EnvironmentFault(reason))
+        future.set_exception(error)

@@ -1,9 +1,10 @@
 """The program of one environment worker: many environments, one after the other, over one socket.
 
-Started by ``env_pool`` as ``python -c "...main()" FD PARENT_PID``, so the parent's main module is
-not imported again and torch never is. The first frame (call id 0) is ``(factory, options)``; the
-worker answers it when it is ready. Every further frame is ``(operation, slot, arguments)`` and
-gets one frame ``(True, value)`` or ``(False, message)`` back.
+Started by ``env_link`` as ``python -c "...main()" SOCKET NOTE PARENT_PID``, so the parent's main
+module is not imported again and torch never is. The first frame (call id 0) is ``(factory,
+options)``; the worker answers it when it is ready. Every further frame is ``(operation, slot,
+arguments)`` and gets one frame ``(True, value)`` or ``(False, message)`` back. The note, a file
+that both sides hold open, says which call is being served: the one to blame if it never returns.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -24,6 +26,18 @@ from megatron_spear.rollout.env_frames import READ_BYTES, FrameReader, pack
 HELLO = 0
 _FLUSH_S = 0.02
 _PARENT_POLL_S = 1.0
+_NOTE = struct.Struct("<Q")
+
+
+def write_note(file: int, call_id: int) -> None:
+    """Note the call about to be served; ``HELLO`` for none."""
+    os.pwrite(file, _NOTE.pack(call_id), 0)
+
+
+def read_note(file: int) -> int:
+    """The call being served, or ``HELLO``."""
+    found = os.pread(file, _NOTE.size, 0)
+    return _NOTE.unpack(found)[0] if found else HELLO
 
 
 def load_factory(name: str) -> Callable[..., TextEnvironment]:
@@ -72,15 +86,15 @@ class _Host:
 
 def main() -> None:
     """Serve until the socket closes; exits as well when the parent is gone."""
-    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    descriptor, note, parent = map(int, sys.argv[1:])
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
     with socket.socket(fileno=descriptor) as channel:
-        _serve(channel)
+        _serve(channel, note)
 
 
-def _serve(channel: socket.socket) -> None:
+def _serve(channel: socket.socket, note: int) -> None:
     reader, host = FrameReader(), None
     try:
         while data := channel.recv(READ_BYTES):
@@ -89,12 +103,14 @@ def _serve(channel: socket.socket) -> None:
                 if call_id == HELLO:
                     host, reply = _start(payload)
                 else:
+                    write_note(note, call_id)
                     reply = _answer(host, call_id, payload)
                 replies += reply
                 # Slow environments report one by one, which the pool counts as progress.
                 if time.monotonic() - flushed > _FLUSH_S:
                     channel.sendall(replies)
                     replies, flushed = bytearray(), time.monotonic()
+            write_note(note, HELLO)
             channel.sendall(replies)
     except (BrokenPipeError, ConnectionResetError):
         pass
@@ -128,7 +144,7 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def _exit_with_parent(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """Ends the process when its parent is gone, even in the middle of a hung environment call."""
     while os.getppid() == parent:
         time.sleep(_PARENT_POLL_S)

@@ -4,11 +4,12 @@ import asyncio
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 from megatron_spear.config.schema import RolloutSection, WindowHistory
 from megatron_spear.envs.views import AgentView
-from megatron_spear.errors import EngineError, EnvironmentFault, StopRequested
+from megatron_spear.errors import EngineError, EnvironmentFault, EnvironmentsLost, StopRequested
 from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
@@ -16,6 +17,8 @@ from megatron_spear.rollout.trajectory import Attempt, Stage, play, window_of
 from megatron_spear.types import Prompt, Status, Trajectory, TrajectoryGroup, TrajectoryId
 
 _LOG = logging.getLogger(__name__)
+# An attempt as it was played, and why it failed if it did.
+_Outcome = tuple[Trajectory, Exception | None]
 
 
 class Rollouter:
@@ -63,14 +66,14 @@ class Rollouter:
         is called after every attempt with the number finished so far and may raise StopRequested.
 
         A failed attempt is logged and goes to ``failures``. Raises what the first attempt failed
-        with when all of them failed, and StopRequested and cancellation as they come.
+        with when all of them failed; EnvironmentsLost, StopRequested and cancellation as they come.
         """
         names = _group_names(prompts, seed)
         finished = 0
         # More contexts than the engine's slots would push each other's cache out between turns.
         slots = asyncio.Semaphore(self._stage.rollout.max_slots)
 
-        async def run(attempt: Attempt) -> tuple[Trajectory, Exception | None]:
+        async def run(attempt: Attempt) -> _Outcome:
             nonlocal finished
             async with slots:
                 outcome = await self._guarded(attempt)
@@ -79,18 +82,11 @@ class Rollouter:
                 progress(finished)
             return outcome
 
-        tasks = [
-            asyncio.create_task(run(_attempt(prompt, *name, member, seed, temperature)))
+        outcomes = await _all_of(
+            run(_attempt(prompt, *name, member, seed, temperature))
             for prompt, name in zip(prompts, names, strict=True)
             for member in range(group_size)
-        ]
-        try:
-            outcomes = await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        )
         errors = [error for _, error in outcomes if error is not None]
         if errors and len(errors) == len(outcomes):
             raise errors[0]
@@ -120,11 +116,11 @@ class Rollouter:
             )
         )
 
-    async def _guarded(self, attempt: Attempt) -> tuple[Trajectory, Exception | None]:
+    async def _guarded(self, attempt: Attempt) -> _Outcome:
         """The played attempt, or what stands for it when it failed, with the reason."""
         try:
             return await play(self._stage, attempt), None
-        except StopRequested:
+        except (EnvironmentsLost, StopRequested):
             raise
         except (EngineError, EnvironmentFault) as error:
             broken = isinstance(error, EngineError)
@@ -134,6 +130,18 @@ class Rollouter:
         except Exception as error:  # noqa: BLE001 - one attempt's defect must not end the run
             _LOG.exception("trajectory %s failed", attempt.id)
             return _failed(attempt, Status.FAILED_PARSE, error), error
+
+
+async def _all_of(attempts: Iterable[Coroutine[Any, Any, _Outcome]]) -> list[_Outcome]:
+    """The outcomes in order; what one of them raises ends the others and is then raised."""
+    tasks = [asyncio.create_task(attempt) for attempt in attempts]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def _group_names(prompts: Sequence[Prompt], seed: tuple[int, ...]) -> list[tuple[str, int]]:

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_spear.config.schema import RolloutSection, WindowHistory
 from megatron_spear.envs.views import AgentView, HistoryStep
 from megatron_spear.errors import EngineError
-from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.chat import ChatRenderer, next_tokens
 from megatron_spear.rollout.engine import (
     Generation,
     GenerationRequest,
@@ -79,7 +79,7 @@ class _Player:
         self._sessions: set[str] = set()
         # The tokens of the full conversation so far; unused in window mode.
         self._context: TokenArray = np.zeros(0, np.int32)
-        self._first_observation = self._observation = ""
+        self._observation = ""
         self._info: Mapping[str, Any] = {}
         self._env_reward = 0.0
 
@@ -89,7 +89,6 @@ class _Player:
         self._observation, self._info = await stage.pool.reset(
             self._slot, seed=self._attempt.env_seed, options=options
         )
-        self._first_observation = self._observation
         status = None
         while status is None:
             status = await self._turn()
@@ -104,7 +103,7 @@ class _Player:
         """One generation and the environment's reply; the status once the attempt is over."""
         stage, turn = self._stage, len(self._turns)
         started = time.perf_counter()
-        new_tokens = self._new_tokens(turn)
+        new_tokens = self._new_tokens()
         token_ids = np.concatenate([self._context, new_tokens])
         room = stage.max_context - len(token_ids)
         if room < 1:
@@ -139,19 +138,19 @@ class _Player:
             self._context = np.concatenate([token_ids, generation.token_ids])
         return status
 
-    def _new_tokens(self, turn: int) -> TokenArray:
+    def _new_tokens(self) -> TokenArray:
         """int32 ``[O]``: what the next prompt adds to the context (everything, in window mode)."""
         stage = self._stage
-        if stage.window is None:
-            text = stage.view.full(self._observation, self._info, turn)
-            if turn > 0:
-                return stage.renderer.extend(self._turns[-1].action_tokens, text)
-        else:
-            text = stage.view.window(
-                self._first_observation, self._history, self._observation, self._info, turn
-            )
-        user = {"role": "user", "content": text}
-        return stage.renderer.initial([*self._attempt.prompt.messages, user])
+        return next_tokens(
+            stage.renderer,
+            stage.view,
+            self._attempt.prompt.messages,
+            self._history,
+            self._turns[-1].action_tokens if self._turns else (),
+            self._observation,
+            self._info,
+            stage.window,
+        )
 
     async def _generate(self, token_ids: TokenArray, turn: int, max_new_tokens: int) -> Generation:
         stage, attempt = self._stage, self._attempt
@@ -180,8 +179,7 @@ class _Player:
     async def _step(self, action: str, turn: int) -> Status | None:
         stage = self._stage
         result = await stage.pool.step(self._slot, action)
-        if stage.window is not None:
-            self._history = [*self._history, (self._observation, action)][-stage.window :]
+        self._history.append((self._observation, action))
         self._observation, self._info = result.observation, result.info
         self._env_reward += float(result.reward)
         if result.terminated:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_spear.envs.protocol import StepResult, TextEnvironment
+from megatron_spear.testing.contract import ContractViolation, fail
 
 WEIRD_TEXTS = (
     "",
@@ -33,10 +34,6 @@ Make = Callable[[], TextEnvironment]
 _INFO_TYPES: Mapping[str, type] = {"won": bool, "valid": bool, "anchor": str, "admissible": list}
 
 
-class ContractViolation(AssertionError):
-    """An environment breaks the TextEnvironment contract."""
-
-
 def check_environment(
     make: Make, *, options: Mapping[str, Any], actions: Sequence[str], seed: int = 0
 ) -> None:
@@ -53,14 +50,14 @@ def check_reset_and_step(
     """``reset`` and ``step`` give the right shapes, and what they give can be pickled."""
     for step in _play(make(), options, actions, seed)[1:]:
         if type(step) is not StepResult:
-            _fail("step returned", type(step).__name__, "a StepResult")
+            fail("step returned", type(step).__name__, "a StepResult")
         if not isinstance(step.reward, float | int) or isinstance(step.reward, bool):
-            _fail("reward is", repr(step.reward), "a number")
+            fail("reward is", repr(step.reward), "a number")
         for name in ("terminated", "truncated"):
             if type(getattr(step, name)) is not bool:
-                _fail(f"{name} is", repr(getattr(step, name)), "a bool")
+                fail(f"{name} is", repr(getattr(step, name)), "a bool")
         if step.info.get("won") and not step.terminated:
-            _fail("after winning, terminated is", "False", "True")
+            fail("after winning, terminated is", "False", "True")
 
 
 def check_weird_text(make: Make, *, options: Mapping[str, Any], seed: int = 0) -> None:
@@ -75,7 +72,7 @@ def check_weird_text(make: Make, *, options: Mapping[str, Any], seed: int = 0) -
                 f"step({text[:40]!r}) raised {error!r}; expected an observation and valid=False"
             ) from error
         if result.info.get("valid", False):
-            _fail(f"step({text[:40]!r}) gave valid =", "True", "False")
+            fail(f"step({text[:40]!r}) gave valid =", "True", "False")
 
 
 def check_determinism(
@@ -86,7 +83,7 @@ def check_determinism(
     second = _play(make(), options, actions, seed)
     for turn, (one, two) in enumerate(zip(first, second, strict=True)):
         if one != two:
-            _fail(f"turn {turn} differs between equal seeds:", repr(two), repr(one))
+            fail(f"turn {turn} differs between equal seeds:", repr(two), repr(one))
 
 
 def check_reset_again(
@@ -97,7 +94,7 @@ def check_reset_again(
     first = _play(environment, options, actions, seed, close=False)
     again = _play(environment, options, actions, seed)
     if first != again:
-        _fail("after a second reset the transcript is", repr(again), repr(first))
+        fail("after a second reset the transcript is", repr(again), repr(first))
 
 
 def _play(
@@ -112,7 +109,7 @@ def _play(
     try:
         answer = environment.reset(seed=seed, options=dict(options))
         if not isinstance(answer, tuple) or len(answer) != 2:
-            _fail("reset returned", repr(answer), "(observation, info)")
+            fail("reset returned", repr(answer), "(observation, info)")
         _check_texts(*answer)
         transcript: list[Any] = [answer]
         for action in actions:
@@ -129,12 +126,12 @@ def _play(
 
 def _check_texts(observation: Any, info: Any) -> None:
     if not isinstance(observation, str):
-        _fail("the observation is", repr(observation), "a str")
+        fail("the observation is", repr(observation), "a str")
     if not isinstance(info, dict):
-        _fail("info is", repr(info), "a dict")
+        fail("info is", repr(info), "a dict")
     for name, kind in _INFO_TYPES.items():
         if name in info and type(info[name]) is not kind:
-            _fail(f"info[{name!r}] is", repr(info[name]), f"a {kind.__name__}")
+            fail(f"info[{name!r}] is", repr(info[name]), f"a {kind.__name__}")
     try:
         same = pickle.loads(pickle.dumps(info)) == info
     except Exception as error:
@@ -142,8 +139,4 @@ def _check_texts(observation: Any, info: Any) -> None:
             f"info cannot be pickled ({error}); expected plain values"
         ) from error
     if not same:
-        _fail("info after pickling is", "different", "the same plain values")
-
-
-def _fail(what: str, got: str, expected: str) -> None:
-    raise ContractViolation(f"{what} {got}; expected {expected}")
+        fail("info after pickling is", "different", "the same plain values")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import Generation, GenerationRequest
 from megatron_spear.types import TokenArray
 
@@ -26,8 +27,8 @@ ROLE_TOKENS = (
 class ScriptedEngine:
     """A rollout engine that answers with ``answer(request)`` token ids; keeps the requests it saw.
 
-    An answer longer than allowed is cut with finish reason ``length`` (``context`` where
-    ``max_context`` is what cuts it); an exception in ``answer`` comes out of ``generate``.
+    An answer ends where a stop token, ``max_new_tokens`` or ``max_context`` ends it; one that goes
+    on past its script is a ValueError. An exception in ``answer`` comes out of ``generate``.
     """
 
     def __init__(
@@ -38,23 +39,26 @@ class ScriptedEngine:
         self.requests: list[GenerationRequest] = []
         self.released: set[str] = set()
         self._answer = answer
+        self._closed = False
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """The scripted answer, after one turn of the event loop."""
+        if self._closed:
+            raise EngineError("the engine cannot generate: it is closed")
+        request.check()
         await asyncio.sleep(0)
         self.requests.append(request)
-        tokens = self._answer(request)
-        room = self.max_context - len(request.token_ids)
-        limit = min(request.sampling.max_new_tokens, room)
-        reason = "stop"
-        if len(tokens) > limit:
-            tokens, reason = tokens[:limit], "context" if limit == room else "length"
-        return Generation(
-            token_ids=np.asarray(tokens, np.int32),
-            logprobs=np.full(len(tokens), -0.5, np.float32),
-            finish_reason=reason,
-            policy_version=(self.policy_version, self.policy_version),
-        )
+        script = np.asarray(self._answer(request), np.int32)
+        for size in range(len(script) + 1):
+            reason = request.finish_reason(script[:size].tolist(), self.max_context)
+            if reason is not None:
+                return Generation(
+                    token_ids=script[:size],
+                    logprobs=np.full(size, -0.5, np.float32),
+                    finish_reason=reason,
+                    policy_version=(self.policy_version, self.policy_version),
+                )
+        raise ValueError(f"the script of session {request.session!r} ends before the answer does")
 
     def release(self, session: str) -> None:
         """Remember that the session was released."""
@@ -67,7 +71,8 @@ class ScriptedEngine:
         self.policy_version = policy_version
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Refuse further requests."""
+        self._closed = True
 
 
 def word_tokenizer(words: Iterable[str], template: str) -> Any:

@@ -54,12 +54,18 @@ class CorridorEnvironment(TextEnvironment):
 
 
 class FaultyCorridor(CorridorEnvironment):
-    """A corridor that breaks on request: the actions ``crash``, ``hang``, ``exit`` and ``lambda``.
+    """A corridor that breaks on request, by action; ``options["first"]`` is taken at reset.
 
     ``crash`` raises, ``hang`` sleeps for an hour, ``exit`` ends the worker process, ``lambda``
     answers with an info that cannot be pickled, ``modules`` with the names of the imported
-    modules.
+    modules and the process id as info, ``pid`` with that id as observation.
     """
+
+    def reset(self, *, seed: int, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """As the corridor's, after the first action."""
+        if "first" in options:
+            self.step(options["first"])
+        return super().reset(seed=seed, options=options)
 
     def step(self, action: str) -> StepResult:
         """As the corridor's, but for the faults."""
@@ -76,4 +82,4 @@ class FaultyCorridor(CorridorEnvironment):
             import sys
 
             return result._replace(info={"modules": sorted(sys.modules), "pid": os.getpid()})
-        return result
+        return result._replace(observation=str(os.getpid())) if action == "pid" else result

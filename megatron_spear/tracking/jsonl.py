@@ -13,14 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.files import write_whole
+
 log = logging.getLogger(__name__)
 
 
 class JsonlSink:
     """Appends one line a record, on disk before ``log`` returns.
 
-    With ``resumed_step`` k the lines of steps after k, and a line cut off by a kill, are removed
-    first: the resumed run writes these steps again.
+    With ``resumed_step`` k what came after the checkpoint of step k is removed first, for the
+    resumed run writes it again: the lines of later steps, the evaluation of step k, and a line cut
+    off by a kill.
     """
 
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
@@ -57,21 +60,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Rewrite the file with the records up to ``step``; atomic, so a kill here loses nothing."""
+    """Rewrite the file with the records before the checkpoint of ``step``; a kill here loses
+    nothing."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     records = [(line, _parsed(line)) for line in lines]
-    kept = [line for line, record in records if record is not None and record["step"] <= step]
+    kept = [line for line, record in records if record is not None and _is_before(record, step)]
     if len(kept) == len(lines):
         return
     log.info("%s: dropped %d records after step %d", path.name, len(lines) - len(kept), step)
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept))
+
+
+def _is_before(record: Mapping[str, Any], step: int) -> bool:
+    """Whether a record was written before the checkpoint of ``step``."""
+    evaluation = any(name.startswith("eval/") for name in record)
+    return record["step"] < step or (record["step"] == step and not evaluation)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

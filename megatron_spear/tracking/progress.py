@@ -100,9 +100,14 @@ class Console:
         self._live: Progress | None = None
         self._tasks: dict[Bar, TaskID] = {}
         self._doing = "starting"
-        self._since = self._last_shown = time.monotonic()
+        self._opened = self._since = self._last_shown = time.monotonic()
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the console was opened, which is the first thing a command does."""
+        return time.monotonic() - self._opened
 
     def phase(self, title: str) -> None:
         """Begin a phase: a heading, and the name heartbeats speak of."""

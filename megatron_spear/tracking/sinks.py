@@ -73,8 +73,8 @@ def build_tracker(
 
     ``folder`` is the run directory, ``config`` the resolved configuration as plain values.
     ``resumed_step`` is the step of the checkpoint a resumed run starts from (None = a new run):
-    records of later steps are dropped, so that no step is there twice. A sink that cannot be made
-    is left out with a warning.
+    records of what came after it are dropped, so that nothing is there twice. A sink that cannot be
+    made is left out with a warning.
     """
     makers: dict[str, Callable[[], Sink]] = {
         "metrics.jsonl": lambda: JsonlSink(folder / "metrics.jsonl", resumed_step=resumed_step)

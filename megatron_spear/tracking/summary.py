@@ -1,14 +1,17 @@
 """``summary.json``: what a run came to, in one small file and one table."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.files import write_whole
+
 REQUIRED = (
     "success_before",
     "success_after",
+    "failed_before",
+    "failed_after",
     "steps",
     "wall_s",
     "rollout_tokens_per_s",
@@ -22,13 +25,7 @@ def write_summary(path: Path, fields: Mapping[str, Any]) -> None:
     """Write ``fields`` as JSON, whole or not at all; they must include ``REQUIRED``."""
     missing = [key for key in REQUIRED if key not in fields]
     assert not missing, f"summary without {', '.join(missing)}"
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        json.dump(dict(fields), file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
+    write_whole(path, json.dumps(dict(fields), indent=2) + "\n")
 
 
 def summary_rows(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -53,6 +50,8 @@ def _words(key: str) -> str:
 
 
 def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "unknown"
     if isinstance(value, (list, tuple)):
         return " to ".join(_shown(key, item) for item in value)
     if key.endswith("_sha256"):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from megatron_spear.files import write_whole
+
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id.txt"
@@ -97,14 +99,24 @@ def _start(wandb: Any, folder: Path, mode: str, options: Mapping[str, Any]) -> A
     return wandb.init(dir=folder, resume="allow", settings=settings, **options)
 
 
-def _run_id(folder: Path) -> str:
-    """The run's wandb id, made at the first launch and kept in the run directory."""
+def read_run_id(folder: Path) -> str | None:
+    """The wandb id kept in a run directory; None where there is none yet."""
     path = folder / ID_FILE
-    if path.is_file() and path.read_text().strip():
-        return path.read_text().strip()
-    made = secrets.token_hex(4)
-    path.write_text(made + "\n")
-    return made
+    return (path.read_text().strip() if path.is_file() else "") or None
+
+
+def write_run_id(folder: Path, run_id: str) -> None:
+    """Keep a wandb id in a run directory: the next launch goes on under it."""
+    write_whole(folder / ID_FILE, run_id + "\n")
+
+
+def _run_id(folder: Path) -> str:
+    """The run's wandb id, made at the first launch."""
+    run_id = read_run_id(folder)
+    if run_id is None:
+        run_id = secrets.token_hex(4)
+        write_run_id(folder, run_id)
+    return run_id
 
 
 def _first_line(error: Exception) -> str:

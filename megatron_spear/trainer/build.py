@@ -1,18 +1,25 @@
 """From a RunConfig to objects that take their own sections: the only place that sees all of it."""
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_spear.algorithms.policy_loss import ClippedLoss
-from megatron_spear.config.schema import RunConfig
-from megatron_spear.data.prompts import FreshPrompts, PoolPrompts, PromptCursor, PromptSource
+from megatron_spear.config.schema import RolloutSection, RunConfig
+from megatron_spear.data.prompts import (
+    CheckedPrompts,
+    FreshPrompts,
+    PoolPrompts,
+    PromptCursor,
+    PromptSource,
+)
 from megatron_spear.envs.alfworld import task
 from megatron_spear.envs.alfworld.prompts import alfworld_view
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.rollouter import Rollouter
@@ -29,7 +36,7 @@ ENVIRONMENT = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
 class RolloutStack:
     """What plays games: engine, environment processes and the rollouter over both."""
 
-    engine: EmbeddedEngine
+    engine: RolloutEngine
     pool: EnvironmentPool
     rollouter: Rollouter
 
@@ -57,15 +64,26 @@ def make_renderer(model: Path) -> ChatRenderer:
     return ChatRenderer(AutoTokenizer.from_pretrained(model))
 
 
-def make_rollout(config: RunConfig, model: Path) -> RolloutStack:
-    """Engine, pool and rollouter over the weights of a Hugging Face folder."""
-    rollout, env = config.rollout, config.env
-    engine = EmbeddedEngine.from_hf(
+def _embedded_engine(rollout: RolloutSection, model: Path) -> RolloutEngine:
+    return EmbeddedEngine.from_hf(
         model,
         max_slots=rollout.max_slots,
         max_context=rollout.max_context,
         deadline_s=rollout.engine_deadline_s,
     )
+
+
+ENGINES: Mapping[str, Callable[[RolloutSection, Path], RolloutEngine]] = {
+    "embedded": _embedded_engine
+}
+"""What makes each engine that ``rollout.engine`` can name, with the weights of a Hugging Face
+folder."""
+
+
+def make_rollout(config: RunConfig, model: Path) -> RolloutStack:
+    """Engine, pool and rollouter over the weights of a Hugging Face folder."""
+    rollout, env = config.rollout, config.env
+    engine = ENGINES[rollout.engine](rollout, model)
     pool = EnvironmentPool(
         ENVIRONMENT, workers=rollout.env_workers, deadline_s=rollout.env_deadline_s
     )
@@ -103,7 +121,7 @@ def make_step(
         if config.replay.enabled:
             hooks.append(SelfImitationHook(config.replay, replay_folder))
         controller = Controller(
-            cursor=PromptCursor(_prompts(config)),
+            cursor=PromptCursor(training_prompts(config)),
             rollouter=rollout.rollouter,
             hooks=hooks,
             rollout=config.rollout,
@@ -121,14 +139,13 @@ def make_step(
     )
 
 
-def _prompts(config: RunConfig) -> PromptSource:
+def training_prompts(config: RunConfig) -> PromptSource:
+    """The games to train on: generated fresh, or the loaded ones epoch by epoch."""
     env, seed = config.env, config.run.seed
     if env.games is not None:
-        pool: list[Any] = [task.game_prompt(game, env) for game in task.training_games(env)]
-        return PoolPrompts(pool, seed)
+        pool = [task.game_prompt(game) for game in task.training_games(env)]
+        return CheckedPrompts(PoolPrompts(pool, seed), task.check_winnable)
     games = seeds.training_games(seed)
     return FreshPrompts(
-        lambda index: task.game_prompt(
-            task.fresh_game(games, index, env.task_types, env.generator), env
-        )
+        lambda index: task.game_prompt(task.fresh_game(games, index, env.task_types, env.generator))
     )

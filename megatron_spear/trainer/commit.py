@@ -6,42 +6,39 @@ Nothing points at "the latest": the newest folder whose manifest holds is the la
 deleted is first renamed to ``step_N.trash``: a kill at any moment leaves the old or the new state.
 """
 
-import errno
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.trainer.manifest import read_manifest, sync_folder, write_manifest
+from megatron_spear.files import says_disk_full, sync_folder
+from megatron_spear.trainer.manifest import check_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_(\d+)")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A whole checkpoint: its step, its folder and what was saved as ``meta``."""
+    """A whole checkpoint."""
 
     step: int
     path: Path
-    meta: Mapping[str, Any]
 
 
 class CheckpointStore:
     """The checkpoints of one run, the newest ``keep`` of them.
 
-    One process (the controller) begins, commits and recovers; other ranks only write files into
-    ``tmp_path(step)`` in between.
+    One process (the controller) begins, commits, sweeps and sets aside; other ranks only write
+    files into ``tmp_path(step)`` in between.
 
-    Example: ``with store.saving(20, {"policy_version": 20}) as folder: write(folder / "x")``.
+    Example: ``with store.saving(20) as folder: write(folder / "x")``.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -63,15 +60,15 @@ class CheckpointStore:
             raise self._unwritten(step, error) from error
         return tmp
 
-    def commit(self, step: int, meta: Mapping[str, Any]) -> Path:
+    def commit(self, step: int) -> Path:
         """Make ``step_N.tmp`` the checkpoint ``step_N``; returns its folder.
 
-        ``meta`` is a small JSON object. On any failure the half-written folder is removed, earlier
-        checkpoints stay as they are, and CheckpointError is raised when the disk is full.
+        On any failure the half-written folder is removed, earlier checkpoints stay as they are, and
+        CheckpointError is raised when the disk is full.
         """
         tmp, final = self.tmp_path(step), self.folder / f"step_{step}"
         try:
-            write_manifest(tmp, step, meta)
+            write_manifest(tmp, step)
             if final.exists():  # written before a fallback to an older step; now it comes again
                 self._to_trash(final)
             tmp.rename(final)
@@ -94,7 +91,6 @@ class CheckpointStore:
     def saving(
         self,
         step: int,
-        meta: Mapping[str, Any],
         *,
         controller: bool = True,
         agree: Callable[[bool], bool] = lambda ok: ok,
@@ -103,7 +99,8 @@ class CheckpointStore:
 
         With several ranks each calls this; ``agree(ok)`` must return, on all ranks, whether all of
         them are well (an all-reduce), so that one rank's full disk is everyone's CheckpointError
-        and not a hang. ``meta`` may be filled by the body. Only the ``controller`` touches folders.
+        and not a hang. The body's own collective calls must fail on all ranks or on none. Only the
+        ``controller`` touches folders.
         """
         tmp = self.tmp_path(step)
         failure: CheckpointError | None = None
@@ -130,41 +127,38 @@ class CheckpointStore:
         self._agreed(step, agree, None, controller)
         try:
             if controller:
-                self.commit(step, meta)
+                self.commit(step)
         except CheckpointError as error:
             failure = error
         self._agreed(step, agree, failure, controller)
 
-    def latest_valid(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are all whole; None when there is none.
+    def whole(self) -> Iterator[Checkpoint]:
+        """The checkpoints whose files are all whole, newest first; each is verified when asked for.
 
         Reads only. A damaged one is passed over with a warning that says what is wrong with it.
         """
         for step, path in reversed(self._committed()):
             try:
-                return Checkpoint(step=step, path=path, meta=read_manifest(path, step))
+                check_manifest(path, step)
             except CheckpointError as error:
                 log.warning("passing over checkpoint %s: %s", path, error)
-        return None
+            else:
+                yield Checkpoint(step=step, path=path)
 
-    def recover(self) -> Checkpoint | None:
-        """``latest_valid`` for the process that owns the run: also clears what a kill left behind.
-
-        Removes ``.tmp`` and ``.trash`` folders, and sets newer damaged checkpoints aside as
-        ``step_N.damaged`` so that they do not count among those kept.
-        """
-        if not self.folder.is_dir():
-            return None
+    def sweep(self) -> None:
+        """Remove the ``.tmp`` and ``.trash`` folders that a kill left behind."""
         for leftover in [*self.folder.glob("step_*.tmp"), *self.folder.glob("step_*.trash")]:
             log.info("removing %s, left by an interrupted save", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
-        latest = self.latest_valid()
-        for step, path in self._committed():
-            if latest is not None and step > latest.step:
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints newer than ``step`` to ``step_N.damaged``: they could not be used, and
+        must not count among those kept."""
+        for newer, path in self._committed():
+            if newer > step:
                 aside = path.with_name(path.name + ".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-        return latest
 
     def steps(self) -> tuple[int, ...]:
         """Steps with a committed checkpoint, oldest first; their files are not verified."""
@@ -211,17 +205,14 @@ class CheckpointStore:
     def _failure(self, step: int, error: BaseException) -> CheckpointError | None:
         """What a failed write means for the user; None for a mistake in the program.
 
-        torch and safetensors turn a full disk into errors of their own, so the text counts too.
+        torch does not always say that it met a full disk, so the free space counts too.
         """
-        text = str(error).lower()
-        told_full = "no space left" in text or "file too large" in text
-        if isinstance(error, OSError) or told_full or self._free() < 1 << 20:
-            return self._unwritten(step, error, full=told_full)
+        if isinstance(error, OSError) or self._is_full(error):
+            return self._unwritten(step, error)
         return None
 
-    def _unwritten(self, step: int, error: BaseException, *, full: bool = False) -> CheckpointError:
-        full = full or getattr(error, "errno", None) in _FULL or self._free() < 1 << 20
-        if not full:
+    def _unwritten(self, step: int, error: BaseException) -> CheckpointError:
+        if not self._is_full(error):
             return CheckpointError(
                 f"checkpoint of step {step} was not written: {_last_line(error)}; earlier "
                 "checkpoints are untouched"
@@ -235,6 +226,9 @@ class CheckpointStore:
             f"are free in {self.folder}. Earlier checkpoints are untouched; free some space "
             "(or lower checkpoint.keep) and resume the run"
         )
+
+    def _is_full(self, error: BaseException) -> bool:
+        return says_disk_full(error) or self._free() < 1 << 20
 
     def _free(self) -> int:
         existing = next((p for p in (self.folder, *self.folder.parents) if p.exists()), Path("/"))

@@ -4,9 +4,8 @@ weights.
 Nothing here talks to other ranks; ``trainer.loop`` calls it between the policy's collective calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from megatron_spear.config.schema import (
 from megatron_spear.data.prompts import PromptCursor
 from megatron_spear.rewards.compose import score
 from megatron_spear.rewards.summary import reward_metrics
+from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.rollout.summary import rollout_metrics
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.types import (
@@ -48,10 +48,10 @@ class MiniBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """Rank 0's stages; ``rollouter`` is a ``rollout.rollouter.Rollouter``."""
+    """Rank 0's stages."""
 
     cursor: PromptCursor
-    rollouter: Any
+    rollouter: Rollouter
     hooks: Sequence[Hook]
     rollout: RolloutSection
     reward: RewardSection
@@ -59,7 +59,7 @@ class Controller:
     covariance_clip: CovarianceClipSection | None
 
     def collect(
-        self, ctx: StepContext, progress: Any = None
+        self, ctx: StepContext, progress: Callable[[int], None] | None = None
     ) -> tuple[list[TrajectoryGroup], dict[str, float]]:
         """Roll out the next prompts; returns the groups and their metrics."""
         prompts = self.cursor.take(self.rollout.prompts_per_step)

@@ -7,25 +7,28 @@ import os
 import random
 import signal
 import threading
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
 
 from megatron_spear.algorithms.aggregation import WeightArray
-from megatron_spear.config.schema import AlfworldSection, SftSection, WindowHistory
+from megatron_spear.config.schema import AlfworldSection, SftSection
 from megatron_spear.envs.alfworld.demonstrations import Demonstration, demonstrate
 from megatron_spear.envs.alfworld.game import GameFile, parse_game
 from megatron_spear.envs.alfworld.generator import generate_game
 from megatron_spear.envs.alfworld.prompts import alfworld_view
+from megatron_spear.envs.alfworld.sources import require_winnable
 from megatron_spear.envs.alfworld.task import training_games
-from megatron_spear.envs.views import AgentView
-from megatron_spear.errors import DataError
-from megatron_spear.rollout.chat import ChatRenderer
-from megatron_spear.types import Reward, Segment, TrainSample, TrajectoryId, Turn
+from megatron_spear.envs.views import HistoryStep
+from megatron_spear.errors import DataError, EnvironmentsLost
+from megatron_spear.rollout.chat import ChatRenderer, next_tokens
+from megatron_spear.rollout.env_worker import exit_with_parent
+from megatron_spear.rollout.trajectory import window_of
+from megatron_spear.types import Reward, Segment, TokenArray, TrainSample, TrajectoryId, Turn
 
 _MAX_TRIES = 50
 _PREFETCH = 4
@@ -34,11 +37,16 @@ _PREFETCH = 4
 class DemonstrationSource:
     """Demonstration ``i`` depends on (``sft.seed``, i) alone; step ``s`` takes the next ones.
 
-    ``game_seed`` is the seed of generated games; loaded games come from ``env.games``.
+    ``game_seed`` is the seed of generated games; loaded games come from ``env.games``. ``limit_s``
+    is the longest wait for one step's demonstrations.
     """
 
-    def __init__(self, env: AlfworldSection, sft: SftSection, game_seed: int) -> None:
+    def __init__(
+        self, env: AlfworldSection, sft: SftSection, game_seed: int, *, limit_s: float
+    ) -> None:
         self._env, self._sft, self._seed = env, sft, game_seed
+        self._limit_s = limit_s
+        others = set(multiprocessing.active_children())
         self._executor = ProcessPoolExecutor(
             1,
             mp_context=multiprocessing.get_context("spawn"),
@@ -47,20 +55,39 @@ class DemonstrationSource:
         )
         with _stop_signals_blocked():  # the worker starts now, and inherits that
             self._executor.submit(os.getpid)
+        self._workers = set(multiprocessing.active_children()) - others
 
     def batches(self) -> Iterator[list[Demonstration]]:
-        """One list of demonstrations a step, ``sft.steps`` times, made ahead in the background."""
-        size, waiting = self._sft.trajectories_per_step, deque[Future[list[Demonstration]]]()
-        for step in range(self._sft.steps + _PREFETCH):
-            if step < self._sft.steps:
-                first = step * size
-                waiting.append(
-                    self._executor.submit(
-                        make_demonstrations, self._env, self._sft, self._seed, first, size
-                    )
-                )
-            if step >= _PREFETCH:
-                yield waiting.popleft().result(timeout=300)
+        """One list of demonstrations a step, ``sft.steps`` times, made ahead in the background.
+
+        Raises EnvironmentsLost when the worker ends or makes none within the limit.
+        """
+        waiting = deque[Future[list[Demonstration]]]()
+        for step in range(self._sft.steps):
+            try:
+                while len(waiting) <= _PREFETCH and step + len(waiting) < self._sft.steps:
+                    waiting.append(self._submit(step + len(waiting)))
+                made = waiting.popleft().result(timeout=self._limit_s)
+            except BrokenProcessPool:
+                raise EnvironmentsLost(
+                    f"the process that makes demonstrations ended before those of warm-start step "
+                    f"{step + 1} were there: killed, or out of memory; give the same command again"
+                ) from None
+            except TimeoutError:
+                for worker in self._workers:
+                    worker.kill()
+                raise EnvironmentsLost(
+                    f"got no demonstrations for warm-start step {step + 1} within "
+                    f"run.hang_limit_s={self._limit_s:g} s; raise it, or lower "
+                    "sft.trajectories_per_step"
+                ) from None
+            yield made
+
+    def _submit(self, step: int) -> Future[list[Demonstration]]:
+        size = self._sft.trajectories_per_step
+        return self._executor.submit(
+            make_demonstrations, self._env, self._sft, self._seed, step * size, size
+        )
 
     def close(self) -> None:
         """End the worker."""
@@ -92,6 +119,7 @@ def _one(env: AlfworldSection, sft: SftSection, game_seed: int, index: int) -> D
             )
         else:
             game = rng.choice(_loaded_games(env))
+            require_winnable(game)
         played = demonstrate(
             parse_game(game),
             rng,
@@ -110,13 +138,7 @@ def _one(env: AlfworldSection, sft: SftSection, game_seed: int, index: int) -> D
 
 def _end_with(parent: int) -> None:
     """Start of the worker: it ends when its parent is gone, also after a kill."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(2.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -142,54 +164,42 @@ def to_samples(
     observation_weight: float,
     max_tokens: int,
     decision_weight: float = 1.0,
+    messages: Sequence[Mapping[str, Any]] = (),
 ) -> list[tuple[TrainSample, WeightArray]]:
-    """The samples of one demonstration (one per segment), rendered exactly as rollouts are.
+    """The samples of one demonstration (one per segment), rendered as rollouts are.
 
-    Weights ``[L]`` are not normalised yet: 1 on learned actions (``decision_weight`` on their first
-    token), 0 on slips, ``observation_weight`` on what is read. Segments are cut at ``max_tokens``.
+    ``messages`` are the prompt's own (an ALFWorld prompt has none). Weights ``[L]`` are not
+    normalised yet: 1 on learned actions (``decision_weight`` on their first token), 0 on slips,
+    ``observation_weight`` on what is read. Segments are cut at ``max_tokens``.
     """
-    view = alfworld_view(env.prompt)
+    view, window = alfworld_view(env.prompt), window_of(env.history)
+    past: list[HistoryStep] = []
     segments: list[list[Turn]] = []
-    for index in range(len(demonstration.turns)):
-        observation = _observation_tokens(demonstration, index, renderer, view, env, segments)
-        action = renderer.encode_action(view.demonstrate(demonstration.turns[index].action))
+    answer: TokenArray = np.zeros(0, np.int32)
+    for played in demonstration.turns:
+        info = {"admissible": list(played.admissible)}
+        observation = next_tokens(
+            renderer, view, messages, past, answer, played.observation, info, window
+        )
+        answer = renderer.encode_action(view.demonstrate(played.action))
         turn = Turn(
             observation_tokens=observation,
-            action_tokens=action,
-            action_logprobs=np.zeros(len(action), np.float32),
+            action_tokens=answer,
+            action_logprobs=np.zeros(len(answer), np.float32),
             finish_reason="stop",
             policy_version=(0, 0),
-            valid=demonstration.turns[index].trained,
+            valid=played.trained,
         )
-        if isinstance(env.history, WindowHistory) or not segments:
+        if window is not None or not segments:
             segments.append([])
         segments[-1].append(turn)
+        past.append((played.observation, played.action))
     return [
         _sample(
             (name, number, len(segments)), turns, (observation_weight, decision_weight), max_tokens
         )
         for number, turns in enumerate(segments)
     ]
-
-
-def _observation_tokens(
-    played: Demonstration,
-    index: int,
-    renderer: ChatRenderer,
-    view: AgentView,
-    env: AlfworldSection,
-    segments: list[list[Turn]],
-) -> Any:
-    turn = played.turns[index]
-    info: dict[str, Any] = {"admissible": list(turn.admissible)}
-    if isinstance(env.history, WindowHistory):
-        past = [(t.observation, t.action) for t in played.turns[:index]][-env.history.window :]
-        text = view.window(played.turns[0].observation, past, turn.observation, info, index)
-        return renderer.initial([{"role": "user", "content": text}])
-    text = view.full(turn.observation, info, index)
-    if index == 0:
-        return renderer.initial([{"role": "user", "content": text}])
-    return renderer.extend(segments[-1][-1].action_tokens, text)
 
 
 def _sample(

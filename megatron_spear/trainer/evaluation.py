@@ -1,43 +1,61 @@
 """Success on the fixed panel: one attempt a game, the same draws each time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
 
 from megatron_spear.envs.alfworld.task import Panel, success_by_type
+from megatron_spear.rollout.rollouter import Rollouter
+
+Won = tuple[bool | None, ...]
+"""Games in the panel's order: won, lost, or None where the rollout failed, which says nothing."""
 
 
 @dataclass(frozen=True)
 class PanelResult:
-    """Wins by game in the panel's order; a failed rollout counts as lost here and in ``failed``."""
+    """One evaluation; a failed rollout is neither won nor lost and enters no share."""
 
     prompt_ids: tuple[str, ...]
-    won: tuple[bool, ...]
-    failed: int
+    won: Won
     wall_s: float
 
     @property
     def success(self) -> float:
-        """Share of games won."""
-        return sum(self.won) / len(self.won)
+        """Share won of the games that did not fail."""
+        return share_won(self.won)
 
-    def metrics(self, prefix: str = "eval") -> dict[str, float]:
-        """``eval/success``, ``eval/success_<task type>``, ``eval/failed``."""
-        by_type = success_by_type({p: [w] for p, w in zip(self.prompt_ids, self.won, strict=True)})
-        metrics = {f"{prefix}/success_{name}": value for name, value in by_type.items()}
+    @property
+    def failed(self) -> int:
+        """Games whose rollout failed."""
+        return self.won.count(None)
+
+    def by_task_type(self) -> dict[str, float]:
+        """``success`` by task type, where at least one game did not fail."""
+        played = zip(self.prompt_ids, self.won, strict=True)
+        return success_by_type({prompt: [won] for prompt, won in played if won is not None})
+
+    def metrics(self) -> dict[str, float]:
+        """``eval/success``, ``eval/success_<task type>``, ``eval/failed``, ``time/eval_s``."""
+        by_type = {f"eval/success_{name}": value for name, value in self.by_task_type().items()}
         return {
-            f"{prefix}/success": self.success,
-            f"{prefix}/failed": float(self.failed),
+            "eval/success": self.success,
+            "eval/failed": float(self.failed),
             "time/eval_s": self.wall_s,
-            **metrics,
+            **by_type,
         }
 
 
 def evaluate(
-    rollouter: Any, panel: Panel, *, seed: int, temperature: float, progress: Any = None
+    rollouter: Rollouter,
+    panel: Panel,
+    *,
+    seed: int,
+    temperature: float,
+    progress: Callable[[int], None] | None = None,
 ) -> PanelResult:
-    """Play every game of the panel once.
+    """Play every game of the panel once; raises what the first failed with if all of them failed.
 
     The draws are keyed by (``seed``, game, turn): the same weights give the same result.
     """
@@ -49,24 +67,33 @@ def evaluate(
         temperature=temperature,
         progress=progress,
     )
-    won = tuple(bool(g.members and g.members[0].won) for g in groups)
     return PanelResult(
         prompt_ids=tuple(p.prompt_id for p in panel.prompts),
-        won=won,
-        failed=sum(len(g.failures) for g in groups),
+        won=tuple(bool(g.members[0].won) if g.members else None for g in groups),
         wall_s=time.perf_counter() - started,
     )
 
 
-def paired_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
+def share_won(won: Won) -> float:
+    """Share won of the games that did not fail. Example: (True, False, None) gives 0.5."""
+    played = [w for w in won if w is not None]
+    assert played, "a rollout in which everything failed raises"
+    return sum(played) / len(played)
+
+
+def paired_interval(
+    before: Sequence[bool | None], after: Sequence[bool | None]
+) -> tuple[float | None, float, float]:
     """Mean paired difference after - before and its 95 % normal interval: (mean, low, high).
 
-    Example: 4 games, one newly won: mean 0.25, interval 0.25 -+ 1.96 * 0.25. One game alone says
-    nothing about the spread, so its interval is all that is possible, -1 to 1.
+    Pairs of which one game failed are left out. Example: 4 games, one newly won: mean 0.25,
+    interval 0.25 -+ 1.96 * 0.25. One pair alone says nothing about the spread, so its interval is
+    all that is possible, -1 to 1; without a pair the mean is None.
     """
-    import numpy as np
-
-    difference = np.asarray(after, float) - np.asarray(before, float)
+    pairs = zip(before, after, strict=True)
+    difference = np.array([float(b) - a for a, b in pairs if a is not None and b is not None])
+    if not len(difference):
+        return None, -1.0, 1.0
     mean = float(difference.mean())
     if len(difference) < 2:
         return mean, -1.0, 1.0

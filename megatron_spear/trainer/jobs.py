@@ -3,12 +3,11 @@
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_spear.config.check import check_config
+from megatron_spear.config.check import Use, check_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError, StopRequested
 from megatron_spear.tracking.plot import plot_curves
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def train(config: RunConfig, stop: Any) -> dict[str, Any]:
     """The main job: initial model, warm start, SPEAR steps, evaluation, export, summary."""
-    console, controller = _start(config)
+    console, controller = _start(config, "train")
     with (
         console,
         _run_directory(config, controller) as directory,
@@ -60,10 +59,9 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
                     config=config.model_dump(mode="json"),
                     resumed_step=resumed if config.resume else None,
                 )
-            started = time.perf_counter()
             summary = run.run()
             if controller and summary:
-                _finish(config, directory, summary, console, time.perf_counter() - started)
+                _finish(config, directory, summary, console)
             return summary
         finally:
             if tracker is not None:
@@ -74,7 +72,7 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
 
 def warm_start(config: RunConfig, stop: Any) -> Path:
     """Make the warm start, or find it in the cache; returns its Hugging Face folder."""
-    console, _ = _start(config)
+    console, _ = _start(config, "sft")
     with console, _ranks(config, console) as context:
         folder = _warm_model(config, context, console, stop)
         console.line(f"warm start: {folder}")
@@ -83,7 +81,7 @@ def warm_start(config: RunConfig, stop: Any) -> Path:
 
 def evaluate_model(config: RunConfig, model: str, stop: Any) -> float:
     """Success of a Hugging Face folder on the panel; prints it by task type too."""
-    console, _ = _start(config)
+    console, _ = _start(config, "evaluate")
     from megatron_spear.trainer import build
     from megatron_spear.trainer.evaluation import evaluate
     from megatron_spear.trainer.models import check_model
@@ -111,22 +109,36 @@ def evaluate_model(config: RunConfig, model: str, stop: Any) -> float:
     return result.success
 
 
-def require_possible(config: RunConfig, world_size: int) -> None:
+def require_possible(config: RunConfig, world_size: int, use: Use = "train") -> None:
     """ConfigError with every combination of settings that cannot work on ``world_size`` ranks."""
-    problems = check_config(config, world_size)
+    problems = check_config(config, world_size, use)
     if problems:
         raise ConfigError("these settings cannot work:\n" + "\n".join(f"  {p}" for p in problems))
 
 
-def _start(config: RunConfig) -> tuple[Console, bool]:
+class LogFormat(logging.Formatter):
+    """What the package says at INFO is a plain line, as the console's own; all else says its level,
+    rank and logger."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"%(levelname)s rank {rank} %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line of one record."""
+        return record.message if record.levelno == logging.INFO else super().formatMessage(record)
+
+
+def _start(config: RunConfig, use: Use) -> tuple[Console, bool]:
     """Check the settings and set up logging; (console, is this rank the controller)."""
     rank = int(os.environ.get("RANK", "0"))
-    require_possible(config, int(os.environ.get("WORLD_SIZE", "1")))
+    require_possible(config, int(os.environ.get("WORLD_SIZE", "1")), use)
     controller = rank == 0
     console = Console(enabled=controller, live=config.tracking.progress)
     handler = console.log_handler() if controller else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"%(levelname)s rank {rank} %(name)s: %(message)s"))
+    handler.setFormatter(LogFormat(rank))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # Every rank would say the same.
+    logging.getLogger("megatron_spear").setLevel(logging.INFO if controller else logging.WARNING)
     return console, controller
 
 
@@ -183,8 +195,7 @@ def _warm_model(config: RunConfig, context: Any, console: Console, stop: Any) ->
 
     if context.is_controller:
         console.phase("Initial model")
-    made = initial_model(config.model, make=True) if context.is_controller else Path()
-    folder = broadcast(made)
+    folder = broadcast(initial_model(config.model) if context.is_controller else Path())
     console.line(f"Hugging Face folder: {folder}")
     if not config.sft.enabled:
         return folder
@@ -195,7 +206,8 @@ def _warm_model(config: RunConfig, context: Any, console: Console, stop: Any) ->
         return target
     renderer = make_renderer(folder) if context.is_controller else None
     with console.bar("sft step", config.sft.steps) as bar:
-        return sft.warm_start(config, folder, context, renderer, bar, stop)
+        sft.warm_start(config, folder, target, context, renderer, bar, stop)
+    return target
 
 
 def _finish(
@@ -203,15 +215,9 @@ def _finish(
     directory: RunDirectory,
     summary: dict[str, Any],
     console: Console,
-    wall_s: float,
 ) -> None:
     """summary.json, the curves and the table."""
-    summary = {
-        "name": config.run.name,
-        "seed": config.run.seed,
-        **summary,
-        "launch_wall_s": wall_s,
-    }
+    summary = {"name": config.run.name, "seed": config.run.seed, **summary}
     write_summary(directory.summary_file, summary)
     console.table(summary_rows(summary), title="Summary")
     try:

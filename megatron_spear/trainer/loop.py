@@ -6,9 +6,8 @@
 Rank 0 (the controller) has the data; the policy's calls are collective, other ranks pass None.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,8 @@ from megatron_spear.algorithms.policy_loss import ClippedLoss, finish_metrics
 from megatron_spear.config.schema import AlgorithmSection
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.metrics import merge
+from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.trainer.controller import (
     Controller,
     MiniBatch,
@@ -33,14 +34,14 @@ from megatron_spear.weight_sync.in_process import publish
 class SpearStep:
     """Runs trainer steps. ``controller`` and ``engine`` are None on ranks other than 0."""
 
-    policy: Any
-    engine: Any
+    policy: MegatronPolicy
+    engine: RolloutEngine | None
     controller: Controller | None
     loss: ClippedLoss
     algorithm: AlgorithmSection
     tokens_per_microbatch: int
 
-    def run(self, ctx: StepContext, progress: Any = None) -> StepReport:
+    def run(self, ctx: StepContext, progress: Callable[[int], None] | None = None) -> StepReport:
         """One trainer step: collect, compare, train, publish; returns its metrics."""
         timer, metrics = PhaseTimer(), {}
         samples: list[TrainSample] = []
@@ -63,7 +64,8 @@ class SpearStep:
         with timer.phase("train"):
             metrics.update(self._train(ctx, samples, active, extra, extra_logprobs))
         with timer.phase("weight_sync"):
-            metrics.update(publish(self.policy, self.engine, ctx.policy_version + 1))
+            sent = publish(self.policy, self.engine, ctx.policy_version + 1)
+            metrics["weight_sync/bytes"] = float(sent)
         metrics.update(timer.metrics())
         return self._finish(ctx, metrics)
 
@@ -96,7 +98,13 @@ class SpearStep:
         packed = None
         if self.controller:
             nothing = [np.zeros(len(s.token_ids)) for s in samples]
-            packed = self._pack(samples, nothing, [Origin.ON_POLICY] * len(samples))
+            packed = self._pack(
+                MiniBatch(
+                    samples=tuple(samples),
+                    weights=tuple(nothing),
+                    origins=(Origin.ON_POLICY,) * len(samples),
+                )
+            )
         return self.policy.logprobs(packed, self.loss.temperature) or []
 
     def _train(
@@ -122,16 +130,16 @@ class SpearStep:
         records = []
         for index in range(broadcast(len(batches))):
             batch = batches[index] if self.controller else None
-            packed = self._pack(batch.samples, batch.weights, batch.origins) if batch else None
+            packed = self._pack(batch) if batch else None
             records.append(finish_step_metrics(self.policy.train_step(packed, self.loss)))
         return metrics | {"train/num_updates": float(len(records))} | merge(records)
 
-    def _pack(self, samples: Any, weights: Any, origins: Any) -> PackedStep:
+    def _pack(self, batch: MiniBatch) -> PackedStep:
         layout = self.policy.ctx
         return pack(
-            samples,
-            weights,
-            origins,
+            batch.samples,
+            batch.weights,
+            batch.origins,
             data_parallel=layout.data_size,
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_multiple=self.policy.pad_multiple,

@@ -8,36 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spear.errors import CheckpointError
+from megatron_spear.files import sync_file, sync_folder, write_whole
 
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path, step: int, meta: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, step: int) -> None:
     """Flush every file of ``folder`` to disk and write ``manifest.json`` last.
 
-    It is ``{"step", "meta", "files": {name: {"bytes", "sha256"}}, "sha256"}``; the last is the hash
-    of the rest, so that a flipped bit in ``meta`` shows too. Raises OSError (a full disk).
+    It is ``{"step", "files": {name: {"bytes", "sha256"}}, "sha256"}``; the last is the hash of the
+    rest, so that a flipped bit in the manifest shows too. Raises OSError (a full disk).
     """
     files = {}
     for path in _files(folder):
         sync_file(path)
         files[path.relative_to(folder).as_posix()] = {
             "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
+            "sha256": _sha256(path),
         }
-    record: dict[str, Any] = {"step": step, "meta": dict(meta), "files": files}
+    record: dict[str, Any] = {"step": step, "files": files}
     record["sha256"] = _own_hash(record)
-    write_text(folder / MANIFEST, json.dumps(record, indent=1, allow_nan=False))
+    write_whole(folder / MANIFEST, json.dumps(record, indent=1))
     for root, _, _ in os.walk(folder):
         sync_folder(Path(root))
 
 
-def read_manifest(folder: Path, step: int) -> dict[str, Any]:
-    """The ``meta`` of a whole folder; raises CheckpointError naming the first thing wrong."""
+def check_manifest(folder: Path, step: int) -> None:
+    """Return if the folder is whole; else raise CheckpointError naming the first thing wrong."""
     path = folder / MANIFEST
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        files, meta = record["files"], record["meta"]
+        files = record["files"]
         own = record.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{MANIFEST} is missing or cut off ({error})") from error
@@ -47,38 +48,6 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST} speaks of step {record['step']}, expected {step}")
     for name, expected in files.items():
         _check_file(folder / name, name, expected)
-    return dict(meta)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all, also after a power cut."""
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
-
-
-def sync_file(path: Path) -> None:
-    """Flush a file's content to disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries (names, renames) to disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
@@ -86,7 +55,7 @@ def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes, expected {expected['bytes']}")
-        found = file_sha256(path)
+        found = _sha256(path)
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read ({error.strerror})") from error
     if found != expected["sha256"]:
@@ -95,9 +64,13 @@ def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
         )
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _own_hash(record: Mapping[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,10 +1,12 @@
 """The initial policy as a Hugging Face folder: the user's, or a tiny one made and kept in the
 cache."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_spear.config.schema import ModelSection
@@ -17,26 +19,37 @@ from megatron_spear.envs.alfworld.vocabulary import alfworld_words
 _FORMAT = 3  # raise it when the making of tiny models changes, so that old ones are not used
 
 
-def initial_model(section: ModelSection, *, make: bool) -> Path:
-    """The folder of the initial policy; ``make`` (the controller) creates a missing tiny model.
+def initial_model(section: ModelSection) -> Path:
+    """The folder of the initial policy; a missing tiny model is made. For the controller alone.
 
     Raises CheckpointError for a broken folder or a tokenizer that does not fit the model.
     """
     folder = section.path if section.path is not None else tiny_model_folder(section)
-    if section.path is None and make and not folder.is_dir():
-        work = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-        shutil.rmtree(work, ignore_errors=True)
-        work.parent.mkdir(parents=True, exist_ok=True)
-        make_tiny_model(work, section.tiny, alfworld_words(), PHRASES, NAMES)
+    if section.path is None and not folder.is_dir():
+        with made_once(folder) as work:
+            make_tiny_model(work, section.tiny, alfworld_words(), PHRASES, NAMES)
+    check_model(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def made_once(folder: Path) -> Iterator[Path]:
+    """Where to write ``folder``: it gets its name at the end of the block, and is not there before.
+
+    The one that another run has made meanwhile stays instead; after an error nothing stays.
+    """
+    work = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield work
         try:
             work.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-            shutil.rmtree(work)  # another run made the same one meanwhile
-    if make:
-        check_model(folder)
-    return folder
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def check_model(folder: Path) -> None:

@@ -21,7 +21,7 @@ from megatron_spear.config.fingerprint import config_differences
 from megatron_spear.config.load import CONFIG_NAME, dump_config, load_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError
-from megatron_spear.trainer.manifest import write_text
+from megatron_spear.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,8 @@ class RunDirectory:
             )
 
     def _write(self, config: RunConfig) -> None:
-        write_text(self.config_file, dump_config(config.model_copy(update={"resume": None})))
-        write_text(self.versions_file, json.dumps(versions(), indent=2) + "\n")
+        write_whole(self.config_file, dump_config(config.model_copy(update={"resume": None})))
+        write_whole(self.versions_file, json.dumps(versions(), indent=2) + "\n")
 
     def _warn_of_versions(self) -> None:
         """Log packages that changed since the run was started; a result may depend on them."""

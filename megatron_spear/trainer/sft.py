@@ -2,36 +2,41 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_spear.algorithms.policy_loss import NllLoss, finish_metrics
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.hf_io import write_hf_folder
-from megatron_spear.data.packing import pack
+from megatron_spear.data.packing import PackedStep, pack
+from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.alfworld.demonstrations import Demonstration
+from megatron_spear.envs.alfworld.sources import games_sha256
 from megatron_spear.errors import StopRequested
+from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.tracking.progress import Bar
 from megatron_spear.trainer.demonstrations import DemonstrationSource, to_samples
+from megatron_spear.trainer.models import made_once
 from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.seeds import warm_start_games
 from megatron_spear.types import Origin
-
-log = logging.getLogger(__name__)
 
 _FORMAT = 2  # raise it when demonstrations or rendering change, so that old caches are not used
 
 
 def cached_folder(config: RunConfig, model: Path) -> Path:
-    """Where the warm start of these settings lies (or will lie): a name from a hash of all of
-    them."""
+    """Where the warm start of these settings lies (or will lie): a name from a hash of all that it
+    is made from, the contents of the model and of loaded games included."""
+    env = config.env.model_dump(mode="json")
+    if config.env.games is not None:
+        env["games"] = games_sha256(config.env.games, split=config.env.train_split)
     made_from = {
         "format": _FORMAT,
         "model": _fingerprint(model),
-        "env": config.env.model_dump(mode="json"),
+        "env": env,
+        "max_context": config.rollout.max_context,
         "sft": config.sft.model_dump(mode="json"),
         "precision": config.policy.precision,
     }
@@ -40,18 +45,28 @@ def cached_folder(config: RunConfig, model: Path) -> Path:
 
 
 def warm_start(
-    config: RunConfig, model: Path, context: Any, renderer: ChatRenderer | None, bar: Any, stop: Any
-) -> Path:
-    """Train on demonstrations and write the result to ``cached_folder``; collective.
+    config: RunConfig,
+    model: Path,
+    target: Path,
+    context: ParallelContext,
+    renderer: ChatRenderer | None,
+    bar: Bar,
+    stop: StopFlag,
+) -> None:
+    """Train ``model`` on demonstrations and write the result to ``target``; collective.
 
-    Returns that folder. Raises StopRequested at a clean stop (nothing is kept of a partial one).
+    Raises StopRequested at a clean stop (nothing is kept of a partial one).
     """
-    target = cached_folder(config, model)
     section = config.sft
     policy = MegatronPolicy.from_hf(model, config.policy, section.optimizer, section.steps, context)
     source = None
     if context.is_controller:
-        source = DemonstrationSource(config.env, section, warm_start_games(section.seed))
+        source = DemonstrationSource(
+            config.env,
+            section,
+            warm_start_games(section.seed),
+            limit_s=config.run.hang_limit_s,
+        )
     try:
         batches = source.batches() if source else iter([None] * section.steps)
         for step, demonstrations in enumerate(batches):
@@ -60,17 +75,20 @@ def warm_start(
             losses = finish_metrics({k: v for k, v in metrics.items() if k.startswith("sft/")})
             bar.advance(1, loss=losses["sft/nll"])
             if broadcast(bool(stop)):
-                raise StopRequested(f"{stop.reason or 'signal'} in the warm start; start again")
+                raise StopRequested(
+                    f"{stop.reason or 'signal'} in the warm start, of which nothing is kept; give "
+                    "the same command again to make it from its beginning"
+                )
     finally:
         if source:
             source.close()
     weights = policy.export_weights()
-    if context.is_controller and not target.is_dir():  # another run may have made it meanwhile
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_hf_folder(target, model, weights)
+    if context.is_controller and not target.is_dir():
+        with made_once(target) as work:
+            write_hf_folder(work, model, weights)
     for _ in weights:  # what nobody wrote is still a collective
         pass
-    return broadcast(target)  # no rank goes on before the folder is there
+    broadcast(None)  # no rank goes on before the folder is there
 
 
 def _pack(
@@ -79,7 +97,7 @@ def _pack(
     renderer: ChatRenderer,
     policy: MegatronPolicy,
     step: int,
-) -> Any:
+) -> PackedStep:
     """One batch; weights are divided by their sum, so the loss is a weighted mean over tokens."""
     rows = [
         row

@@ -10,13 +10,12 @@ PRODUCTIVE = ("rollout", "old_logprobs", "replay_logprobs", "train")
 class PhaseTimer:
     """Adds up seconds by phase; ``metrics()`` gives ``time/<phase>_s`` and ``time/step_s``.
 
-    ``time/other_fraction`` is the share of the step spent outside the named ``productive`` phases.
+    ``time/other_fraction`` is the share of the step spent outside the ``PRODUCTIVE`` phases.
     """
 
-    def __init__(self, productive: tuple[str, ...] = PRODUCTIVE) -> None:
+    def __init__(self) -> None:
         self._started = time.perf_counter()
         self._seconds: dict[str, float] = {}
-        self._productive = productive
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -25,16 +24,13 @@ class PhaseTimer:
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - started)
-
-    def add(self, name: str, seconds: float) -> None:
-        """Add seconds measured elsewhere."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            seconds = time.perf_counter() - started
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
         """All phases so far."""
         total = time.perf_counter() - self._started
-        productive = sum(self._seconds.get(name, 0.0) for name in self._productive)
+        productive = sum(self._seconds.get(name, 0.0) for name in PRODUCTIVE)
         metrics = {f"time/{name}_s": value for name, value in self._seconds.items()}
         metrics["time/step_s"] = total
         metrics["time/other_fraction"] = max(0.0, 1.0 - productive / total) if total else 0.0

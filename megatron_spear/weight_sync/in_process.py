@@ -1,6 +1,5 @@
 """Weights from the policy into an engine of the same process, streamed by Hugging Face name."""
 
-import time
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -25,14 +24,11 @@ class WeightReceiver(Protocol):
         ...
 
 
-def publish(
-    source: WeightSource, receiver: WeightReceiver | None, policy_version: int
-) -> dict[str, float]:
+def publish(source: WeightSource, receiver: WeightReceiver | None, policy_version: int) -> int:
     """Stream all weights to the receiver (None on ranks without one); every rank must call this.
 
-    Returns ``weight_sync/bytes`` and ``time/weight_sync_s``. Holds one tensor at a time.
+    Returns the bytes sent. Holds one tensor at a time.
     """
-    started = time.perf_counter()
     sent = 0
 
     def stream() -> Iterable[tuple[str, torch.Tensor]]:
@@ -47,7 +43,4 @@ def publish(
             pass
     else:
         receiver.load_weights(stream(), policy_version)
-    return {
-        "weight_sync/bytes": float(sent),
-        "time/weight_sync_s": time.perf_counter() - started,
-    }
+    return sent

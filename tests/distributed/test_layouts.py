@@ -1,10 +1,10 @@
-"""Every layout gives what one rank gives: log-probs, gradients, weights after training, state.
+"""Every layout gives on recorded trajectories what one rank gives: log-probs, gradients, weights
+after training, state.
 
 All layouts of one number of ranks run one after the other in the same processes; each test then
 looks at one of them.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_spear.config.schema import OptimizerSection, PolicySection
-from megatron_spear.data.packing import TrainBatch, pack
+from megatron_spear.algorithms.policy_loss import ClippedLoss
+from megatron_spear.config.schema import AlgorithmSection, OptimizerSection, PolicySection
+from megatron_spear.data.packing import pack
 from megatron_spear.testing.ranks import run_ranks
-from megatron_spear.testing.tiny import VOCAB, random_samples, tiny_hf_folder
+from megatron_spear.testing.recorded import recorded_samples
+from megatron_spear.testing.tiny import VOCAB, tiny_hf_folder
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor_parallel": 2}),
@@ -29,24 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2xDP2": (4, {"pipeline_parallel": 2}),
 }
 STEPS = 3
-
-
-@dataclass
-class ClippedRatio:
-    """A ratio loss with its entropy reported: what RL asks of the step."""
-
-    temperature: float = 0.9
-    needs_entropy: bool = True
-
-    def __call__(
-        self, logprobs: Tensor, entropy: Tensor | None, batch: TrainBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        assert entropy is not None
-        ratio = (logprobs - batch.old_logprobs).clamp(-5, 5).exp()
-        low = -batch.advantages * ratio
-        high = -batch.advantages * ratio.clamp(0.8, 1.28)
-        loss = (batch.token_weight * torch.maximum(low, high)).sum()
-        return loss, {"entropy": (batch.token_weight * entropy).sum()}
+TEMPERATURE = 0.9
 
 
 def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -67,13 +51,13 @@ def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, A
         packed, loss = None, None
         if ctx.is_controller:
             packed = pack(
-                *random_samples(),
+                *recorded_samples(folder, temperature=TEMPERATURE),
                 data_parallel=ctx.data_size,
                 tokens_per_microbatch=150,
                 pad_multiple=policy.pad_multiple,
             )
-            loss = ClippedRatio()
-        logprobs = policy.logprobs(packed, 0.9, with_entropy=True)
+            loss = ClippedLoss.from_section(AlgorithmSection(), temperature=TEMPERATURE)
+        logprobs = policy.logprobs(packed, TEMPERATURE, with_entropy=True)
         untrained = exported(policy)
         reports = [policy.train_step(packed, loss)]
         gradient = exported_gradient(policy)
@@ -159,7 +143,7 @@ def test_equals_one_rank(name: str, tied: bool, root: Path) -> None:
         difference = np.linalg.norm(got[2][key] - gradient) / np.linalg.norm(gradient)
         assert difference < 1e-5, f"gradient of {key} differs by {difference}"
     for ours, theirs in zip(got[3], one[3], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-5)  # some are sums around 0
     assert worst(got[4], one[4]) < 1e-5  # after three optimizer steps
     assert worst(one[4], one[1]) > 1e-4  # which did something
 

@@ -232,10 +232,8 @@ def _row(row_id: int, reward: float) -> ReplayRow:
     return ReplayRow(
         row_id=row_id,
         trajectory_id=TrajectoryId(group="g", member=row_id),
-        prompt_id="p",
         reward=Reward(outcome=reward),
         policy_version=0,
-        num_tokens=1,
         file=0,
         offset=0,
         size=0,

@@ -68,15 +68,16 @@ def arguments(command: str, cache: Path, settings: tuple[str, ...]) -> list[str]
 def _process_as_it_was() -> Iterator[None]:
     """Signals and logging as before: the command sets both for a process of its own."""
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    root = logging.getLogger()
-    loggers, level = list(root.handlers), root.level
+    root, package = logging.getLogger(), logging.getLogger("megatron_spear")
+    loggers, levels = list(root.handlers), (root.level, package.level)
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         root.handlers[:] = loggers
-        root.setLevel(level)
+        root.setLevel(levels[0])
+        package.setLevel(levels[1])
 
 
 def run_here(command_line: list[str]) -> Outcome:

@@ -302,6 +302,54 @@ def test_a_full_disk_costs_no_checkpoint(free: int, small_disk: Path, spear: Spe
     assert (run_dir / "summary.json").is_file()
 
 
+def test_a_full_disk_at_the_export(small_disk: Path, spear: Spear) -> None:
+    """The earlier export stays whole; with some space the run is finished."""
+    run_dir, filler = small_disk / "run", small_disk / "filler"
+    settings = (f"run.dir={run_dir}", "run.steps=1")
+    spear("train", *settings)
+    before = _contents(run_dir / "model")
+    _fill(filler, 60_000)  # enough for what a launch writes before
+
+    done = spear("train", f"resume={run_dir}", "run.steps=1", status=2)
+    told(done, f"{run_dir / 'model'} was not written", "the disk is full", "Free some space")
+    assert [p.name for p in run_dir.glob(".model*")] == [] and not (run_dir / "model").exists()
+    (kept,) = run_dir.glob("model.before-*")
+    assert _contents(kept) == before
+
+    filler.unlink()
+    spear("train", f"resume={run_dir}", "run.steps=1")
+    assert _contents(run_dir / "model") == before
+
+
+@pytest.mark.parametrize("what", ["tiny", "warm-start"])
+def test_a_full_disk_in_the_cache(what: str, cache: Path, small_disk: Path, spear: Spear) -> None:
+    """A model is there whole or not at all, whichever library writes it."""
+    folder, filler = small_disk / "cache", small_disk / "filler"
+    folder.mkdir()
+    if what == "warm-start":
+        (tiny,) = cache.glob("tiny-*")
+        shutil.copytree(tiny, folder / tiny.name)
+    before = _contents(folder)
+    _fill(filler, 60_000)
+    settings = (f"model.cache_dir={folder}", "sft.steps=2")
+    done = spear("sft", *settings, status=2)
+    message = done.err[done.err.index("error: ") :]  # behind transformers' own progress bar
+    assert "the disk is full" in message and "Free some space" in message
+    assert str(folder) in message and what in message and "Traceback" not in done.err
+    assert _contents(folder) == before
+    assert [p.name.split("-")[0] for p in folder.iterdir()] == ["tiny"] * bool(before)
+
+    filler.unlink()
+    spear("sft", *settings)
+    assert {p.name.split("-")[0] for p in folder.iterdir()} == {"tiny", "warm"}
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def _fill(file: Path, free: int) -> None:
     """Write until the disk is full, then give ``free`` bytes back."""
     with file.open("wb", buffering=0) as stream, contextlib.suppress(OSError):

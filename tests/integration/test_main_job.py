@@ -88,6 +88,7 @@ def test_wandb_runs_offline_without_a_key(
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "wandb-cache"))
     done = spear("train", f"run.dir={tmp_path / 'run'}", "run.steps=1", "tracking.wandb=true")
     assert "wandb" not in done.err
+    assert f"\nwandb: offline in {tmp_path / 'run' / 'wandb'}\n" in done.out
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     (records,) = folder.glob("*.wandb")
     assert b"rollout/success" in records.read_bytes()
@@ -112,7 +113,8 @@ def test_evaluate_plays_the_panel_as_the_run_did(
 ) -> None:
     run_dir, _ = finished
     summary = json.loads((run_dir / "summary.json").read_text())
-    done = spear("evaluate", "--model", str(run_dir / "model"))
+    # No policy is made, so its layout does not matter.
+    done = spear("evaluate", "--model", str(run_dir / "model"), "policy.tensor_parallel=2")
     assert f"{summary['success_after']:.3f}" in done.out
     assert summary["panel_sha256"][:16] in done.out
 

@@ -1,5 +1,7 @@
 """A run that was stopped and resumed is the run that was not stopped."""
 
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +87,22 @@ def test_resumed_is_not_stopped(
     same_run(whole, run_dir)
 
 
+def _cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _flip(file: Path) -> None:
+    """One bit in the middle."""
+    with file.open("rb+") as stream:
+        stream.seek(file.stat().st_size // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, Path.unlink])
 def test_a_damaged_checkpoint_costs_one_step(
+    damage: Callable[[Path], None],
     whole: Path,
     stopped: Path,
     spear: Callable[..., Any],
@@ -98,8 +115,7 @@ def test_a_damaged_checkpoint_costs_one_step(
     file = max(
         (run_dir / "checkpoints" / "step_3").rglob("*.distcp"), key=lambda f: f.stat().st_size
     )
-    with file.open("rb+") as stream:
-        stream.truncate(file.stat().st_size // 2)
+    damage(file)
     (run_dir / "checkpoints" / "step_4.tmp" / "policy").mkdir(parents=True)
     done = spear("train", f"resume={run_dir}", *SETTINGS)
     told = done.out + done.err
@@ -108,6 +124,34 @@ def test_a_damaged_checkpoint_costs_one_step(
     assert not (run_dir / "checkpoints" / "step_4.tmp").exists()
     assert (run_dir / "checkpoints" / "step_3.damaged").is_dir()
     same_run(whole, run_dir)
+
+
+def test_damaged_replay_rows_cost_one_step(
+    whole: Path,
+    stopped: Path,
+    spear: Callable[..., Any],
+    tmp_path: Path,
+    same_run: Same,
+) -> None:
+    """The rows of step 3 lie outside its checkpoint: falls back to step 2, says so."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    file = max((run_dir / "replay").iterdir())
+    needed = [_replay_files(run_dir, step) for step in (2, 3)]
+    assert file.name not in needed[0] and file.name in needed[1]
+    _cut(file)
+    done = spear("train", f"resume={run_dir}", *SETTINGS)
+    told = done.out + done.err
+    assert "passing over checkpoint" in told and "step_3" in told and file.name in told
+    assert "continuing after step 2 of 4" in told
+    assert (run_dir / "checkpoints" / "step_3.damaged").is_dir()
+    same_run(whole, run_dir)
+
+
+def _replay_files(run_dir: Path, step: int) -> list[str]:
+    """The replay files that a checkpoint needs."""
+    state = json.loads((run_dir / "checkpoints" / f"step_{step}" / "trainer.json").read_text())
+    return [f"segment-{file['number']:08d}.bin" for file in state["hooks"][0]["store"]["files"]]
 
 
 def test_a_finished_run_can_be_resumed_to_no_effect(

@@ -39,15 +39,13 @@ class DemonstrationTurn:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """One played game; ``final_observation`` answers the last action.
+    """One game as it was played, up to the action that won it.
 
     Example: turns ``("You are in .. put a mug in desk.", "go to desk 4", False)``, ``("Nothing
     happens.", "go to shelf 1", True)``, ...
     """
 
     turns: tuple[DemonstrationTurn, ...]
-    final_observation: str
-    won: bool
 
 
 def demonstrate(
@@ -73,14 +71,12 @@ def demonstrate(
         admissible: note the possible actions of each turn (the official prompt lists them).
 
     Returns:
-        The demonstration, which is always won; None when it would take more than ``max_turns``.
+        The demonstration; None when winning would take more than ``max_turns``.
     """
     player = _Player(game, rng, noise, max_turns, admissible)
     with contextlib.suppress(_GameOver):
         _solve(player, read_sentence(game.task), explore)
-    if not player.state.won:
-        return None
-    return Demonstration(tuple(player.turns), player.observation, won=True)
+    return Demonstration(tuple(player.turns)) if player.state.won else None
 
 
 class _GameOver(Exception):

@@ -8,7 +8,7 @@ from megatron_spear.envs.alfworld.game import GameFile, GameState, parse_game
 from megatron_spear.envs.alfworld.rules import WELCOME_TEXT
 from megatron_spear.envs.alfworld.text import intro
 from megatron_spear.envs.protocol import StepResult, TextEnvironment
-from megatron_spear.errors import ConfigError, DataError, EnvironmentFault
+from megatron_spear.errors import DataError, EnvironmentFault
 
 
 class AlfworldEnvironment(TextEnvironment):
@@ -17,7 +17,6 @@ class AlfworldEnvironment(TextEnvironment):
 
     Options of `reset`:
         game: the fields of a `GameFile` as a plain dict (`GameFile.to_fields`).
-        max_turns: truncate after this many turns; None or absent for no limit.
         admissible: put the sorted possible actions into ``info["admissible"]`` (about 10 us a
         turn).
 
@@ -31,28 +30,21 @@ class AlfworldEnvironment(TextEnvironment):
 
     def __init__(self) -> None:
         self._state: GameState | None = None
-        self._max_turns: int | None = None
         self._lists_admissible = False
-        self._num_turns = 0
         self._finished = False
 
     def reset(self, *, seed: int, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Start a game; ``seed`` changes nothing, because a game has no chance in it.
 
-        Raises `DataError` for a game that cannot be played, `ConfigError` for a wrong option.
+        Raises `DataError` for a game that cannot be played.
         """
         values = options.get("game")
         if not isinstance(values, Mapping):
             got = type(values).__name__
             raise DataError(f"options['game'] is a {got}; expected a GameFile's fields as a dict.")
-        max_turns = options.get("max_turns")
-        if max_turns is not None and (type(max_turns) is not int or max_turns < 1):
-            raise ConfigError(f"max_turns is {max_turns!r}; expected a whole number >= 1, or None.")
         game = parse_game(GameFile.from_fields(values, f"game {values.get('id')}"))
         self._state = GameState(game)
-        self._max_turns = max_turns
         self._lists_admissible = bool(options.get("admissible", False))
-        self._num_turns = 0
         self._finished = False
         observation = intro(self._state).removeprefix(WELCOME_TEXT)
         return observation, self._info(self._state, observation, won=self._state.won, valid=True)
@@ -65,12 +57,9 @@ class AlfworldEnvironment(TextEnvironment):
                 "step outside a game: call reset before the first and after the last turn."
             )
         reply = act(state, action)
-        self._num_turns += 1
-        won = state.won
-        truncated = not won and self._max_turns is not None and self._num_turns >= self._max_turns
-        self._finished = won or truncated
+        won = self._finished = state.won
         info = self._info(state, reply.feedback, won=won, valid=reply.valid)
-        return StepResult(reply.feedback, float(won), won, truncated, info)
+        return StepResult(reply.feedback, float(won), won, False, info)
 
     def close(self) -> None:
         """Forget the game."""

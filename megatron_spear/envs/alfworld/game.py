@@ -123,7 +123,6 @@ class Game:
         self.cleanable = _names(facts["cleanable"])
         self.heatable = _names(facts["heatable"])
         self.coolable = _names(facts["coolable"])
-        self.receptacle_objects = _names(facts["isreceptacleobject"])
         self.types_of = _grouped(facts["objecttype"])
         self.receptacle_types_of = _grouped(facts["receptacletype"])
         accepted = _grouped(facts["cancontain"])
@@ -171,10 +170,6 @@ class GameState:
         twin.contents = self.contents.copy()
         twin.taken = self.taken.copy()
         return twin
-
-    def key(self) -> frozenset[Atom]:
-        """Equal for two states exactly when the same facts hold (for a search's visited set)."""
-        return frozenset(self.facts)
 
     @property
     def won(self) -> bool:

@@ -63,7 +63,8 @@ class OfficialView(AgentView):
     """The paper's prompt: task, step count, last steps, possible actions, <think> and <action>.
 
     Invalid is a text without a complete ``<think>`` or ``<action>`` pair or with CJK characters
-    (spec section 8). The action is the content of the last complete ``<action>`` pair, lower-cased.
+    (SPEAR, arXiv 2509.22601). The action is the content of the last complete ``<action>`` pair,
+    lower-cased.
     """
 
     needs_admissible = True

@@ -4,12 +4,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_spear.config.schema import AlfworldSection, GeneratorSection
 from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.alfworld.generator import generate_game
-from megatron_spear.envs.alfworld.sources import load_games
+from megatron_spear.envs.alfworld.sources import load_games, require_winnable
 from megatron_spear.errors import DataError
 from megatron_spear.types import Prompt, TaskType
 
@@ -21,23 +20,20 @@ class Panel:
     prompts: tuple[Prompt, ...]
     sha256: str
 
-    @property
-    def task_types(self) -> tuple[str, ...]:
-        """Task types on the panel, sorted."""
-        return tuple(sorted({p.prompt_id.split("-")[0] for p in self.prompts}))
 
-
-def game_prompt(game: GameFile, settings: AlfworldSection) -> Prompt:
+def game_prompt(game: GameFile) -> Prompt:
     """One game as a prompt; its metadata are the environment's reset options."""
-    options: dict[str, Any] = {"game": game.to_fields(), "max_turns": settings.max_turns}
-    if settings.prompt == "official":
-        options["admissible"] = True
-    return Prompt(prompt_id=game.id, env="alfworld", metadata=options)
+    return Prompt(prompt_id=game.id, env="alfworld", metadata={"game": game.to_fields()})
+
+
+def check_winnable(prompt: Prompt) -> None:
+    """Raise DataError unless the prompt's game can be won."""
+    require_winnable(GameFile(**prompt.metadata["game"]))
 
 
 def fresh_game(
     seed: int, index: int, task_types: Sequence[TaskType], size: GeneratorSection
-) -> Any:
+) -> GameFile:
     """Generated game number ``index`` of a seed."""
     return generate_game(seed, index, task_types=tuple(task_types), settings=size)
 
@@ -51,7 +47,7 @@ def make_panel(settings: AlfworldSection, size: int, seed: int) -> Panel:
     """The evaluation panel: generated games, or a spread of the loaded evaluation split.
 
     Loaded games: sorted by id, every n-th, so that the same file gives the same panel everywhere.
-    Raises DataError when the split has fewer games than asked for.
+    Raises DataError when the split has fewer games than asked for, or one that cannot be won.
     """
     if settings.games is None:
         games = [fresh_game(seed, i, settings.task_types, settings.generator) for i in range(size)]
@@ -63,10 +59,12 @@ def make_panel(settings: AlfworldSection, size: int, seed: int) -> Panel:
                 f"only {len(loaded)} fitting games; lower evaluation.games or relax the filters"
             )
         games = [loaded[i * len(loaded) // size] for i in range(size)]
+        for game in games:
+            require_winnable(game)
     digest = hashlib.sha256()
     for game in games:
         digest.update(json.dumps([game.id, game.problem]).encode())
-    return Panel(tuple(game_prompt(g, settings) for g in games), digest.hexdigest())
+    return Panel(tuple(game_prompt(g) for g in games), digest.hexdigest())
 
 
 def success_by_type(won: Mapping[str, Sequence[bool]]) -> dict[str, float]:

@@ -6,13 +6,13 @@ packed tokens ``[N, H]`` (no padding); only attention sees the batch as slots.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron_spear.errors import ConfigError
+from megatron_spear.conversion.rotary import rotary_frequencies
+from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.rollout.engines.decoder_weights import DecoderWeights, LayerWeights
 from megatron_spear.rollout.engines.kv_cache import KVCache
 from megatron_spear.types import TokenArray
@@ -22,16 +22,15 @@ Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Below this share of live slots in a range, gathering their keys costs less than reading them all.
 _DENSE_FRACTION = 0.6
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Decoder:
     """A functional decoder: ``weights`` by Hugging Face name, tables of rotary angles."""
 
-    def __init__(self, config: Any, weights: DecoderWeights, max_context: int) -> None:
+    def __init__(self, weights: DecoderWeights, max_context: int) -> None:
         self.weights = weights
         self.shape = weights.shape
-        self.cos, self.sin = _rope_tables(config, self.shape.head_dim, max_context, weights.dtype)
+        self.cos, self.sin = _rope_tables(self.shape, max_context, weights.dtype)
 
     def decode(self, cache: KVCache, slots: np.ndarray, tokens: np.ndarray) -> torch.Tensor:
         """Logits ``[B, V]`` after one further token a slot.
@@ -89,9 +88,9 @@ class Decoder:
         s = self.shape
         x = F.embedding(tokens, self.weights.embedding)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
-        heads = torch.arange(s.num_kv_heads)
+        heads = torch.arange(s.num_groups)
         _, _, _, _, max_context, head_dim = cache.storage.shape
-        cells = (slots[:, None] * s.num_kv_heads + heads) * max_context + positions[:, None]
+        cells = (slots[:, None] * s.num_groups + heads) * max_context + positions[:, None]
         cells = cells.flatten()
         for i, layer in enumerate(self.weights.layers):
             normed = F.rms_norm(x, (s.hidden_size,), layer.input_norm, s.norm_eps)
@@ -113,7 +112,7 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries ``[N, heads, D]``, rotated keys and values ``[N, kv_heads, D]``."""
         s = self.shape
-        split = s.num_heads + s.num_kv_heads
+        split = s.num_heads + s.num_groups
         qkv = layer.qkv(x).view(len(x), -1, s.head_dim)
         qk = qkv[:, :split]
         if layer.qk_scale is not None:
@@ -138,8 +137,8 @@ class Decoder:
         limits[rows if dense else slice(None)] = torch.from_numpy(lengths)
         hidden = torch.arange(longest) >= limits[:, None]
         mask = torch.zeros(hidden.shape, dtype=self.weights.dtype)
-        mask = mask.masked_fill_(hidden, -torch.inf).repeat_interleave(s.num_kv_heads, 0)[:, None]
-        group, scale = s.num_heads // s.num_kv_heads, s.head_dim**-0.5
+        mask = mask.masked_fill_(hidden, -torch.inf).repeat_interleave(s.num_groups, 0)[:, None]
+        group, scale = s.num_heads // s.num_groups, s.head_dim**-0.5
 
         def attend(queries: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
             if dense:
@@ -149,7 +148,7 @@ class Decoder:
             if dense and not whole:
                 spread = queries.new_zeros(size, s.num_heads, s.head_dim)
                 queries = spread.index_copy_(0, rows, queries)
-            queries = queries.reshape(batch * s.num_kv_heads, group, s.head_dim)
+            queries = queries.reshape(batch * s.num_groups, group, s.head_dim)
             scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale)
             weights = torch.softmax(scores, -1, dtype=torch.float32).to(scores.dtype)
             mixed = torch.bmm(weights, values).view(batch, -1)
@@ -194,7 +193,7 @@ class Decoder:
                 values,
                 attn_mask=mask,
                 is_causal=fresh,
-                enable_gqa=s.num_heads != s.num_kv_heads,
+                enable_gqa=s.num_heads != s.num_groups,
             )
             return mixed.transpose(1, 2).reshape(len(slots) * block, -1)[cells]
 
@@ -202,23 +201,10 @@ class Decoder:
 
 
 def _rope_tables(
-    config: Any, head_dim: int, max_context: int, dtype: torch.dtype
+    shape: ModelShape, max_context: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines ``[C, D]`` and sines ``[C, D / 2]`` of the rotary angles, as in transformers."""
-    parameters = config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind not in _STATIC_ROPE:
-        raise ConfigError(
-            f"the embedded engine has no rope_type={kind!r}; supported: {', '.join(_STATIC_ROPE)}"
-        )
-    scaling = 1.0
-    if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        frequencies = 1.0 / parameters["rope_theta"] ** exponents
-    else:
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    angles = torch.arange(max_context, dtype=torch.float32)[:, None] * frequencies
-    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    positions = torch.arange(max_context, dtype=torch.float32)
+    angles = positions[:, None] * rotary_frequencies(shape)
+    cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), sin.to(dtype)

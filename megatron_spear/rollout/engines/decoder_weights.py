@@ -6,70 +6,14 @@ Face parameter is a view into these, so a weight update is one copy and nothing 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from megatron_spear.errors import ConfigError, EngineError
+from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engines.linear import Linear
 
-SUPPORTED = ("qwen3", "qwen2", "llama")
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderShape:
-    """Sizes and switches of a decoder-only transformer of the Llama kind."""
-
-    vocab_size: int
-    hidden_size: int
-    ffn_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    tied: bool
-    qk_norm: bool
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-
-    @classmethod
-    def from_config(cls, config: Any) -> "DecoderShape":
-        """Read a Hugging Face config; raises ConfigError where the decoder has no path for it."""
-        kind = config.model_type
-        if kind not in SUPPORTED:
-            raise ConfigError(
-                f"the embedded engine has no decoder for model_type={kind!r}; "
-                f"supported: {', '.join(SUPPORTED)}; use another rollout engine for this model"
-            )
-        if config.hidden_act not in ("silu", "swish"):
-            raise ConfigError(
-                f"the embedded engine needs hidden_act='silu', got {config.hidden_act!r}"
-            )
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise ConfigError(
-                "the embedded engine has no sliding-window attention; got layer_types with "
-                "'sliding_attention'; set use_sliding_window=false or use another engine"
-            )
-        bias = bool(getattr(config, "attention_bias", False))
-        return cls(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            ffn_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads,
-            norm_eps=config.rms_norm_eps,
-            tied=bool(config.tie_word_embeddings),
-            qk_norm=kind == "qwen3",
-            qkv_bias=bias or kind == "qwen2",
-            output_bias=bias and kind != "qwen2",
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        )
 
 
 @dataclass(slots=True)
@@ -92,7 +36,7 @@ class LayerWeights:
 class DecoderWeights:
     """All weights of a decoder; ``views`` maps each Hugging Face name to the part that holds it."""
 
-    def __init__(self, shape: DecoderShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelShape, dtype: torch.dtype) -> None:
         self.shape = shape
         self.dtype = dtype
         self.views: dict[str, torch.Tensor] = {}
@@ -149,7 +93,7 @@ class DecoderWeights:
             if self.shape.qk_norm:
                 query = self.views[f"model.layers.{i}.self_attn.q_norm.weight"]
                 key = self.views[f"model.layers.{i}.self_attn.k_norm.weight"]
-                rows = [query] * self.shape.num_heads + [key] * self.shape.num_kv_heads
+                rows = [query] * self.shape.num_heads + [key] * self.shape.num_groups
                 layer.qk_scale = torch.stack(rows)
 
     @staticmethod
@@ -173,7 +117,7 @@ class DecoderWeights:
     def _new_layer(self, prefix: str) -> LayerWeights:
         s = self.shape
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        sizes = [n * s.head_dim for n in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
+        sizes = [n * s.head_dim for n in (s.num_heads, s.num_groups, s.num_groups)]
         if s.qk_norm:
             self._new(f"{attention}q_norm.weight", s.head_dim)
             self._new(f"{attention}k_norm.weight", s.head_dim)
@@ -182,18 +126,17 @@ class DecoderWeights:
             qkv=self._linear(
                 [f"{attention}{x}_proj" for x in "qkv"], sizes, s.hidden_size, s.qkv_bias
             ),
-            output=self._linear([f"{attention}o_proj"], [s.hidden_size], sizes[0], s.output_bias),
+            output=self._linear([f"{attention}o_proj"], [s.hidden_size], sizes[0]),
             mlp_norm=self._new(f"{prefix}post_attention_layernorm.weight", s.hidden_size),
             gate_up=self._linear(
-                [f"{mlp}gate_proj", f"{mlp}up_proj"],
-                [s.ffn_size] * 2,
-                s.hidden_size,
-                s.mlp_bias,
+                [f"{mlp}gate_proj", f"{mlp}up_proj"], [s.ffn_size] * 2, s.hidden_size
             ),
-            down=self._linear([f"{mlp}down_proj"], [s.hidden_size], s.ffn_size, s.mlp_bias),
+            down=self._linear([f"{mlp}down_proj"], [s.hidden_size], s.ffn_size),
         )
 
-    def _linear(self, names: list[str], sizes: list[int], inputs: int, bias: bool) -> Linear:
+    def _linear(
+        self, names: list[str], sizes: list[int], inputs: int, bias: bool = False
+    ) -> Linear:
         """One product whose parts (rows of the weight, of the bias) carry the given names."""
         weight = self._fused([f"{name}.weight" for name in names], sizes, inputs)
         return Linear(

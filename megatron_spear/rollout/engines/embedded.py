@@ -17,13 +17,11 @@ import numpy as np
 import torch
 
 from megatron_spear.conversion.hf_io import HfReader
+from megatron_spear.conversion.shape import load_config, model_shape
 from megatron_spear.errors import ConfigError, EngineError
 from megatron_spear.rollout.engine import Generation, GenerationRequest
 from megatron_spear.rollout.engines.decoder import Decoder
-from megatron_spear.rollout.engines.decoder_weights import (
-    DecoderShape,
-    DecoderWeights,
-)
+from megatron_spear.rollout.engines.decoder_weights import DecoderWeights
 from megatron_spear.rollout.engines.jobs import Job, prefill_chunks, shared_prompts
 from megatron_spear.rollout.engines.kv_cache import KVCache
 from megatron_spear.rollout.engines.sampling import sample, uniforms
@@ -64,7 +62,7 @@ class EmbeddedEngine:
         self._cache = KVCache(
             layers=shape.num_layers,
             slots=max_slots,
-            kv_heads=shape.num_kv_heads,
+            kv_heads=shape.num_groups,
             max_context=max_context,
             head_dim=shape.head_dim,
             dtype=decoder.weights.dtype,
@@ -77,37 +75,27 @@ class EmbeddedEngine:
 
     @classmethod
     def from_hf(
-        cls,
-        path: Path | str,
-        *,
-        max_slots: int,
-        max_context: int,
-        deadline_s: float,
-        threads: int | None = None,
+        cls, path: Path | str, *, max_slots: int, max_context: int, deadline_s: float
     ) -> "EmbeddedEngine":
         """An engine with the weights of a Hugging Face folder (config.json, safetensors).
 
-        Supports qwen3, qwen2 and llama in fp32 or bf16 (``dtype`` in config.json).
-        ``threads`` sets torch's threads for the whole process; None leaves them. Raises
+        Takes what the policy takes, in fp32 or bf16 (``dtype`` in config.json). Raises
         ConfigError, CheckpointError, or EngineError where config and weights do not agree.
         """
-        from transformers import AutoConfig
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        config = AutoConfig.from_pretrained(path)
-        if max_context > config.max_position_embeddings:
+        config = load_config(Path(path))
+        shape = model_shape(config)
+        if max_context > shape.max_length:
             raise ConfigError(
                 f"max_context={max_context} is above the model's max_position_embeddings="
-                f"{config.max_position_embeddings} in {path}; lower max_context"
+                f"{shape.max_length} in {path}; lower max_context"
             )
         dtype = config.dtype or torch.float32
         if dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"{path} has dtype={dtype}; the embedded engine takes fp32 or bf16")
-        weights = DecoderWeights(DecoderShape.from_config(config), dtype)
+        weights = DecoderWeights(shape, dtype)
         with HfReader(Path(path)) as reader:
             weights.load((name, reader.get(name)) for name in reader.names)
-        decoder = Decoder(config, weights, max_context)
+        decoder = Decoder(weights, max_context)
         return cls(decoder, max_slots=max_slots, max_context=max_context, deadline_s=deadline_s)
 
     async def generate(self, request: GenerationRequest) -> Generation:
@@ -174,18 +162,12 @@ class EmbeddedEngine:
         """Raise EngineError for a request that cannot be served."""
         if self._unusable is not None:
             raise EngineError(f"the engine cannot generate: {self._unusable}")
-        tokens, sampling = np.asarray(request.token_ids), request.sampling
-        vocab, problem = self._decoder.shape.vocab_size, None
-        if tokens.ndim != 1 or len(tokens) == 0:
-            problem = f"token_ids has shape {tokens.shape}; expected [P] with P >= 1"
-        elif tokens.min() < 0 or tokens.max() >= vocab:
+        request.check()
+        tokens, vocab, problem = request.token_ids, self._decoder.shape.vocab_size, None
+        if tokens.min() < 0 or tokens.max() >= vocab:
             problem = (
                 f"token ids span {tokens.min()}..{tokens.max()}; the vocabulary is 0..{vocab - 1}"
             )
-        elif sampling.max_new_tokens < 1:
-            problem = f"max_new_tokens={sampling.max_new_tokens}; expected 1 or more"
-        elif not 0 <= sampling.temperature < float("inf"):
-            problem = f"temperature={sampling.temperature}; expected a number >= 0"
         elif any(job.session == request.session for job in (*self._waiting, *self._running)):
             problem = "it is already generating; await one turn before the next"
         if problem is not None:
@@ -310,7 +292,7 @@ class EmbeddedEngine:
             job.tokens.append(token)
             job.logprobs.append(logprob)
             self.stats["sampled_tokens"] += 1
-            reason = job.finish_reason(self.max_context)
+            reason = job.request.finish_reason(job.tokens, self.max_context)
             if reason is not None:
                 self._end(job, reason)
         if any(job.finished for job in jobs):

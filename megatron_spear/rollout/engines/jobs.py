@@ -45,17 +45,6 @@ class Job:
         """True once it was answered or failed; the engine holds nothing of it any more."""
         return self.future.done() and not self.future.cancelled()
 
-    def finish_reason(self, max_context: int) -> str | None:
-        """``stop``, ``length`` or ``context`` when the last token was the last one, else None."""
-        sampling = self.request.sampling
-        if self.tokens[-1] in sampling.stop_token_ids:
-            return "stop"
-        if len(self.tokens) >= sampling.max_new_tokens:
-            return "length"
-        if len(self.prompt) + len(self.tokens) >= max_context:
-            return "context"
-        return None
-
     def generation(self, reason: str) -> Generation:
         """The answer as it stands."""
         return Generation(

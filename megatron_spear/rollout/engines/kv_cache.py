@@ -32,7 +32,6 @@ class KVCache:
         self.storage = torch.zeros(layers, 2, slots, kv_heads, max_context, head_dim, dtype=dtype)
         self.tokens = np.zeros((slots, max_context), np.int32)
         self.length = np.zeros(slots, np.int64)
-        self.evictions = 0
         self._sessions: dict[str, int] = {}
         self._owner: list[str | None] = [None] * slots
         self._last_used = np.zeros(slots, np.int64)
@@ -55,7 +54,6 @@ class KVCache:
             previous = self._owner[slot]
             if previous is not None:
                 del self._sessions[previous]
-                self.evictions += 1
             self._owner[slot] = session
             self._sessions[session] = slot
         self._clock += 1

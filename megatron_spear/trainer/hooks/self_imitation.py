@@ -1,7 +1,8 @@
 """SPEAR's self-imitation: good trajectories of earlier steps are trained on once more (Eq. 2-5).
 
-Order inside one step (spec section 13): the baseline learns this step's groups, then rows of
-*earlier* steps are released, and only at the end this step's own rows are inserted.
+Equation numbers are those of the SPEAR paper (arXiv 2509.22601). Order inside one step: the
+baseline learns this step's groups, then rows of *earlier* steps are released, and only at the end
+this step's own rows are inserted.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,11 +45,6 @@ class SelfImitationHook(Hook):
         self._pending: list[list[TrainSample]] = []
         self._metrics: dict[str, float] = {}
         self._inside_step = False
-
-    @property
-    def store(self) -> ReplayStore:
-        """The replay store, for reports."""
-        return self._store
 
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]

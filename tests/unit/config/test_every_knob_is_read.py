@@ -1,7 +1,8 @@
 """A knob nobody reads is a lie: each field of the schema is read somewhere outside ``config/``.
 
 A field counts as read in a file that has the attribute ``.field`` and also names the field's
-section, by its class (``RolloutSection``) or by its attribute (``.rollout``).
+section, by its class (``RolloutSection``) or by its attribute (``.rollout``). A field that names an
+entry of a table counts as read where the table is looked up with it.
 """
 
 import ast
@@ -20,6 +21,9 @@ PACKAGE = Path(megatron_spear.__file__).parent
 
 BY_VALUE = {"env.type"}
 """Fields that choose a class of the schema: read by pydantic."""
+
+BY_TABLE = {"rollout.engine": "ENGINES"}
+"""Fields that name an entry of a table, with the table."""
 
 
 def _section_classes(model: type[BaseModel], path: str) -> Iterator[tuple[str, str]]:
@@ -40,6 +44,8 @@ def _names_by_file() -> dict[Path, set[str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 found[path].add("." + node.attr)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Attribute):
+                found[path].add(f"{ast.unparse(node.value)}[.{node.slice.attr}]")
             elif isinstance(node, ast.Name):
                 found[path].add(node.id)
             elif isinstance(node, ast.alias):
@@ -49,7 +55,7 @@ def _names_by_file() -> dict[Path, set[str]]:
 
 CLASSES = dict(_section_classes(RunConfig, ""))
 USED = _names_by_file()
-LEAVES = [k for k in schema_paths() if not k.is_section and k.path not in BY_VALUE]
+LEAVES = [k for k in schema_paths() if not k.is_section and k.path not in {*BY_VALUE, *BY_TABLE}]
 
 
 @pytest.mark.parametrize("knob", LEAVES, ids=lambda knob: knob.path)
@@ -58,6 +64,12 @@ def test_is_read_outside_config(knob: Knob) -> None:
     section = {CLASSES[parent], "." + parent.rpartition(".")[2]}
     readers = [p for p, names in USED.items() if "." + knob.name in names and section & names]
     assert readers, f"{knob.path} is read nowhere: wire it up or take it out of the schema"
+
+
+@pytest.mark.parametrize("path", BY_TABLE)
+def test_chooses_from_its_table(path: str) -> None:
+    looked_up = f"{BY_TABLE[path]}[.{path.rpartition('.')[2]}]"
+    assert any(looked_up in names for names in USED.values()), f"{path} is not looked up"
 
 
 def test_the_test_can_fail() -> None:

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from megatron_spear.config.check import check_config
 from megatron_spear.config.fingerprint import (
@@ -13,16 +15,20 @@ from megatron_spear.config.fingerprint import (
 )
 from megatron_spear.config.knobs import schema_paths
 from megatron_spear.config.load import load_config
+from megatron_spear.config.schema import RunConfig
 
 
 def test_every_knob_is_documented_and_described() -> None:
     knobs = {knob.path: knob for knob in schema_paths()}
+    kinds = {kind for knob in knobs.values() for kind in knob.types}
+    for section in {RunConfig, *(kind for kind in kinds if issubclass(kind, BaseModel))}:
+        for name, info in section.model_fields.items():
+            assert info.description, f"{section.__name__}.{name} has no docstring"
     for knob in knobs.values():
-        assert knob.doc.endswith((".", ")")) or knob.doc, f"{knob.path} has no docstring"
         assert "<class" not in knob.expected, f"{knob.path}: {knob.expected}"
         assert "typing" not in knob.expected, f"{knob.path}: {knob.expected}"
     size = knobs["rollout.group_size"]
-    assert (size.expected, size.default, size.is_section) == ("an integer >= 1", 8, False)
+    assert (size.expected, size.types, size.is_section) == ("an integer >= 1", (int,), False)
     assert knobs["env.generator.min_objects"].expected == "an integer >= 4 and <= 80"
     assert knobs["replay.covariance_clip"].expected.endswith(", or null")
     assert knobs["sft.optimizer"].is_section
@@ -93,6 +99,26 @@ def test_what_cannot_work_is_told(overrides: list[str], world_size: int, told: s
     lines = check_config(load_config(None, overrides), world_size)
     assert len(lines) == 1, lines
     assert told in lines[0]
+
+
+def test_an_evaluation_has_no_policy() -> None:
+    training = ["policy.tensor_parallel=2", "rollout.group_size=1", "replay.capacity=8"]
+    config = load_config(None, training)
+    assert check_config(config, 1, "evaluate") == []
+    assert len(check_config(config, 1, "sft")) == 3
+    (line,) = check_config(load_config(None, ["rollout.max_new_tokens=512"]), 1, "evaluate")
+    assert "leaves no room for a prompt" in line
+
+
+def test_one_file_of_games_is_not_trained_on_and_evaluated(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.touch()
+    config = load_config(None, [f"env.games={file}"])
+    (line,) = check_config(config, 1)
+    assert f"env.games={file} is one file, which has no splits" in line
+    assert "a folder with train.jsonl[.xz] and valid_seen.jsonl[.xz]" in line
+    assert check_config(config, 1, "sft") == check_config(config, 1, "evaluate") == []
+    assert check_config(load_config(None, [f"env.games={tmp_path}"]), 1) == []
 
 
 def test_a_loaded_model_has_its_own_shape() -> None:

@@ -1,6 +1,8 @@
 """Reading broken folders fails naming what is wrong; written folders load in plain transformers."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,21 @@ def test_failed_write_leaves_nothing(folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="lost"):
         write_hf_folder(tmp_path / "out", folder, broken())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE gives a real EFBIG from the kernel, which safetensors tells in words only."""
+    state = load_file(folder / WEIGHTS)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+        with pytest.raises(CheckpointError, match=r"out was not written: the disk is full.*Free"):
+            write_hf_folder(tmp_path / "out", folder, state.items())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 

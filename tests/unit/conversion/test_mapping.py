@@ -81,6 +81,8 @@ def test_unsupported_models_are_named() -> None:
         model_shape(transformers.GPT2Config())
     with pytest.raises(ConfigError, match="mlp_bias"):
         model_shape(transformers.LlamaConfig(mlp_bias=True))
+    with pytest.raises(ConfigError, match="use_sliding_window"):
+        model_shape(transformers.Qwen2Config(use_sliding_window=True))
     with pytest.raises(ConfigError, match="rope_type 'dynamic'"):
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         model_shape(transformers.LlamaConfig(rope_parameters=rope))

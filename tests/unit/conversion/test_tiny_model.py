@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_spear.config.schema import TinyModelSection
 from megatron_spear.conversion.tiny_model import make_tiny_model
 from megatron_spear.conversion.word_tokenizer import SIGNS, make_tokenizer
-from megatron_spear.errors import ConfigError
+from megatron_spear.errors import CheckpointError, ConfigError
 
 _LINES = """
 You arrive at countertop On the you see a apple and mug Your task is to put some in fridge
@@ -165,6 +165,22 @@ def test_the_chat_only_grows():
 def test_impossible_shapes_are_refused(change, tmp_path):
     with pytest.raises(ConfigError):
         make_tiny_model(tmp_path, SHAPE.model_copy(update=change), WORDS)
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_full_disk_is_told_and_leaves_nothing(there_before, tmp_path, monkeypatch):
+    def save(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    folder = tmp_path / "model"
+    if there_before:
+        folder.mkdir()
+        (folder / "notes.txt").touch()
+    monkeypatch.setattr(type(TOKENIZER), "save_pretrained", save)
+    with pytest.raises(CheckpointError, match=r"model was not written: the disk is full.*Free"):
+        make_tiny_model(folder, SHAPE, WORDS)
+    assert folder.exists() is there_before
+    assert (folder / "notes.txt").exists() is there_before
 
 
 @pytest.mark.parametrize("entry", ["", " mug", "mug "])

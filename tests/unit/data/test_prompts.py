@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_spear.data.prompts import FreshPrompts, PoolPrompts, PromptCursor
+from megatron_spear.data.prompts import CheckedPrompts, FreshPrompts, PoolPrompts, PromptCursor
 from megatron_spear.errors import DataError
 from megatron_spear.testing.hand_made import make_prompt
 from megatron_spear.types import Prompt
@@ -56,3 +56,10 @@ def test_a_cursor_asks_for_each_position_once() -> None:
 def test_an_empty_pool_is_refused() -> None:
     with pytest.raises(DataError, match="got 0 prompts"):
         PoolPrompts([], seed=0)
+
+
+def test_a_checked_prompt_is_checked_once() -> None:
+    seen: list[str] = []
+    prompts = CheckedPrompts(PoolPrompts(POOL, seed=0), lambda p: seen.append(p.prompt_id))
+    drawn = [prompts.at(i).prompt_id for i in range(14)]
+    assert sorted(seen) == sorted(set(drawn)) and seen == drawn[:7]

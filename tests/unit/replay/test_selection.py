@@ -19,10 +19,8 @@ def _row(row_id: int, reward: Reward | float = 1.0, version: int = 10) -> Replay
     return ReplayRow(
         row_id=row_id,
         trajectory_id=TrajectoryId(group="g", member=row_id),
-        prompt_id="p",
         reward=reward if isinstance(reward, Reward) else Reward(outcome=reward),
         policy_version=version,
-        num_tokens=3,
         file=0,
         offset=0,
         size=0,

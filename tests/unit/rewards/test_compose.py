@@ -54,5 +54,6 @@ def test_summary_counts_each_trajectory_once() -> None:
     group = make_group("g", [Reward(outcome=1, intrinsic=0.1), Reward(outcome=0, intrinsic=0.1)])
     metrics = reward_metrics([group, make_group("empty", [])], 0.5)
     assert metrics["reward/mean"] == pytest.approx(0.55)
-    assert metrics["reward/outcome"] == 0.5 and metrics["reward/num_scored"] == 2
+    assert metrics["reward/outcome"] == 0.5 and metrics["reward/intrinsic"] == 0.1
+    assert metrics["reward/format"] == 0.0
     assert reward_metrics([], 0.5) == {}

@@ -91,7 +91,7 @@ def test_stop_tokens_and_decoding():
     tokenizer.eos_token = "<unk>"
     other = ChatRenderer(tokenizer)
     unk = tokenizer.convert_tokens_to_ids("<unk>")
-    assert other.end_token_id == end and other.encode_action("walk", unk)[-1] == unk
+    assert other.encode_action("walk")[-1] == other.end_token_id == end
     assert other.stop_token_ids == tuple(sorted((unk, end)))
     # Ended by the other stop token: the template's own end still closes the turn.
     assert other.extend([unk], "mug")[0] == end

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spear.errors import EnvironmentFault
+from megatron_spear.errors import EnvironmentFault, EnvironmentsLost
 from megatron_spear.rollout.env_pool import EnvironmentPool
 
 TOY = "megatron_spear.testing.toy_environment:FaultyCorridor"
@@ -95,6 +95,7 @@ def test_an_exception_costs_one_call(make_pool, action):
     async def run():
         pool = make_pool()
         bad, good = await _opened(pool, 2)
+        pid = await _worker_pid(pool, good)
         outcomes = await asyncio.gather(
             pool.step(bad, action), pool.step(good, "right"), return_exceptions=True
         )
@@ -103,71 +104,76 @@ def test_an_exception_costs_one_call(make_pool, action):
         assert outcomes[1].observation.endswith("501")
         await pool.reset(bad, seed=0, options=LONG)
         assert (await pool.step(bad, "right")).observation.endswith("501")
-        assert pool.restarts == 0
+        assert await _worker_pid(pool, good) == pid
 
     asyncio.run(run())
 
 
-def test_a_dead_worker_costs_its_own_slots_only(make_pool):
+def _places(outcomes):
+    return [int(outcome.observation.split()[-1]) for outcome in outcomes]
+
+
+@pytest.mark.parametrize("last", ["exit", "hang"])
+def test_what_ends_a_worker_costs_the_call_that_did_it(make_pool, last):
+    """The other slots of the worker go on from where they were, calls in flight included."""
+
+    async def run():
+        pool = make_pool(deadline_s=0.5)
+        slots = await _opened(pool, 4)
+        for count in range(1, 4):
+            await asyncio.gather(*(pool.step(slot, "right") for slot in slots[:count]))
+        actions = ("right", "left", last, "right")
+        calls = [pool.step(slot, action) for slot, action in zip(slots, actions, strict=True)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        fault = outcomes.pop(2)
+        assert isinstance(fault, EnvironmentFault)
+        assert ("exit status 3" if last == "exit" else "within 0.5 s") in str(fault)
+        assert _places(outcomes) == [504, 501, 501]
+        with pytest.raises(EnvironmentFault, match="reset the slot first"):
+            await pool.step(slots[2], "left")
+        await pool.reset(slots[2], seed=0, options=LONG)
+        again = await asyncio.gather(*(pool.step(slot, "right") for slot in slots))
+        assert _places(again) == [505, 502, 501, 502]
+
+    asyncio.run(run())
+
+
+def test_the_slots_of_other_workers_do_not_notice(make_pool):
     async def run():
         pool = make_pool(workers=2)
-        slots = await _opened(pool, 4)
-        lost = [s for s in slots if s.worker == slots[0].worker]
-        kept = [s for s in slots if s.worker != slots[0].worker]
-        calls = [pool.step(lost[1], "exit"), *(pool.step(s, "right") for s in (lost[0], *kept))]
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        assert all(isinstance(o, EnvironmentFault) for o in outcomes[:2])
-        assert "exit status 3" in str(outcomes[0])
-        assert all(o.observation.endswith("501") for o in outcomes[2:])
-        with pytest.raises(EnvironmentFault, match="reset"):
-            await pool.step(lost[0], "left")
-        await pool.reset(lost[0], seed=0, options=LONG)
-        assert (await pool.step(lost[0], "right")).observation.endswith("501")
-        # The worker's other slot was not reset and must not meet the new environments.
-        with pytest.raises(EnvironmentFault, match="reset"):
-            await pool.step(lost[1], "left")
-        assert pool.restarts == 1
+        lost, kept = await _opened(pool, 2)
+        pid = await _worker_pid(pool, kept)
+        with pytest.raises(EnvironmentFault, match="exit status 3"):
+            await pool.step(lost, "exit")
+        assert await _worker_pid(pool, kept) == pid
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_worker_killed_or_stopped_from_outside(make_pool, stop):
+def test_a_worker_killed_or_stopped_while_idle_costs_nothing(make_pool, stop):
     async def run():
         pool = make_pool(deadline_s=0.5)
-        (slot,) = await _opened(pool, 1)
-        os.kill(await _worker_pid(pool, slot), stop)
-        with pytest.raises(EnvironmentFault, match=r"died|within"):
-            await pool.step(slot, "right")
-        await pool.reset(slot, seed=0, options=LONG)
+        slots = await _opened(pool, 2)
+        await pool.step(slots[0], "right")
+        pid = await _worker_pid(pool, slots[0])
+        os.kill(pid, stop)
+        results = await asyncio.gather(*(pool.step(slot, "right") for slot in slots))
+        assert _places(results) == [502, 501]
+        assert await _worker_pid(pool, slots[0]) != pid
 
     asyncio.run(run())
 
 
-def test_a_worker_killed_while_idle_costs_nothing(make_pool):
+def test_an_environment_that_answers_otherwise_the_second_time_is_not_continued(make_pool):
     async def run():
         pool = make_pool()
-        (slot,) = await _opened(pool, 1)
-        pid = await _worker_pid(pool, slot)
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        await pool.reset(slot, seed=0, options=LONG)
-        assert pool.restarts == 1
-
-    asyncio.run(run())
-
-
-def test_a_hung_environment_meets_the_deadline(make_pool):
-    async def run():
-        pool = make_pool(deadline_s=0.3)
-        hung, other = await _opened(pool, 2)
-        started = time.monotonic()
-        outcomes = await asyncio.gather(
-            pool.step(hung, "hang"), pool.step(other, "right"), return_exceptions=True
-        )
-        assert 0.2 < time.monotonic() - started < 2.0
-        assert all("within 0.3 s" in str(outcome) for outcome in outcomes)
-        await pool.reset(other, seed=0, options=LONG)
+        chancy, other = await _opened(pool, 2)
+        await pool.step(chancy, "pid")
+        os.kill(await _worker_pid(pool, other), signal.SIGKILL)
+        with pytest.raises(EnvironmentFault, match=r"cannot be continued .* call 1 \(step\)"):
+            await pool.step(chancy, "right")
+        assert _places([await pool.step(other, "right")]) == [501]
 
     asyncio.run(run())
 
@@ -178,23 +184,37 @@ def test_a_cancelled_hung_call_does_not_block_the_next(make_pool):
         (slot,) = await _opened(pool, 1)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(pool.step(slot, "hang"), timeout=0.1)
-        with pytest.raises(EnvironmentFault, match="within"):
-            await pool.reset(slot, seed=0, options=LONG)
+        with pytest.raises(EnvironmentFault, match="reset the slot first"):
+            await pool.step(slot, "right")
         await pool.reset(slot, seed=0, options=LONG)
+        assert _places([await pool.step(slot, "right")]) == [501]
 
     asyncio.run(run())
 
 
-def test_restarts_are_budgeted(make_pool):
+def test_restarts_in_a_row_are_budgeted(make_pool):
+    async def run():
+        pool = make_pool(max_restarts=2)
+        slot = await pool.open()
+        deadly = {**LONG, "first": "exit"}
+        for _ in range(3):
+            with pytest.raises(EnvironmentFault, match="exit status 3"):
+                await pool.reset(slot, seed=0, options=deadly)
+        for _ in range(2):
+            with pytest.raises(EnvironmentsLost, match=r"times in a row .*exit status 3.* memory"):
+                await pool.reset(slot, seed=0, options=LONG)
+
+    asyncio.run(run())
+
+
+def test_an_answer_restores_the_budget(make_pool):
     async def run():
         pool = make_pool(max_restarts=1)
         slot = await pool.open()
-        for _ in range(2):
+        for _ in range(4):
             await pool.reset(slot, seed=0, options=LONG)
-            with pytest.raises(EnvironmentFault, match="died"):
+            with pytest.raises(EnvironmentFault, match="exit status 3"):
                 await pool.step(slot, "exit")
-        with pytest.raises(EnvironmentFault, match="restarted 1 times"):
-            await pool.reset(slot, seed=0, options=LONG)
 
     asyncio.run(run())
 
@@ -211,7 +231,7 @@ def test_a_factory_that_cannot_be_loaded_is_named(make_pool, factory, message):
     async def run():
         pool = make_pool(factory=factory)
         slot = await pool.open()
-        with pytest.raises(EnvironmentFault, match=message):
+        with pytest.raises(EnvironmentsLost, match=message):
             await pool.reset(slot, seed=0, options={})
 
     asyncio.run(run())
@@ -240,11 +260,12 @@ def test_messages_larger_than_the_socket_buffer(make_pool):
 
 
 def test_one_event_loop_after_the_other_in_threads(make_pool):
-    pool, seen = make_pool(), []
+    pool, seen, pids = make_pool(), [], set()
 
     async def run():
         (slot,) = await _opened(pool, 1)
         seen.append((await pool.step(slot, "right")).observation)
+        pids.add(await _worker_pid(pool, slot))
         # Left pending when the loop closes: the next loop must not mind.
         task = asyncio.create_task(pool.step(slot, "right"))
         await asyncio.sleep(0)
@@ -255,7 +276,7 @@ def test_one_event_loop_after_the_other_in_threads(make_pool):
         thread.start()
         thread.join(timeout=20)
     assert seen == ["you are at place 501"] * 3
-    assert pool.restarts == 0
+    assert len(pids) == 1
 
 
 def test_close_fails_pending_calls_and_later_ones(make_pool):

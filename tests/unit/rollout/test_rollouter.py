@@ -1,13 +1,16 @@
 """The rollouter with a scripted engine and the corridor: statuses, tokens, seeds, failures."""
 
 import asyncio
+import os
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from megatron_spear.config.schema import RolloutSection, WindowHistory
 from megatron_spear.envs.alfworld.prompts import alfworld_view
-from megatron_spear.errors import EngineError, EnvironmentFault, StopRequested
+from megatron_spear.errors import EngineError, EnvironmentsLost, StopRequested
 from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.rollouter import Rollouter
@@ -20,17 +23,13 @@ TOKENIZER = word_tokenizer(WORDS.split(), CHATML)
 RIGHT, LEFT, CRASH, EXIT = (
     answer_text(TOKENIZER, word).tolist() for word in ("right", "left", "crash", "exit")
 )
+TOY = "megatron_spear.testing.toy_environment:FaultyCorridor"
 SYSTEM = {"role": "system", "content": "walk"}
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with EnvironmentPool(
-        "megatron_spear.testing.toy_environment:FaultyCorridor",
-        workers=1,
-        deadline_s=20.0,
-        max_restarts=100,
-    ) as pool:
+    with EnvironmentPool(TOY, workers=1, deadline_s=20.0) as pool:
         yield pool
 
 
@@ -208,16 +207,76 @@ def test_a_failure_costs_one_trajectory(rollouter, failing, status):
     assert metrics["rollout/failed"] == 1 and metrics["rollout/success"] == 1.0
 
 
-def test_a_dying_worker_spares_the_rest_of_the_run(rollouter, pool):
-    before = pool.restarts
-    engine = ScriptedEngine(
-        lambda request: EXIT if request.seed[-2:] == (0, 0) and len(engine.requests) == 1 else RIGHT
-    )
-    make = rollouter(engine)
-    with pytest.raises(EnvironmentFault, match="died"):
-        _collect(make, _prompts())
-    (group,) = _collect(make, _prompts(), group_size=4)
-    assert len(group.members) == 4 and pool.restarts == before + 1
+def _contents(groups):
+    """Everything of the members but the time they took."""
+    return {
+        str(member.id): (
+            member.status,
+            member.env_reward,
+            member.info,
+            [replace(turn, time_s=0.0, **_as_lists(turn)) for turn in member.turns],
+        )
+        for group in groups
+        for member in group.members
+    }
+
+
+def _as_lists(turn):
+    names = ("observation_tokens", "action_tokens", "action_logprobs")
+    return {name: getattr(turn, name).tolist() for name in names}
+
+
+def _walk(request):
+    """Left and right by the request's seed, so that the attempts differ."""
+    return LEFT if sum(request.seed) % 3 == 0 else RIGHT
+
+
+@pytest.mark.parametrize("at", [2, 9, 20])
+def test_killing_the_only_worker_costs_one_trajectory_at_most(rollouter, pool, at):
+    def collect(kill_at):
+        def answer(request):
+            if len(engine.requests) == kill_at:
+                os.kill(pool._links[0]._process.pid, signal.SIGKILL)
+            return _walk(request)
+
+        engine = ScriptedEngine(answer)
+        groups = _collect(rollouter(engine), _prompts(2, length=7), group_size=4)
+        return groups, len(engine.requests)
+
+    undisturbed, asked = collect(0)
+    disturbed, asked_again = collect(at)
+    assert asked > 40 and asked_again <= asked, "a token was sampled anew"
+    expected, found = _contents(undisturbed), _contents(disturbed)
+    assert len(expected) == 8 and len(found) >= 7
+    assert all(expected[name] == content for name, content in found.items())
+
+
+@pytest.mark.parametrize("deadly", [{1}, {0, 2}])
+def test_an_action_that_kills_the_only_worker_costs_its_own_trajectory(rollouter, deadly):
+    def answer(request):
+        member, turn = request.seed[-2:]
+        return EXIT if member in deadly and turn == 2 else _walk(request)
+
+    (spared,) = _collect(rollouter(ScriptedEngine(_walk)), _prompts(length=7), group_size=4)
+    (group,) = _collect(rollouter(ScriptedEngine(answer)), _prompts(length=7), group_size=4)
+    assert {failure.id.member for failure in group.failures} == deadly
+    assert {failure.status for failure in group.failures} == {Status.FAILED_TOOL}
+    assert all("exit status 3" in failure.info["error"] for failure in group.failures)
+    expected, found = _contents([spared]), _contents([group])
+    assert len(found) == 4 - len(deadly)
+    assert all(expected[name] == content for name, content in found.items())
+
+
+def test_workers_that_cannot_be_kept_alive_end_the_run():
+    renderer, view = ChatRenderer(TOKENIZER), alfworld_view("compact")
+    with EnvironmentPool(TOY, workers=1, deadline_s=20.0, max_restarts=2) as pool:
+        rollouter = Rollouter(
+            ScriptedEngine(_walk), pool, renderer, view, RolloutSection(), history="full",
+            max_turns=3,
+        )  # fmt: skip
+        prompts = [*_prompts(first="exit"), *_prompts()]
+        with pytest.raises(EnvironmentsLost, match="ended 3 times in a row"):
+            _collect(rollouter, prompts, group_size=4)
 
 
 def test_stop_requests_pass_through_and_release_everything(rollouter):

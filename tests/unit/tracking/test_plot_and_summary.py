@@ -67,6 +67,8 @@ def test_moving_average_by_hand() -> None:
 FIELDS = {
     "success_before": 0.25,
     "success_after": 0.5,
+    "failed_before": 0,
+    "failed_after": 2,
     "steps": 40,
     "wall_s": 75.0,
     "rollout_tokens_per_s": 12345.6,
@@ -94,3 +96,5 @@ def test_summary_rows_are_for_people() -> None:
     assert rows["panel sha256"] == "ab" * 8
     assert rows["success gain 95"] == "0.100 to 0.400"
     assert rows["success by task type: pick"] == "0.500"
+    assert rows["failed after"] == "2"
+    assert dict(summary_rows({"success_gain": None})) == {"success gain": "unknown"}

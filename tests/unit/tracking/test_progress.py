@@ -68,6 +68,13 @@ def test_silence_is_broken_by_a_heartbeat() -> None:
     assert "  ... step 0/4 (0%); rollout: 3 trajectories; " in file.getvalue()
 
 
+def test_the_time_since_the_launch_is_known() -> None:
+    screen, _ = console()
+    time.sleep(0.05)
+    first = screen.elapsed_s
+    assert 0.05 <= first <= screen.elapsed_s < 5
+
+
 def test_other_ranks_are_quiet() -> None:
     screen, file = console(enabled=False, heartbeat_s=0.02, line_every_s=0.0)
     screen.phase("a")

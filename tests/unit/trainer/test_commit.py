@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import resource
 import signal
 import subprocess
@@ -12,15 +13,20 @@ from pathlib import Path
 import pytest
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.trainer.commit import CheckpointStore
+from megatron_spear.trainer.commit import Checkpoint, CheckpointStore
 
 
 def save(store: CheckpointStore, step: int, text: str = "") -> Path:
-    with store.saving(step, {"policy_version": step}) as folder:
+    with store.saving(step) as folder:
         (folder / "model").mkdir()
         (folder / "model" / "w.bin").write_bytes(bytes([step]) * 1000)
         (folder / "rng.json").write_text(text or f"rng of {step}")
     return store.folder / f"step_{step}"
+
+
+def latest(store: CheckpointStore) -> Checkpoint:
+    """The newest whole checkpoint; there must be one."""
+    return next(store.whole())
 
 
 @pytest.fixture
@@ -28,15 +34,15 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "checkpoints", keep=2)
 
 
-def test_newest_is_found_with_its_meta_and_older_ones_are_pruned(store: CheckpointStore) -> None:
-    assert store.latest_valid() is None
-    assert store.recover() is None
+def test_newest_come_first_and_older_ones_are_pruned(store: CheckpointStore) -> None:
+    assert list(store.whole()) == []
+    store.sweep()
     for step in (5, 10, 100):
         save(store, step)
-    latest = store.latest_valid()
-    assert latest is not None
-    assert (latest.step, latest.meta) == (100, {"policy_version": 100})
-    assert (latest.path / "model" / "w.bin").read_bytes() == bytes([100]) * 1000
+    assert [found.step for found in store.whole()] == [100, 10]
+    newest = latest(store)
+    assert newest.path == store.folder / "step_100"
+    assert (newest.path / "model" / "w.bin").read_bytes() == bytes([100]) * 1000
     assert sorted(p.name for p in store.folder.iterdir()) == ["step_10", "step_100"]
 
 
@@ -45,11 +51,13 @@ def test_newest_is_found_with_its_meta_and_older_ones_are_pruned(store: Checkpoi
     [
         (lambda p: (p / "rng.json").write_text("rng of 2 longer"), "rng.json has 15 bytes"),
         (lambda p: (p / "rng.json").write_text("rng of 9"), "rng.json has sha256"),
+        (lambda p: flip(p / "model" / "w.bin", 500), "w.bin has sha256"),
+        (lambda p: os.truncate(p / "model" / "w.bin", 500), "w.bin has 500 bytes, expected 1000"),
         (lambda p: (p / "model" / "w.bin").unlink(), "w.bin cannot be read"),
         (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda p: (p / "manifest.json").write_text('{"step": 2'), "manifest.json is missing"),
         (
-            lambda p: replace(p / "manifest.json", '"policy_version": 2', '"policy_version": 3'),
+            lambda p: replace(p / "manifest.json", '"bytes": 1000', '"bytes": 1001'),
             "own",
         ),
         (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is missing"),
@@ -59,15 +67,20 @@ def test_falls_back_past_a_damaged_one_and_says_why(store, damage, told, caplog)
     save(store, 1)
     damage(save(store, 2))
     with caplog.at_level(logging.WARNING):
-        latest = store.recover()
-    assert latest is not None
-    assert latest.step == 1
+        assert [found.step for found in store.whole()] == [1]
     assert "step_2" in caplog.text
     assert told in caplog.text
+    store.set_aside_after(1)
     assert store.steps() == (1,)
     assert (store.folder / "step_2.damaged").is_dir()
     save(store, 2)
-    assert store.latest_valid().step == 2
+    assert latest(store).step == 2
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
 def replace(path: Path, old: str, new: str) -> None:
@@ -80,26 +93,24 @@ def test_leftovers_of_a_kill_are_ignored_and_swept(store: CheckpointStore) -> No
     save(store, 1)
     store.begin(2).joinpath("half").write_text("x")
     (store.folder / "step_0.trash").mkdir()
-    assert store.latest_valid().step == 1
+    assert latest(store).step == 1
     assert store.tmp_path(2).is_dir(), "reading must not sweep another process's work"
-    store.recover()
+    store.sweep()
     assert [p.name for p in store.folder.iterdir()] == ["step_1"]
 
 
 def test_the_same_step_can_be_written_again(store: CheckpointStore) -> None:
     save(store, 1)
     save(store, 1, "second time")
-    assert (store.latest_valid().path / "rng.json").read_text() == "second time"
+    assert (latest(store).path / "rng.json").read_text() == "second time"
     assert [p.name for p in store.folder.iterdir()] == ["step_1"]
 
 
 def test_a_mistake_while_saving_is_raised_and_leaves_nothing(store: CheckpointStore) -> None:
     save(store, 1)
-    with pytest.raises(KeyError), store.saving(2, {}) as folder:
+    with pytest.raises(KeyError), store.saving(2) as folder:
         (folder / "a").write_text("a")
         raise KeyError("bug")
-    with pytest.raises(TypeError), store.saving(3, {"not json": object()}):
-        pass
     assert [p.name for p in store.folder.iterdir()] == ["step_1"]
 
 
@@ -113,11 +124,11 @@ def test_a_mistake_while_saving_is_raised_and_leaves_nothing(store: CheckpointSt
 def test_full_disk_is_told_and_spares_earlier_checkpoints(store, error) -> None:
     save(store, 1)
     told = r"disk is full.*kB were written.*are free in"
-    with pytest.raises(CheckpointError, match=told), store.saving(2, {}) as folder:
+    with pytest.raises(CheckpointError, match=told), store.saving(2) as folder:
         (folder / "big").write_bytes(bytes(5000))
         raise error
     assert [p.name for p in store.folder.iterdir()] == ["step_1"]
-    assert store.latest_valid().step == 1
+    assert latest(store).step == 1
 
 
 def test_a_real_write_limit_is_a_checkpoint_error(store: CheckpointStore) -> None:
@@ -128,12 +139,12 @@ def test_a_real_write_limit_is_a_checkpoint_error(store: CheckpointStore) -> Non
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, before[1]))
         told = "full or a quota"
-        with pytest.raises(CheckpointError, match=told), store.saving(2, {}) as folder:
+        with pytest.raises(CheckpointError, match=told), store.saving(2) as folder:
             (folder / "big").write_bytes(bytes(1 << 20))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert store.latest_valid().step == 1
+    assert latest(store).step == 1
 
 
 def test_a_really_full_disk(tmp_path: Path) -> None:
@@ -146,9 +157,9 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         store = CheckpointStore(disk / "checkpoints", keep=2)
         save(store, 1)
         told = "disk is full"
-        with pytest.raises(CheckpointError, match=told), store.saving(2, {}) as folder:
+        with pytest.raises(CheckpointError, match=told), store.saving(2) as folder:
             (folder / "big").write_bytes(bytes(1 << 20))
-        assert store.recover().step == 1
+        assert latest(store).step == 1
         save(store, 2)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -156,22 +167,22 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
 
 def test_one_rank_failing_fails_all_ranks(store: CheckpointStore) -> None:
     votes = iter([True, False])
-    saving = store.saving(1, {}, agree=lambda ok: next(votes))
+    saving = store.saving(1, agree=lambda ok: next(votes))
     with pytest.raises(CheckpointError, match="another rank"), saving as folder:
         (folder / "a").write_text("a")
-    assert store.latest_valid() is None
+    assert list(store.whole()) == []
     assert list(store.folder.iterdir()) == []
 
 
 def test_other_ranks_write_but_do_not_commit(store: CheckpointStore) -> None:
     seen: list[bool] = []
     store.begin(1)
-    with store.saving(1, {}, controller=False, agree=lambda ok: seen.append(ok) or True) as folder:
+    with store.saving(1, controller=False, agree=lambda ok: seen.append(ok) or True) as folder:
         (folder / "rank_1").write_text("mine")
     assert seen == [True, True, True]
     assert store.steps() == ()
-    store.commit(1, {})
-    assert (store.latest_valid().path / "rank_1").read_text() == "mine"
+    store.commit(1)
+    assert (latest(store).path / "rank_1").read_text() == "mine"
 
 
 _DRIVER = """
@@ -184,14 +195,14 @@ _DRIVER = """
 
     def train(folder, last):
         store = CheckpointStore(Path(folder), keep=2)
-        found = store.recover()
+        store.sweep()
+        found = next(store.whole(), None)
         step = found.step if found else 0
         state = (found.path / "state").read_bytes() if found else b""
-        assert not found or found.meta["state"] == state.hex()
         while step < last:
             step += 1
             state = after(state, step)
-            with store.saving(step, {"state": state.hex()}) as tmp:
+            with store.saving(step) as tmp:
                 (tmp / "state").write_bytes(state)
                 (tmp / "padding").write_bytes(state * 500)
 
@@ -207,9 +218,9 @@ _DRIVER = """
         time.sleep(draw.uniform(0.002, 0.03))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the trainer failed before it was killed"
-    reached = CheckpointStore(Path(folder), keep=2).recover().step
+    reached = next(CheckpointStore(Path(folder), keep=2).whole()).step
     train(folder, reached + 3)
-    final = CheckpointStore(Path(folder), keep=2).latest_valid()
+    final = next(CheckpointStore(Path(folder), keep=2).whole())
     state = b""
     for step in range(1, reached + 4):
         state = after(state, step)

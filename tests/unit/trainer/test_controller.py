@@ -151,7 +151,7 @@ def test_failures_are_never_scored() -> None:
     assert [str(s.trajectory_id) for s in samples] == ["a/0", "a/1"]
     assert [s.advantages.tolist() for s in samples] == [[0, 0.5, 0.5], [0, -0.5, -0.5]]
     # Shaped: (1 + 0.5 * 0.2 + 0 + 0.5 * 0.2) / 2, the two failed wins left out.
-    assert metrics["reward/mean"] == pytest.approx(0.6) and metrics["reward/num_scored"] == 2
+    assert metrics["reward/mean"] == pytest.approx(0.6) and metrics["reward/outcome"] == 0.5
 
 
 def test_a_step_in_which_everything_failed_has_no_samples() -> None:
@@ -163,10 +163,12 @@ def test_hooks_choose_among_the_scored_groups_in_turn_and_add_updates() -> None:
     update = _replay(1)
     hooks = [_Drop(update), _Drop(update)]
     controller = _controller(hooks=hooks)
-    samples, metrics = controller.samples(CTX, [_group(g, [True, False]) for g in "abc"])
+    won = {"a": [True, True], "b": [True, False], "c": [True, False]}
+    samples, metrics = controller.samples(CTX, [_group(g, w) for g, w in won.items()])
     assert [hook.seen for hook in hooks] == [[["a", "b", "c"]], [["b", "c"]]]
     assert {s.trajectory_id.group for s in samples} == {"c"}
-    assert metrics["reward/num_scored"] == 6 and metrics["filter/num_groups"] == 1
+    assert metrics["reward/outcome"] == pytest.approx(4 / 6), "of all, before the hooks"
+    assert metrics["filter/num_groups"] == 1
     assert controller.updates(CTX) == [update, update]
 
 

@@ -2,10 +2,16 @@
 
 import contextlib
 import json
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +38,7 @@ from megatron_spear.envs.alfworld.prompts import alfworld_view
 from megatron_spear.envs.alfworld.task import fresh_game, game_prompt
 from megatron_spear.envs.alfworld.vocabulary import alfworld_words
 from megatron_spear.envs.protocol import StepResult
-from megatron_spear.errors import DataError
+from megatron_spear.errors import DataError, EnvironmentsLost
 from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.testing.fakes import ScriptedEngine
@@ -53,8 +59,6 @@ HAND_MADE = Demonstration(
         DemonstrationTurn("Nothing happens.", "go to shelf 1", True),
         DemonstrationTurn("You arrive at shelf 1.", "look", True),
     ),
-    final_observation="",
-    won=True,
 )
 
 
@@ -95,7 +99,9 @@ def _game(env: AlfworldSection, seed: int = 0) -> tuple[GameFile, Demonstration]
     return game, played
 
 
-def _rollout(env: AlfworldSection, game: GameFile, played: Demonstration) -> Trajectory:
+def _rollout(
+    env: AlfworldSection, game: GameFile, played: Demonstration, messages: Any
+) -> Trajectory:
     """A rollout in which the engine answers with the demonstration's actions."""
     view = alfworld_view(env.prompt)
     answers = [RENDERER.encode_action(view.demonstrate(t.action)).tolist() for t in played.turns]
@@ -108,9 +114,8 @@ def _rollout(env: AlfworldSection, game: GameFile, played: Demonstration) -> Tra
         history=env.history,
         max_turns=env.max_turns,
     )
-    (group,) = rollouter.collect_sync(
-        [game_prompt(game, env)], group_size=1, seed=(0,), temperature=1.0
-    )
+    prompt = replace(game_prompt(game), messages=messages)
+    (group,) = rollouter.collect_sync([prompt], group_size=1, seed=(0,), temperature=1.0)
     return group.members[0]
 
 
@@ -122,12 +127,18 @@ def _samples(
 
 @pytest.mark.parametrize("prompt", ["compact", "official"])
 @pytest.mark.parametrize("history", ["full", WindowHistory(window=2)])
-def test_tokens_are_those_of_a_rollout_of_the_same_actions(prompt: str, history: Any) -> None:
+@pytest.mark.parametrize("messages", [(), ({"role": "system", "content": "take mug 1"},)])
+def test_tokens_are_those_of_a_rollout_of_the_same_actions(
+    prompt: str, history: Any, messages: Any
+) -> None:
     env = _env(prompt=prompt, history=history)
     game, played = _game(env)
-    trajectory = _rollout(env, game, played)
+    trajectory = _rollout(env, game, played, messages)
     assert trajectory.won and len(trajectory.turns) == len(played.turns)
-    samples = [sample for sample, _ in _samples(played, env)]
+    options = {"observation_weight": 0.25, "max_tokens": 100_000, "messages": messages}
+    samples = [sample for sample, _ in to_samples(played, "sft/0", RENDERER, env, **options)]
+    plain = _samples(played, env)[0][0]
+    assert (len(samples[0].token_ids) > len(plain.token_ids)) == bool(messages)
     assert len(samples) == (1 if history == "full" else len(played.turns))
     for number, (sample, segment) in enumerate(zip(samples, trajectory.segments, strict=True)):
         assert sample.token_ids.tolist() == segment.token_ids.tolist()
@@ -238,11 +249,8 @@ def test_settings_that_allow_no_demonstration_are_refused() -> None:
 
 def test_batches_are_those_made_directly() -> None:
     env = _env()
-    source = DemonstrationSource(env, SFT, 1)
-    try:
+    with contextlib.closing(DemonstrationSource(env, SFT, 1, limit_s=60.0)) as source:
         batches = list(source.batches())
-    finally:
-        source.close()
     assert batches == [make_demonstrations(env, SFT, 1, first, 2) for first in (0, 2, 4)]
 
 
@@ -250,3 +258,41 @@ def test_the_worker_needs_no_torch() -> None:
     code = "import sys, megatron_spear.trainer.demonstrations; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
+    """Killed while it waits for games that never come (a pipe nobody writes to)."""
+    os.mkfifo(tmp_path / "train.jsonl")
+    env = _env(games=tmp_path)
+    with contextlib.closing(DemonstrationSource(env, SFT, 1, limit_s=60.0)) as source:
+        threading.Timer(0.3, os.kill, (_worker(source), signal.SIGKILL)).start()
+        with pytest.raises(EnvironmentsLost, match=r"ended before those of warm-start step 1 .*"):
+            next(source.batches())
+
+
+def test_a_worker_that_hangs_is_told_and_ended(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.jsonl")
+    env = _env(games=tmp_path)
+    with contextlib.closing(DemonstrationSource(env, SFT, 1, limit_s=0.5)) as source:
+        worker = _worker(source)
+        with pytest.raises(EnvironmentsLost, match=r"step 1 within run.hang_limit_s=0\.5 s"):
+            next(source.batches())
+    deadline = time.monotonic() + 10.0
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _worker(source: DemonstrationSource) -> int:
+    (worker,) = source._workers
+    assert worker.pid is not None
+    return worker.pid
+
+
+def test_a_game_that_cannot_be_won_is_named(tmp_path: Path) -> None:
+    game = fresh_game(0, 0, ("pick_and_place_simple",), SMALL)
+    broken = replace(game, problem=re.sub(r"\(canContain [^)]*\)", "", game.problem))
+    assert broken.solvable and broken.walkthrough
+    (tmp_path / "train.jsonl").write_text(json.dumps(broken.to_fields()))
+    with pytest.raises(DataError, match=f"game {game.id} cannot be won"):
+        make_demonstrations(_env(games=tmp_path), SFT, 0, 0, 1)

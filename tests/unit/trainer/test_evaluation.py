@@ -1,4 +1,4 @@
-"""Success on the panel: who counts as lost, by task type, and the paired interval."""
+"""Success on the panel: what failed counts nowhere, by task type, and the paired interval."""
 
 from typing import Any
 
@@ -33,8 +33,8 @@ class _Rollouter:
         ]
 
 
-def test_a_failed_rollout_is_a_lost_game_and_is_reported() -> None:
-    # The third fails after it had won: an error never becomes a success.
+def test_a_failed_rollout_is_neither_won_nor_lost() -> None:
+    # The third fails after it had won: an error never becomes a result.
     rollouter = _Rollouter(
         [
             make_trajectory("a", 0, won=True),
@@ -45,8 +45,8 @@ def test_a_failed_rollout_is_a_lost_game_and_is_reported() -> None:
     )
     seen: list[int] = []
     result = evaluate(rollouter, PANEL, seed=9, temperature=0.7, progress=seen.append)
-    assert result.won == (True, False, False, True) and result.prompt_ids == IDS
-    assert result.failed == 1 and result.success == 0.5
+    assert result.won == (True, False, None, True) and result.prompt_ids == IDS
+    assert result.failed == 1 and result.success == 2 / 3
     (call,) = rollouter.calls
     assert call == {
         "prompts": PANEL.prompts,
@@ -58,15 +58,13 @@ def test_a_failed_rollout_is_a_lost_game_and_is_reported() -> None:
 
 
 def test_metrics_by_hand() -> None:
-    result = PanelResult(prompt_ids=IDS, won=(True, False, False, True), failed=1, wall_s=2.5)
+    result = PanelResult(prompt_ids=IDS, won=(None, False, True, True), wall_s=2.5)
     assert result.metrics() == {
-        "eval/success": 0.5,
+        "eval/success": pytest.approx(2 / 3),
         "eval/failed": 1.0,
         "time/eval_s": 2.5,
-        "eval/success_look": 1.0,
-        "eval/success_pick": pytest.approx(1 / 3),
+        "eval/success_pick": pytest.approx(2 / 3),
     }
-    assert result.metrics("panel")["panel/success_look"] == 1.0
 
 
 def test_success_by_type_weighs_every_attempt_alike() -> None:
@@ -81,6 +79,13 @@ def test_paired_interval_by_hand() -> None:
     mean, low, high = paired_interval([False, True, True, False], [True, False, True, False])
     assert mean == 0.0 and high == -low == pytest.approx(1.96 * (2 / 3) ** 0.5 / 2)
     assert paired_interval([True, False], [True, False]) == (0.0, 0.0, 0.0)
+
+
+def test_pairs_with_a_failed_game_are_left_out() -> None:
+    before, after = [False, None, True, False, False], [True, True, None, False, False]
+    expected = paired_interval([False, False, False], [True, False, False])
+    assert paired_interval(before, after) == expected and expected[0] == pytest.approx(1 / 3)
+    assert paired_interval([None, True], [True, None]) == (None, -1.0, 1.0)
 
 
 def test_one_game_tells_nothing_about_the_spread() -> None:

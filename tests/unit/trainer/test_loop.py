@@ -228,7 +228,7 @@ def test_metrics_of_a_step() -> None:
     expected = {
         "rollout/failed": 1.0,
         "rollout/success": 0.75,
-        "reward/success": 0.75,
+        "reward/outcome": 0.75,
         "filter/num_groups": 2.0,
         "mismatch/logprob_gap_mean": 0.25,
         "mismatch/max_logprob_gap": 0.25,
@@ -284,7 +284,7 @@ def test_failures_are_never_scored() -> None:
     metrics = _step(world).run(CTX).metrics
     scored = [str(m.trajectory.id) for group in world.hook.scored for m in group.members]
     assert scored == [str(s.trajectory_id) for s in world.hook.samples] == ["a/0", "a/1"]
-    assert metrics["rollout/failed"] == 4 and metrics["reward/num_scored"] == 2
+    assert metrics["rollout/failed"] == 4 and metrics["rollout/num_trajectories"] == 2
 
 
 def test_the_engines_own_logprobs_save_the_forward_pass() -> None:

@@ -9,7 +9,12 @@ import pytest
 from megatron_spear.config.schema import ModelSection, TinyModelSection
 from megatron_spear.errors import CheckpointError
 from megatron_spear.trainer import models
-from megatron_spear.trainer.models import check_model, initial_model, tiny_model_folder
+from megatron_spear.trainer.models import (
+    check_model,
+    initial_model,
+    made_once,
+    tiny_model_folder,
+)
 
 SHAPE = TinyModelSection(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_size=16)
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -21,7 +26,7 @@ def _section(cache: Path, **shape: int) -> ModelSection:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return initial_model(_section(tmp_path_factory.mktemp("cache")), make=True)
+    return initial_model(_section(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -65,14 +70,9 @@ def test_the_name_depends_on_the_vocabulary(
 
 def test_a_model_is_made_once(tmp_path: Path, make: list[Path]) -> None:
     section = _section(tmp_path / "new" / "cache")
-    folder = initial_model(section, make=True)
-    assert initial_model(section, make=True) == folder and len(make) == 1
+    folder = initial_model(section)
+    assert initial_model(section) == folder and len(make) == 1
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
-
-
-def test_only_the_controller_makes_it(tmp_path: Path, make: list[Path]) -> None:
-    folder = initial_model(_section(tmp_path), make=False)
-    assert not make and not folder.exists()
 
 
 def test_a_half_written_folder_is_not_used(
@@ -87,10 +87,10 @@ def test_a_half_written_folder_is_not_used(
 
     monkeypatch.setattr(models, "make_tiny_model", write_half)
     with pytest.raises(KeyboardInterrupt):
-        initial_model(section, make=True)
+        initial_model(section)
     assert not tiny_model_folder(section).exists()
     monkeypatch.setattr(models, "make_tiny_model", copy)
-    folder = initial_model(section, make=True)
+    folder = initial_model(section)
     assert {file.name for file in folder.iterdir()} >= FILES
     assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]
 
@@ -107,7 +107,7 @@ def test_two_runs_may_make_it_at_the_same_time(
         return copy(folder, *rest)
 
     monkeypatch.setattr(models, "make_tiny_model", late)
-    assert initial_model(section, make=True) == first
+    assert initial_model(section) == first
     assert (first / "first").exists(), "the other run's folder stays"
     assert [entry.name for entry in tmp_path.iterdir()] == [first.name]
 
@@ -118,9 +118,26 @@ def test_a_broken_folder_is_refused_and_left_alone(
 ) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(made, folder)
-    assert initial_model(ModelSection(path=folder), make=True) == folder
+    assert initial_model(ModelSection(path=folder)) == folder
     (folder / missing).unlink()
     before = sorted(folder.iterdir())
     with pytest.raises(CheckpointError, match="mine"):
-        initial_model(ModelSection(path=folder), make=True)
+        initial_model(ModelSection(path=folder))
     assert sorted(folder.iterdir()) == before
+
+
+def test_what_is_made_once(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "made"
+    with pytest.raises(KeyboardInterrupt), made_once(folder) as work:
+        work.mkdir()
+        raise KeyboardInterrupt
+    assert not any(folder.parent.iterdir())
+    for name in ("first", "second"):
+        with made_once(folder) as work:
+            work.mkdir()
+            (work / name).touch()
+    assert [file.name for file in folder.iterdir()] == ["first"]
+    assert [entry.name for entry in folder.parent.iterdir()] == ["made"]
+    folder.parent.joinpath("file").touch()
+    with pytest.raises(NotADirectoryError), made_once(folder.parent / "file") as work:
+        work.mkdir()

@@ -12,6 +12,7 @@ from megatron_spear.algorithms.advantages import turn_advantages
 from megatron_spear.algorithms.samples import make_samples
 from megatron_spear.config.schema import AlgorithmSection, ReplaySection
 from megatron_spear.errors import CheckpointError
+from megatron_spear.replay.store import ReplayStore
 from megatron_spear.testing.hand_made import make_group
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
@@ -69,6 +70,13 @@ def _replayed(updates: list[Update]) -> list[str]:
     return [str(sample.trajectory_id) for update in updates for sample in update.samples]
 
 
+def _stored(hook: SelfImitationHook, folder: Path) -> list[str]:
+    """The rows a resumed run would find."""
+    store = ReplayStore(folder, 50)
+    store.load_state_dict(hook.state_dict()["store"])
+    return [str(row.trajectory_id) for row in store.candidates()]
+
+
 def _hook(folder: Path, **changes: Any) -> SelfImitationHook:
     values = {"capacity": 50, "max_age": 5, "rows_per_step": 8, "baseline_history": 20}
     return SelfImitationHook(ReplaySection(**(values | changes)), folder)
@@ -115,14 +123,14 @@ def test_only_rows_better_than_their_group_enter(tmp_path: Path) -> None:
     hook = _hook(tmp_path)
     groups = (make_group("a", [LOSS, LOSS]), make_group("b", [WIN]), make_group("c", [WIN, LOSS]))
     _run_step(hook, 1, groups)
-    assert [str(row.trajectory_id) for row in hook.store.candidates()] == ["c/0"]
+    assert _stored(hook, tmp_path) == ["c/0"]
 
 
 @pytest.mark.parametrize(("required", "stored"), [(True, 0), (False, 3)])
 def test_valid_action_is_required(tmp_path: Path, required: bool, stored: int) -> None:
     hook = _hook(tmp_path, require_valid_action=required)
     _run_step(hook, 1, _groups(1, valid=False))
-    assert len(hook.store) == stored
+    assert len(_stored(hook, tmp_path)) == stored
 
 
 def test_without_weight_nothing_is_spent(tmp_path: Path) -> None:
@@ -139,13 +147,13 @@ def test_rows_per_step_capacity_and_age(tmp_path: Path) -> None:
         updates, metrics = _run_step(hook, step)
         ages = [step - 1 - sample.policy_version for u in updates for sample in u.samples]
         assert len(ages) == (step > 1) and all(1 <= age <= 2 for age in ages)
-        assert metrics["replay/stored"] <= 5 and len(hook.store) <= 5
+        assert metrics["replay/stored"] <= 5 and len(_stored(hook, tmp_path)) <= 5
         replayed += _replayed(updates)
     assert len(set(replayed)) == len(replayed), "each row is replayed once"
     nothing = tuple(make_group(f"x-{i}", [LOSS, LOSS]) for i in range(3))
     for step in range(12, 15):
         _run_step(hook, step, nothing, replay_weight=0.0)
-    assert len(hook.store) == 0, "aged rows leave even when nothing is inserted"
+    assert _stored(hook, tmp_path) == [], "aged rows leave even when nothing is inserted"
 
 
 def test_resume_equals_not_stopping(tmp_path: Path) -> None:

@@ -49,16 +49,15 @@ class _Receiver:
 def test_the_receiver_gets_every_tensor_one_at_a_time() -> None:
     source = _Source()
     receiver = _Receiver(source)
-    metrics = publish(source, receiver, policy_version=8)
+    sent = publish(source, receiver, policy_version=8)
     assert receiver.version == 8 and list(receiver.got) == list(TENSORS)
     assert all(torch.equal(receiver.got[name], tensor) for name, tensor in TENSORS.items())
     assert receiver.ahead == [1, 2], "the next tensor is made when the one before is taken"
-    assert metrics["weight_sync/bytes"] == BYTES == 34
-    assert metrics["time/weight_sync_s"] >= 0.0 and source.ended
+    assert sent == BYTES == 34
+    assert source.ended
 
 
 def test_a_rank_without_receiver_still_takes_part() -> None:
     source = _Source(whole=False)
-    metrics = publish(source, None, policy_version=8)
+    assert publish(source, None, policy_version=8) == 0
     assert source.ended and source.sent == list(TENSORS)
-    assert metrics["weight_sync/bytes"] == 0.0

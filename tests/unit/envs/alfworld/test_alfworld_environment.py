@@ -6,7 +6,7 @@ import pytest
 
 from megatron_spear.envs.alfworld.engine import admissible_actions
 from megatron_spear.envs.alfworld.environment import AlfworldEnvironment
-from megatron_spear.errors import ConfigError, DataError, EnvironmentFault
+from megatron_spear.errors import DataError, EnvironmentFault
 
 
 @pytest.fixture
@@ -30,16 +30,6 @@ def test_reward_comes_on_the_winning_turn_only(options, game_file):
     assert not any(result.truncated for result in results)
     assert results[-1].info["won"] is True
     assert results[-1].observation == "You move the mug 2 to the drawer 1."
-
-
-def test_max_turns_truncates_but_not_a_win(options, game_file):
-    environment = AlfworldEnvironment()
-    environment.reset(seed=0, options={**options, "max_turns": 2})
-    assert not environment.step("look").truncated
-    assert environment.step("dance").truncated
-    environment.reset(seed=0, options={**options, "max_turns": 6})
-    last = [environment.step(action) for action in game_file.walkthrough][-1]
-    assert last.terminated and not last.truncated
 
 
 def test_info_is_picklable_and_admissible_on_demand(options):
@@ -84,20 +74,15 @@ def test_step_outside_a_game_is_a_fault(options, game_file):
     environment = AlfworldEnvironment()
     with pytest.raises(EnvironmentFault, match="call reset"):
         environment.step("look")
-    environment.reset(seed=0, options={**options, "max_turns": 1})
-    environment.step("look")
+    environment.reset(seed=0, options=options)
+    for action in game_file.walkthrough:
+        environment.step(action)
     with pytest.raises(EnvironmentFault, match="call reset"):
         environment.step("look")
     environment.reset(seed=0, options=options)
     environment.close()
     with pytest.raises(EnvironmentFault, match="call reset"):
         environment.step("look")
-
-
-@pytest.mark.parametrize("max_turns", [0, -1, 1.5, "3", True])
-def test_wrong_max_turns_is_an_error(options, max_turns):
-    with pytest.raises(ConfigError, match="max_turns"):
-        AlfworldEnvironment().reset(seed=0, options={**options, "max_turns": max_turns})
 
 
 @pytest.mark.parametrize("game", [None, "game.tw-pddl", {}, {"id": "x"}])

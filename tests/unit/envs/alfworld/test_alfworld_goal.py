@@ -1,7 +1,6 @@
 """Compiled goals against a slow readable evaluation, and malformed goals."""
 
 import itertools
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -139,14 +138,11 @@ def test_too_large_a_goal_is_an_error():
         )
 
 
-def test_a_check_is_fast():
+def test_a_check_over_many_things():
     types = {f"o{n}": "object" for n in range(150)} | {f"r{n}": "receptacle" for n in range(40)}
     types |= {"mugtype": "otype"}
     static = {("objecttype", f"o{n}", "mugtype") for n in range(4)}
     check = compile_goal(parse_expression(TWO_MUGS, "x"), types, static, "x")
     facts = {("inreceptacle", f"o{n}", f"r{n % 40}") for n in range(150)}
-    started = time.perf_counter()
-    for _ in range(100):
-        assert not check(facts)
-    # about 15 us; the bound leaves room for a loaded machine (a naive check takes 20 ms)
-    assert (time.perf_counter() - started) / 100 < 1e-3
+    assert not check(facts)
+    assert check(facts | {("inreceptacle", "o0", "r1")})

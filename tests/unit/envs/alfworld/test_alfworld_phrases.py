@@ -80,7 +80,7 @@ def test_texts_of_games_come_back_whole() -> None:
             admissible=True,
         )
         assert shown is not None
-        texts = [shown.final_observation]
+        texts = []
         for number, turn in enumerate(shown.turns):
             info = {"admissible": turn.admissible}
             past = [(turn.observation, turn.action)] * min(number, 2)

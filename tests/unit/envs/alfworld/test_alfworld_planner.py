@@ -29,7 +29,7 @@ def play(game: Game, actions: list[str]) -> GameState:
 def shortest_by_search(game: Game, limit: int) -> int:
     """Slow reference: breadth-first search over every possible action."""
     frontier = [GameState(game)]
-    seen = {frontier[0].key()}
+    seen = {frozenset(frontier[0].facts)}
     for depth in range(limit + 1):
         if any(state.won for state in frontier):
             return depth
@@ -40,8 +40,8 @@ def shortest_by_search(game: Game, limit: int) -> int:
                     continue
                 twin = state.copy()
                 act(twin, action)
-                if twin.key() not in seen:
-                    seen.add(twin.key())
+                if frozenset(twin.facts) not in seen:
+                    seen.add(frozenset(twin.facts))
                     reached.append(twin)
         frontier = reached
     raise AssertionError(f"no plan within {limit} actions")

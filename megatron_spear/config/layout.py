@@ -1,0 +1,43 @@
+"""Which parallel layouts are possible: one line for each rule that is broken."""
+
+from collections.abc import Iterator, Mapping
+
+from megatron_spear.config.schema import PolicySection
+
+
+def layout_problems(
+    policy: PolicySection,
+    world_size: int,
+    by_tensor: Mapping[str, int],
+    by_pipeline: Mapping[str, int],
+) -> Iterator[str]:
+    """What keeps ``policy``'s layout from ``world_size`` ranks, and from a model of these sizes.
+
+    Args:
+        policy: the layout.
+        world_size: ranks in all.
+        by_tensor: sizes that tensor parallel has to divide, by the name to tell.
+        by_pipeline: sizes that pipeline parallel has to divide, by the name to tell.
+
+    Example: ``policy.tensor_parallel=2`` on 2 ranks with ``by_tensor={"heads": 3}`` gives
+    ``heads=3 is not a multiple of policy.tensor_parallel=2; choose a divisor``.
+    """
+    tensor, pipeline = policy.tensor_parallel, policy.pipeline_parallel
+    if world_size % (tensor * pipeline):
+        yield (
+            f"world size {world_size} is not a multiple of policy.tensor_parallel x "
+            f"policy.pipeline_parallel = {tensor} x {pipeline}; start {tensor * pipeline} ranks "
+            "(or a multiple, torchrun --nproc-per-node), or lower one of the two"
+        )
+    if policy.sequence_parallel and tensor == 1:
+        yield (
+            "policy.sequence_parallel needs policy.tensor_parallel > 1; got 1, expected 2 or more "
+            "or policy.sequence_parallel=false"
+        )
+    for sizes, key, parts in (
+        (by_tensor, "policy.tensor_parallel", tensor),
+        (by_pipeline, "policy.pipeline_parallel", pipeline),
+    ):
+        for name, size in sizes.items():
+            if size % parts:
+                yield f"{name}={size} is not a multiple of {key}={parts}; choose a divisor"

@@ -1,0 +1,50 @@
+"""Files that are there whole or not at all, and what a full disk looks like."""
+
+import errno
+import os
+from pathlib import Path
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_IN_WORDS = ("no space left", "quota exceeded", "file too large")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut.
+
+    Text is written as UTF-8. Raises OSError (a full disk); the file is then what it was before.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries (names, renames) to disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def says_disk_full(error: BaseException) -> bool:
+    """Whether a failed write met a full disk or a quota.
+
+    torch, safetensors and tokenizers raise errors of their own for it, so the text counts too.
+    """
+    text = str(error).lower()
+    return getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_IN_WORDS)

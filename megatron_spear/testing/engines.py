@@ -1,0 +1,188 @@
+"""What every rollout engine must keep to, as checks to run against your own.
+
+    from megatron_spear.testing.engines import check_engine
+
+    def test_my_engine():
+        check_engine(lambda: MyEngine(folder), weights=lambda: named_tensors(folder))
+
+Each check makes engines of its own and raises ContractViolation with what was got and expected.
+Token ids 1 to 20 occur in the prompts; ``make`` gives an engine with room for 40 tokens at least.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_spear.errors import EngineError
+from megatron_spear.rollout.engine import (
+    Generation,
+    GenerationRequest,
+    RolloutEngine,
+    SamplingParams,
+)
+from megatron_spear.testing.contract import fail
+
+Make = Callable[[], RolloutEngine]
+Weights = Callable[[], Iterable[tuple[str, Any]]]
+
+LOGPROB_TOLERANCE = 1e-4
+"""Largest difference of a token's log-prob between two batches (float32 sums in other orders)."""
+_LIMIT_S = 120.0
+
+
+def check_engine(make: Make, *, weights: Weights) -> None:
+    """All checks below. ``weights`` gives the full set that ``make``'s engines start with."""
+    check_answers(make)
+    check_finish_reasons(make)
+    check_draws(make)
+    check_sessions(make)
+    check_weights(make, weights)
+    check_errors(make)
+
+
+def check_answers(make: Make) -> None:
+    """Tokens int32 ``[A]``, one log-prob <= 0 each, float32, and no more than asked for."""
+    asks = [_ask(i, new=1 + i % 5, temperature=(0.0, 0.7, 1.0)[i % 3]) for i in range(9)]
+    for ask, answer in zip(asks, _generate(make(), asks), strict=True):
+        tokens, logprobs = answer.token_ids, answer.logprobs
+        for name, array, dtype in (("tokens", tokens, "int32"), ("log-probs", logprobs, "float32")):
+            if array.ndim != 1 or array.dtype != dtype:
+                fail(f"{name} are", f"{array.dtype} {list(array.shape)}", f"{dtype} [A]")
+        if not 1 <= len(tokens) <= ask.sampling.max_new_tokens:
+            fail("an answer has", f"{len(tokens)} tokens", f"1..{ask.sampling.max_new_tokens}")
+        if len(logprobs) != len(tokens):
+            fail("there are", f"{len(logprobs)} log-probs", f"{len(tokens)}, one a token")
+        if not (np.isfinite(logprobs).all() and (logprobs <= 0).all()):
+            fail("log-probs are", str(logprobs), "finite numbers <= 0")
+
+
+def check_finish_reasons(make: Make) -> None:
+    """``stop`` with the stop token last, ``length`` at max_new_tokens, ``context`` at the limit."""
+    engine = make()
+    (free,) = _generate(engine, [_ask(0, new=6)])
+    _expect_end(free, "length", 6)
+    stop = int(free.token_ids[2])
+    first = free.token_ids.tolist().index(stop) + 1
+    (stopped,) = _generate(engine, [_ask(0, new=6, stop=(stop,))])
+    _expect_end(stopped, "stop", first)
+    _expect_same(stopped.token_ids, free.token_ids[:first], "the tokens before a stop are")
+    for room in (2, 1, 0):
+        prompt = [1 + i % 20 for i in range(engine.max_context - room)]
+        (full,) = _generate(engine, [_ask(0, new=6, prompt=prompt)])
+        _expect_end(full, "context", room)
+
+
+def check_draws(make: Make) -> None:
+    """The seed keys the draw: neither the batch, nor the order, nor the session changes it."""
+    asks = [_ask(i) for i in range(12)]
+    together = _generate(make(), asks)
+    turned = _generate(make(), asks[::-1])[::-1]
+    alone = [_generate(make(), [_ask(i, session=f"alone {i}")])[0] for i in (0, 7)]
+    pairs = [*zip(together, turned, strict=True), (together[0], alone[0]), (together[7], alone[1])]
+    for one, other in pairs:
+        _expect_same(other.token_ids, one.token_ids, "the tokens of the same seed are")
+        if np.abs(other.logprobs - one.logprobs).max() > LOGPROB_TOLERANCE:
+            fail("log-probs of the same seed are", str(other.logprobs), str(one.logprobs))
+    prompt = [3, 1, 4]
+    drawn = _generate(make(), [_ask(i, prompt=prompt) for i in range(12)])
+    if len({tuple(answer.token_ids) for answer in drawn}) == 1:
+        fail("12 seeds drew", "the same tokens", "different ones")
+    greedy = _generate(make(), [_ask(i, prompt=prompt, temperature=0.0) for i in range(12)])
+    for answer in greedy:
+        _expect_same(answer.token_ids, greedy[0].token_ids, "greedy tokens of another seed are")
+
+
+def check_sessions(make: Make) -> None:
+    """What is kept of a session, or was released, does not change the next answer."""
+    first, second = _ask(0, session="s"), _ask(1, prompt=[2, 3, 4, 5, 6, 7], session="s")
+    (expected,) = _generate(make(), [second])
+    for release in (None, "s", "nobody"):
+        engine = make()
+        _generate(engine, [first])
+        if release is not None:
+            engine.release(release)
+        (answer,) = _generate(engine, [second])
+        _expect_same(answer.token_ids, expected.token_ids, f"after release({release!r}) tokens are")
+
+
+def check_weights(make: Make, weights: Weights) -> None:
+    """An update sets the version that answers report; equal weights give equal answers."""
+    engine = make()
+    (before,) = _generate(engine, [_ask(0)])
+    if before.policy_version != (engine.policy_version,) * 2:
+        fail("an answer is of", f"{before.policy_version}", f"version {engine.policy_version}")
+    engine.load_weights(weights(), 7)
+    (after,) = _generate(engine, [_ask(0)])
+    if engine.policy_version != 7 or after.policy_version != (7, 7):
+        fail("after an update to 7 an answer is of", f"{after.policy_version}", "version (7, 7)")
+    _expect_same(after.token_ids, before.token_ids, "after an update to equal weights, tokens are")
+
+
+def check_errors(make: Make) -> None:
+    """What cannot be served is an EngineError that names the session; the engine goes on after."""
+    engine = make()
+    wrong = {
+        "an empty prompt": _ask(0, prompt=[], session="odd"),
+        "max_new_tokens 0": _ask(0, new=0, session="odd"),
+        "temperature -1": _ask(0, temperature=-1.0, session="odd"),
+        "temperature nan": _ask(0, temperature=float("nan"), session="odd"),
+    }
+    for what, ask in wrong.items():
+        _expect_engine_error(engine, ask, what, naming="odd")
+    _generate(engine, [_ask(0, session="odd")])
+    engine.close()
+    _expect_engine_error(engine, _ask(0), "a request after close", naming="closed")
+
+
+def _ask(
+    number: int,
+    *,
+    new: int = 5,
+    prompt: Sequence[int] | None = None,
+    session: str | None = None,
+    temperature: float = 1.0,
+    stop: tuple[int, ...] = (),
+) -> GenerationRequest:
+    """Request ``number``, with a prompt and a seed of its own unless told otherwise."""
+    tokens = [1 + (number + i * i) % 20 for i in range(2 + number)] if prompt is None else prompt
+    return GenerationRequest(
+        session=f"session {number}" if session is None else session,
+        token_ids=np.array(tokens, np.int32),
+        sampling=SamplingParams(temperature=temperature, max_new_tokens=new, stop_token_ids=stop),
+        seed=(3, number),
+    )
+
+
+def _generate(engine: RolloutEngine, asks: Sequence[GenerationRequest]) -> list[Generation]:
+    """The answers to requests made at once."""
+
+    async def all_of_them() -> list[Generation]:
+        async with asyncio.timeout(_LIMIT_S):
+            return await asyncio.gather(*(engine.generate(ask) for ask in asks))
+
+    return asyncio.run(all_of_them())
+
+
+def _expect_end(answer: Generation, reason: str, size: int) -> None:
+    if answer.finish_reason != reason or len(answer.token_ids) != size:
+        got = f"{len(answer.token_ids)} tokens with finish_reason {answer.finish_reason!r}"
+        fail("an answer has", got, f"{size} with {reason!r}")
+
+
+def _expect_same(got: Any, expected: Any, what: str) -> None:
+    if got.tolist() != expected.tolist():
+        fail(what, str(got.tolist()), str(expected.tolist()))
+
+
+def _expect_engine_error(
+    engine: RolloutEngine, ask: GenerationRequest, what: str, *, naming: str
+) -> None:
+    try:
+        _generate(engine, [ask])
+    except EngineError as error:
+        if naming not in str(error):
+            fail(f"the error of {what} is", repr(str(error)), f"one that names {naming!r}")
+    else:
+        fail(f"{what} was", "answered", "an EngineError")

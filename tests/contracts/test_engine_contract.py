@@ -1,0 +1,172 @@
+"""Every rollout engine keeps to the contract, and the contract finds what breaks it."""
+
+import dataclasses
+import itertools
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from megatron_spear.config.schema import RolloutSection
+from megatron_spear.conversion.hf_io import HfReader
+from megatron_spear.testing.contract import ContractViolation
+from megatron_spear.testing.engines import (
+    check_answers,
+    check_draws,
+    check_engine,
+    check_errors,
+    check_finish_reasons,
+    check_sessions,
+    check_weights,
+)
+from megatron_spear.testing.fakes import ScriptedEngine
+from megatron_spear.testing.tiny import tiny_hf_folder
+from megatron_spear.trainer.build import ENGINES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_hf_folder(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_of_the_settings_keeps_the_contract(name, folder):
+    rollout = RolloutSection(engine=name, max_context=64, max_slots=8)
+    with HfReader(folder) as reader:
+        check_engine(
+            lambda: ENGINES[name](rollout, folder),
+            weights=lambda: ((key, reader.get(key)) for key in reader.names),
+        )
+
+
+def test_every_engine_of_the_schema_can_be_made():
+    assert set(ENGINES) == set(get_args(RolloutSection.model_fields["engine"].annotation))
+
+
+def _script(request):
+    """64 tokens that depend on the prompt, and on the seed unless greedy."""
+    seed = request.seed if request.sampling.temperature else ()
+    entropy = [*request.token_ids.tolist(), *seed]
+    return np.random.default_rng(entropy).integers(1, 21, 64).tolist()
+
+
+class _Scripted(ScriptedEngine):
+    """A scripted engine as the checks make it: ``_script`` and 64 tokens of context."""
+
+    def __init__(self):
+        super().__init__(_script, max_context=64)
+
+    async def generate(self, request):
+        return self.spoil(request, await super().generate(request))
+
+    def spoil(self, request, answer):
+        return answer
+
+
+def test_the_scripted_engine_keeps_the_contract():
+    check_engine(_Scripted, weights=lambda: iter(()))
+
+
+class _LooseTypes(_Scripted):
+    def spoil(self, request, answer):
+        return dataclasses.replace(answer, token_ids=answer.token_ids.astype(np.int64))
+
+
+class _LogprobMissing(_Scripted):
+    def spoil(self, request, answer):
+        return dataclasses.replace(answer, logprobs=answer.logprobs[1:])
+
+
+class _Probabilities(_Scripted):
+    def spoil(self, request, answer):
+        return dataclasses.replace(answer, logprobs=np.exp(answer.logprobs))
+
+
+class _SwallowsTheStop(_Scripted):
+    def spoil(self, request, answer):
+        if answer.finish_reason != "stop":
+            return answer
+        return dataclasses.replace(
+            answer, token_ids=answer.token_ids[:-1], logprobs=answer.logprobs[:-1]
+        )
+
+
+class _CallsItLength(_Scripted):
+    def spoil(self, request, answer):
+        return dataclasses.replace(answer, finish_reason="length")
+
+
+class _SharedStream(_Scripted):
+    """Draws in the order of the requests."""
+
+    def __init__(self):
+        super().__init__()
+        numbers = itertools.count()
+        self._answer = lambda request: (
+            np.random.default_rng(next(numbers)).integers(1, 21, 64).tolist()
+        )
+
+
+class _IgnoresTheSeed(_Scripted):
+    def __init__(self):
+        super().__init__()
+        self._answer = lambda request: list(range(1, 65))
+
+
+class _GoesByTheSession(_Scripted):
+    """Mixes what it keeps of a session into the answer."""
+
+    def __init__(self):
+        super().__init__()
+        self._answer = lambda request: [20 - (request.session in self._kept), *_script(request)]
+        self._kept = set()
+
+    def spoil(self, request, answer):
+        self._kept.add(request.session)
+        return answer
+
+
+class _OldVersion(_Scripted):
+    def spoil(self, request, answer):
+        return dataclasses.replace(answer, policy_version=(0, 0))
+
+
+class _AnswersAnything(_Scripted):
+    def spoil(self, request, answer):
+        return answer
+
+    async def generate(self, request):
+        sampling = dataclasses.replace(request.sampling, max_new_tokens=5, temperature=1.0)
+        return await super().generate(dataclasses.replace(request, sampling=sampling))
+
+
+class _NeverCloses(_Scripted):
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("check", "broken", "message"),
+    [
+        (check_answers, _LooseTypes, "int64"),
+        (check_answers, _LogprobMissing, "one a token"),
+        (check_answers, _Probabilities, "<= 0"),
+        (check_finish_reasons, _SwallowsTheStop, "with 'stop'"),
+        (check_finish_reasons, _CallsItLength, "with 'stop'"),
+        (check_draws, _SharedStream, "same seed"),
+        (check_draws, _IgnoresTheSeed, "12 seeds"),
+        (check_sessions, _GoesByTheSession, "release"),
+        (check_errors, _AnswersAnything, "max_new_tokens 0 was answered"),
+        (check_errors, _NeverCloses, "after close"),
+    ],
+)
+def test_contract_finds_what_is_broken(check, broken, message):
+    with pytest.raises(ContractViolation, match=message):
+        check(broken)
+
+
+def test_contract_finds_a_version_that_is_not_reported():
+    with pytest.raises(ContractViolation, match=r"version \(7, 7\)"):
+        check_weights(_OldVersion, lambda: iter(()))

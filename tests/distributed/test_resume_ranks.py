@@ -1,0 +1,71 @@
+"""Which checkpoint is taken is known to one rank only; all take the same."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_spear.config.load import load_config
+from megatron_spear.errors import CheckpointError
+from megatron_spear.testing.ranks import run_ranks
+from megatron_spear.trainer.hooks.base import Hook
+
+
+class _Policy:
+    """Remembers the steps it was asked to load."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def save(self, folder: Path) -> None:
+        """Nothing to save."""
+
+    def load(self, folder: Path) -> None:
+        self.loaded.append(folder.parent.name)
+
+
+class _Refusing(Hook):
+    """Cannot take back what it saved at the steps in ``refused``."""
+
+    def __init__(self, refused: tuple[int, ...]) -> None:
+        self.step, self._refused = 0, refused
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Any) -> None:
+        if state["step"] in self._refused:
+            raise CheckpointError(f"rows of step {state['step']} are damaged")
+
+
+def _save_and_resume(path: Path, refused: tuple[int, ...]) -> tuple[list[str], int | str]:
+    import torch.distributed as dist
+
+    from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
+    from megatron_spear.trainer.run_directory import RunDirectory
+
+    dist.init_process_group("gloo")
+    policy, hook = _Policy(), _Refusing(refused)
+    cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    controller = SimpleNamespace(cursor=cursor, hooks=[hook]) if dist.get_rank() == 0 else None
+    step: Any = SimpleNamespace(policy=policy, controller=controller)
+    run = RunCheckpoints(load_config(), step, RunDirectory(path), "ab" if controller else None)
+    for number in (1, 2):
+        hook.step = number
+        run.save(Progress(step=number))
+    try:
+        found: int | str = run.resume().step
+    except CheckpointError as error:
+        found = str(error)
+    dist.destroy_process_group()
+    return policy.loaded, found
+
+
+def test_both_fall_back_to_the_same(tmp_path: Path) -> None:
+    assert run_ranks(_save_and_resume, 2, tmp_path, (2,), timeout_s=60) == [(["step_1"], 1)] * 2
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["step_1", "step_2.damaged"]
+
+
+def test_both_hear_that_none_is_left(tmp_path: Path) -> None:
+    for loaded, told in run_ranks(_save_and_resume, 2, tmp_path, (1, 2), timeout_s=60):
+        assert loaded == [] and "none of its checkpoints is whole" in str(told)

@@ -1,0 +1,93 @@
+"""From a command line to a configuration: where the YAML file is, and runs that need none."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_spear.cli import main
+from megatron_spear.config.load import dump_config, load_config
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.deadlines import StopFlag
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """``trained("a.yaml", "run.seed=1")``: the configuration that ``train`` is called with."""
+    from megatron_spear.trainer import jobs
+
+    configs: list[RunConfig] = []
+
+    def take(config: RunConfig, stop: Any) -> None:
+        configs.append(config)
+
+    monkeypatch.setattr(jobs, "train", take)
+    monkeypatch.setattr("megatron_spear.deadlines.install_stop_signals", StopFlag)
+
+    def run(*arguments: str) -> RunConfig:
+        assert main.run(["train", *arguments]) == 0
+        return configs[-1]
+
+    return run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run directory, as far as its settings go."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = load_config(None, ["run.seed=5", f"run.dir={folder}"])
+    (folder / "config.yaml").write_text(dump_config(config))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["resume={}", "--resume={}", "--resume {}"])
+@pytest.mark.parametrize("more", [(), ("--run.stop_after", "3"), ("run.stop_after=3",)])
+def test_resume_needs_no_file(
+    form: str, more: tuple[str, ...], trained: Callable[..., RunConfig], run_dir: Path
+) -> None:
+    resume = [part.format(run_dir) for part in form.split(" ")]
+    for arguments in ([*resume, *more], [*more, *resume]):
+        config = trained(*arguments)
+        assert (config.resume, config.run.dir, config.run.seed) == (run_dir, run_dir, 5)
+        assert config.run.stop_after == (3 if more else None)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_file_is_the_one_word_that_is_no_setting(
+    before: bool, trained: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    file = tmp_path / "a=b.yaml"
+    file.write_text("run: {steps: 7}\n")
+    settings = ["--run.seed", "3", "run.stop_after=2", "--run.name=x"]
+    config = trained(*([str(file), *settings] if before else [*settings, str(file)]))
+    assert (config.run.steps, config.run.seed) == (7, 3)
+    assert (config.run.stop_after, config.run.name) == (2, "x")
+
+
+def test_no_file_and_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["train"], ["train", "run.seed=1"], ["train", "--run.name", "resume=no"]):
+        with pytest.raises(SystemExit, match="2"):
+            main.run(arguments)
+        assert "train: no YAML file, and no --resume DIR" in capsys.readouterr().err
+
+
+def test_help_still_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["evaluate", "--help", "x.yaml"]):
+        with pytest.raises(SystemExit, match="0"):
+            main.run(arguments)
+    told = capsys.readouterr().out
+    assert "train --resume DIR" in " ".join(told.split()) and "--model MODEL" in told
+
+
+def test_the_model_of_an_evaluation_is_no_setting(
+    monkeypatch: pytest.MonkeyPatch, run_dir: Path
+) -> None:
+    from megatron_spear.trainer import jobs
+
+    seen: list[Any] = []
+    monkeypatch.setattr("megatron_spear.deadlines.install_stop_signals", StopFlag)
+    monkeypatch.setattr(jobs, "evaluate_model", lambda config, model, stop: seen.append(model))
+    assert main.run(["evaluate", "--model", "hf", str(run_dir / "config.yaml")]) == 0
+    assert seen == ["hf"]

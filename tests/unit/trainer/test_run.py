@@ -1,0 +1,218 @@
+"""The run around the steps: when it evaluates and saves, and what its summary says."""
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_spear.config.load import load_config
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.data.prompts import FreshPrompts, PromptCursor
+from megatron_spear.deadlines import StopFlag
+from megatron_spear.envs.alfworld.task import Panel
+from megatron_spear.errors import StopRequested
+from megatron_spear.testing.hand_made import make_prompt, make_trajectory
+from megatron_spear.tracking.progress import Console
+from megatron_spear.trainer.run import SpearRun
+from megatron_spear.trainer.run_directory import RunDirectory
+from megatron_spear.types import Prompt, Status, StepContext, StepReport, TrajectoryGroup
+
+IDS = ("look-Pen-1/t1", "pick-Mug-2/t2", "pick-Pan-3/t3", "pick-Cup-4/t4")
+PANEL = Panel(tuple(Prompt(prompt_id=i, env="alfworld") for i in IDS), sha256="ab" * 32)
+LOST = "----"
+
+
+class _Console(Console):
+    """A clock that is set by hand."""
+
+    elapsed_s = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(file=io.StringIO())
+
+
+class _Policy:
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+
+    def load(self, folder: Path) -> None:
+        assert folder.is_dir()
+
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "w", torch.zeros(2)
+
+
+class _Step:
+    """Notes the steps it was asked for; ``at`` is called at the end of each."""
+
+    engine = None
+
+    def __init__(self, events: list[str], at: Callable[[int], None]) -> None:
+        self.policy = _Policy()
+        cursor = PromptCursor(FreshPrompts(lambda i: make_prompt(str(i))))
+        self.controller = SimpleNamespace(cursor=cursor, hooks=[])
+        self._events, self._at = events, at
+
+    def run(self, ctx: StepContext, progress: Any) -> StepReport:
+        self._events.append(f"step {ctx.step}")
+        self._at(ctx.step)
+        metrics = {"time/step_s": 1.0, "time/rollout_s": 0.5, "time/train_s": 0.5}
+        return StepReport(step=ctx.step, policy_version=ctx.step, metrics=metrics)
+
+
+class _Rollouter:
+    """Plays the panels it is given, a letter a game: ``+`` won, ``-`` lost, ``x`` failed."""
+
+    def __init__(self, panels: Callable[[], str]) -> None:
+        self._panels = panels
+
+    def collect_sync(
+        self, prompts: Any, *, progress: Callable[[int], None], **settings: Any
+    ) -> list[TrajectoryGroup]:
+        groups = []
+        for number, (prompt, letter) in enumerate(zip(prompts, self._panels(), strict=True)):
+            status = Status.FAILED_TOOL if letter == "x" else Status.COMPLETED
+            played = make_trajectory(prompt.prompt_id, 0, won=letter == "+", status=status)
+            members, failures = ((), (played,)) if letter == "x" else ((played,), ())
+            groups.append(
+                TrajectoryGroup(
+                    group_id=prompt.prompt_id, prompt=prompt, members=members, failures=failures
+                )
+            )
+            progress(number + 1)
+        return groups
+
+
+class _Launch:
+    """One launch of the run in ``path``; ``events`` are its steps and evaluations in order."""
+
+    def __init__(
+        self,
+        path: Path,
+        *settings: str,
+        panels: Callable[[], str] = lambda: LOST,
+        at: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.events: list[str] = []
+        self.stop, self.console = StopFlag(), _Console()
+        model = path / "start"
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "config.json").write_text("{}")
+        config: RunConfig = load_config(None, ["run.steps=4", "checkpoint.every=1", *settings])
+        step: Any = _Step(self.events, at)
+        self.run = SpearRun(
+            config,
+            step,
+            directory=RunDirectory(path),
+            rollout=SimpleNamespace(rollouter=_Rollouter(panels)),
+            panel=PANEL,
+            console=self.console,
+            stop=self.stop,
+            model=model,
+        )
+        self.run.tracker = SimpleNamespace(log=self._log)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if "eval/success" in metrics:
+            self.events.append(f"evaluation {step}")
+
+
+def test_evaluations_come_between_the_steps(tmp_path: Path) -> None:
+    launch = _Launch(tmp_path, "evaluation.every=2")
+    launch.run.run()
+    assert launch.events == [
+        "evaluation 0", "step 1", "step 2", "evaluation 2", "step 3", "step 4", "evaluation 4"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_kill_in_an_evaluation_costs_no_evaluation(every: int, tmp_path: Path) -> None:
+    """Also where the checkpoint of the evaluated step was there, or an older one."""
+    answers = iter([LOST, KeyboardInterrupt])
+
+    def panels() -> str:
+        answer = next(answers)
+        if answer is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return str(answer)
+
+    settings = ("evaluation.every=3", f"checkpoint.every={every or 2}")
+    launch = _Launch(tmp_path, *settings, panels=panels)
+    with pytest.raises(KeyboardInterrupt):
+        launch.run.run()
+    assert launch.events[-1] == "step 3"
+    resumed = _Launch(tmp_path, *settings)
+    assert resumed.run.resume() == (3 if every else 2)
+    resumed.run.run()
+    again = [] if every else ["step 3"]
+    assert resumed.events == [*again, "evaluation 3", "step 4", "evaluation 4"]
+
+
+def test_a_stop_at_an_evaluated_step_puts_the_evaluation_off(tmp_path: Path) -> None:
+    launch = _Launch(
+        tmp_path,
+        "evaluation.every=2",
+        "checkpoint.every=0",
+        at=lambda step: launch.stop.request("SIGTERM") if step == 2 else None,
+    )
+    with pytest.raises(StopRequested, match="SIGTERM; saved at step 2"):
+        launch.run.run()
+    assert launch.events == ["evaluation 0", "step 1", "step 2"]
+    resumed = _Launch(tmp_path, "evaluation.every=2", "checkpoint.every=0")
+    assert resumed.run.resume() == 2
+    resumed.run.run()
+    assert resumed.events == ["evaluation 2", "step 3", "step 4", "evaluation 4"]
+
+
+def test_a_stop_in_an_evaluation_saves_the_steps_before_it(tmp_path: Path) -> None:
+    settings = ("evaluation.every=2", "checkpoint.every=0")
+    answers = iter([LOST, "stop"])
+
+    def panels() -> str:
+        if next(answers) == "stop":
+            launch.stop.request("SIGINT")
+        return LOST
+
+    launch = _Launch(tmp_path, *settings, panels=panels)
+    with pytest.raises(StopRequested, match="SIGINT during an evaluation"):
+        launch.run.run()
+    resumed = _Launch(tmp_path, *settings)
+    assert resumed.run.resume() == 2
+    resumed.run.run()
+    assert resumed.events == ["evaluation 2", "step 3", "step 4", "evaluation 4"]
+
+
+def test_failed_games_are_told_and_count_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    panels = iter(["x--+", "-+x+"])
+    launch = _Launch(tmp_path, panels=lambda: next(panels))
+    with caplog.at_level(logging.WARNING):
+        summary = launch.run.run()
+    assert (summary["success_before"], summary["success_after"]) == (1 / 3, 2 / 3)
+    assert summary["success_by_task_type"] == {"look": 0.0, "pick": 1.0}
+    assert (summary["failed_before"], summary["failed_after"]) == (1, 1)
+    # The second and the fourth game were played both times: one newly won, one won again.
+    assert summary["success_gain"] == 0.5
+    assert summary["success_gain_95"] == pytest.approx([0.5 - 0.98, 0.5 + 0.98])
+    assert caplog.text.count("1 of the 4 games failed") == 2
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_wall_time_is_that_of_all_launches(tmp_path: Path) -> None:
+    def at(step: int) -> None:
+        launch.console.elapsed_s = 10.0 * step
+
+    launch = _Launch(tmp_path, "run.stop_after=2", at=at)
+    launch.console.elapsed_s = 5.0
+    assert launch.run.run() == {}
+    resumed = _Launch(tmp_path)
+    resumed.run.resume()
+    resumed.console.elapsed_s = 7.0
+    assert resumed.run.run()["wall_s"] == 27.0

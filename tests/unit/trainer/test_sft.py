@@ -1,0 +1,72 @@
+"""The warm start's folder is named by all that it is made from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_spear.config.load import load_config
+from megatron_spear.config.schema import GeneratorSection
+from megatron_spear.envs.alfworld.task import fresh_game
+from megatron_spear.trainer import sft
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def _name(model: Path, *settings: str) -> str:
+    return sft.cached_folder(load_config(None, settings), model).name
+
+
+def _games(folder: Path, number: int = 0) -> Path:
+    game = fresh_game(0, number, ("pick_and_place_simple",), GeneratorSection())
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text(json.dumps(game.to_fields()))
+    return folder
+
+
+def test_it_lies_in_the_cache(model: Path, tmp_path: Path) -> None:
+    config = load_config(None, [f"model.cache_dir={tmp_path / 'cache'}"])
+    assert sft.cached_folder(config, model).parent == tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "rollout.max_context=64",
+        "policy.precision=bf16",
+        "env.max_turns=7",
+        "env.history={window: 2}",
+        "sft.observation_weight=0.7",
+        "sft.decision_weight=7",
+        "sft.optimizer.lr=0.7",
+    ],
+)
+def test_the_name_depends_on_what_it_is_made_from(setting: str, model: Path) -> None:
+    assert _name(model, setting) != _name(model)
+
+
+def test_the_name_depends_on_nothing_else(model: Path) -> None:
+    other = ("run.seed=7", "run.dir=x", "policy.tokens_per_microbatch=999", "rollout.group_size=3")
+    assert _name(model, *other) == _name(model)
+
+
+def test_the_name_depends_on_the_models_content(model: Path) -> None:
+    before = _name(model)
+    (model / "config.json").write_text("[]")
+    assert _name(model) != before
+
+
+def test_the_name_depends_on_the_games_and_not_on_where_they_lie(
+    model: Path, tmp_path: Path
+) -> None:
+    one, same = _games(tmp_path / "one"), _games(tmp_path / "same")
+    before = _name(model, f"env.games={one}")
+    assert _name(model, f"env.games={same}") == before != _name(model)
+    _games(one, number=1)
+    assert _name(model, f"env.games={one}") != before
