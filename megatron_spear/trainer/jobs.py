@@ -132,6 +132,7 @@ def _start(config: RunConfig, use: Use) -> tuple[Console, bool]:
     """Check the settings and set up logging; (console, is this rank the controller)."""
     rank = int(os.environ.get("RANK", "0"))
     require_possible(config, int(os.environ.get("WORLD_SIZE", "1")), use)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the console has bars of its own
     controller = rank == 0
     console = Console(enabled=controller, live=config.tracking.progress)
     handler = console.log_handler() if controller else logging.StreamHandler()

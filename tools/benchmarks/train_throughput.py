@@ -18,23 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from megatron_spear.algorithms.policy_loss import NllLoss
 from megatron_spear.config.schema import OptimizerSection, PolicySection
-from megatron_spear.data.packing import TrainBatch, pack
+from megatron_spear.data.packing import pack
 from megatron_spear.types import Origin, Reward, TrainSample, TrajectoryId
-
-
-class NegativeLogLikelihood:
-    """Plain sum of token_weight * -log p."""
-
-    temperature = 1.0
-    needs_entropy = False
-
-    def __call__(
-        self, logprobs: Tensor, entropy: Tensor | None, batch: TrainBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return -(batch.token_weight * logprobs).sum(), {}
 
 
 def make_model(path: Path, args: argparse.Namespace) -> None:
@@ -139,7 +127,7 @@ def megatron_loop(path: Path, samples: list[TrainSample], limit: int) -> Callabl
 
     def step() -> float:
         packed = pack(samples, weights, origins, tokens_per_microbatch=limit)
-        return policy.train_step(packed, NegativeLogLikelihood())["loss/total"]
+        return policy.train_step(packed, NllLoss())["loss/total"]
 
     return step
 
