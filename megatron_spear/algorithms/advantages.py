@@ -1,58 +1,56 @@
-"""Group-relative advantages: how much better a trajectory did than its group.
+"""Advantages: how much better a trajectory, or a turn of it, did than what it is compared with.
 
-Every advantage function gives one number *per turn* of a trajectory, so that step-level methods
-(GiGPO) fit the same shape; GRPO's is the same number for all its turns.
+Every method gives one number *per turn* of a trajectory, so that step-level methods fit the same
+shape. ``R`` is the shaped reward of a trajectory (SPEAR Eq. 6); each trajectory enters its group's
+statistics once, however many turns or segments it has.
+
+| ``algorithm.advantage`` | a trajectory's number | source |
+|---|---|---|
+| ``grpo`` | R - group mean, optionally over the std | arXiv 2402.03300, 2503.20783 |
+| ``rloo`` | R - mean of the other members | arXiv 2402.14740 |
+| ``reinforce_pp_baseline`` | R - group mean, whitened over the step's tokens | arXiv 2501.03262 |
+| ``gigpo`` | grpo's + w * (turn's return - mean of its step group) | arXiv 2505.10978 |
+
+In all of them an invalid action is charged to its turn: the turns of a trajectory differ by their
+own format rewards.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_spear.algorithms.gigpo import discounted_returns, step_advantages, step_group_labels
+from megatron_spear.algorithms.group_baselines import (
+    RewardArray,
+    group_relative,
+    leave_one_out,
+    whitened,
+)
 from megatron_spear.config.schema import AlgorithmSection
-from megatron_spear.types import ScoredGroup, ScoredTrajectory, TrajectoryId
+from megatron_spear.errors import ConfigError
+from megatron_spear.types import ScoredGroup, ScoredTrajectory, TrajectoryId, Turn
 
-RewardArray = npt.NDArray[np.float64]
 TurnAdvantages = Mapping[TrajectoryId, RewardArray]
 """float64 ``[num_turns]`` for every trajectory."""
-
-STD_EPSILON = 1e-6
 
 
 def turn_advantages(
     groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
 ) -> TurnAdvantages:
-    """The advantages of every scored trajectory, by the configured method.
+    """The advantages of every scored trajectory of a step, by the configured method.
 
-    Rewards are shaped with the step's ``intrinsic_weight`` (SPEAR Eq. 6). Each trajectory enters
-    its group's statistics once, however many turns or segments it has. The turns of a trajectory
-    differ by their own format rewards: an invalid action is charged to its turn.
+    Rewards are shaped with the step's ``intrinsic_weight``. Raises ConfigError where GiGPO is asked
+    for and no turn has an anchor.
 
-    Example: rewards 1 and 0, no invalid action: 0.5 on every turn of the first, -0.5 on the
+    Example (grpo): rewards 1 and 0, no invalid action: 0.5 on every turn of the first, -0.5 on the
     second's. Where the first has one invalid turn of two at a penalty of 0.2 (format -0.1): the
     mean is 0.45, its valid turn gets 0.55, its invalid turn 0.35, the second's turns -0.45.
     """
-    method = _METHODS[section.advantage]
-    result: dict[TrajectoryId, RewardArray] = {}
-    for group in groups:
-        rewards = shaped_rewards(group, intrinsic_weight)
-        own = [_turn_format(member) for member in group.members]
-        within = float(np.mean([parts.var() for parts in own])) if own else 0.0
-        values, scale = method(rewards, within, normalize_std=section.normalize_std)
-        for member, value, parts in zip(group.members, values, own, strict=True):
-            trajectory = member.trajectory
-            assert trajectory.id not in result, f"trajectory {trajectory.id} occurs twice"
-            result[trajectory.id] = value + parts / scale
-    return result
-
-
-def _turn_format(member: ScoredTrajectory) -> RewardArray:
-    """float64 ``[num_turns]``: each turn's format reward minus their mean, ``reward.format``."""
-    invalid = np.array([not turn.valid for turn in member.trajectory.turns], np.float64)
-    if not invalid.any():
-        return np.zeros_like(invalid)
-    parts: RewardArray = member.reward.format * (invalid / invalid.mean() - 1.0)
-    return parts
+    ids = Counter(member.trajectory.id for member in _members(groups))
+    repeated = [str(id_) for id_, count in ids.items() if count > 1]
+    assert not repeated, f"trajectories that occur twice: {repeated}"
+    return _METHODS[section.advantage](groups, section, intrinsic_weight)
 
 
 def shaped_rewards(group: ScoredGroup, intrinsic_weight: float) -> RewardArray:
@@ -60,23 +58,129 @@ def shaped_rewards(group: ScoredGroup, intrinsic_weight: float) -> RewardArray:
     return np.array([member.reward.total(intrinsic_weight) for member in group.members], np.float64)
 
 
-def group_relative(
-    rewards: RewardArray, within: float = 0.0, *, normalize_std: bool
-) -> tuple[RewardArray, float]:
-    """Rewards ``[G]`` minus their mean, and what they were divided by.
+def turn_rewards(member: ScoredTrajectory) -> RewardArray:
+    """float64 ``[num_turns]``: the outcome on the last turn, format penalties on their own turns.
 
-    With ``normalize_std`` that is the unbiased std + 1e-6 (GRPO, arXiv 2402.03300), where
-    ``within``, the mean variance inside the trajectories, counts too; without it 1 (Dr. GRPO, arXiv
-    2503.20783). Equal rewards, and a group of one, give exactly 0: there is nothing to compare with
-    (the official code passes the raw reward of a group of one on as its advantage).
+    The intrinsic reward is for the trajectory as a whole (distinct actions) and is on no turn.
 
-    Example: ``[1, 0, 0, 1]`` gives ``[0.5, -0.5, -0.5, 0.5]``; with std ``[0.866, -0.866, ...]``.
+    Example: won (outcome 1) in three turns, the second invalid at a penalty of 0.3 (format -0.1):
+    ``[0, -0.3, 1]``.
     """
-    equal = len(rewards) == 0 or rewards.max() == rewards.min()
-    between = 0.0 if equal else float(rewards.var(ddof=1))
-    scale = (between + within) ** 0.5 + STD_EPSILON if normalize_std else 1.0
-    centred: RewardArray = np.zeros_like(rewards) if equal else rewards - rewards.mean()
-    return centred / scale, scale
+    rewards = _charged_format(member)
+    if len(rewards):
+        rewards[-1] += member.reward.outcome
+    return rewards
 
 
-_METHODS = {"grpo": group_relative}
+def _grpo(
+    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+) -> dict[TrajectoryId, RewardArray]:
+    return _episode_relative(groups, intrinsic_weight, normalize_std=section.normalize_std)
+
+
+def _rloo(
+    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+) -> dict[TrajectoryId, RewardArray]:
+    result = {}
+    for group in groups:
+        values = leave_one_out(shaped_rewards(group, intrinsic_weight))
+        for member, value in zip(group.members, values, strict=True):
+            result[member.trajectory.id] = value + _format_deviations(member)
+    return result
+
+
+def _reinforce_pp_baseline(
+    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+) -> dict[TrajectoryId, RewardArray]:
+    """Whitened over all sampled tokens: a turn counts as often as it has action tokens."""
+    centred = _episode_relative(groups, intrinsic_weight, normalize_std=False)
+    if not centred:
+        return centred
+    counts = [len(turn.action_tokens) for member in _members(groups) for turn in _turns(member)]
+    values = whitened(np.concatenate(list(centred.values())), np.array(counts, np.float64))
+    return _by_trajectory(groups, values)
+
+
+def _gigpo(
+    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+) -> dict[TrajectoryId, RewardArray]:
+    """A turn without an anchor is a step group of its own and gets the episode's part alone."""
+    gigpo = section.gigpo
+    normalize_std = gigpo.mode == "mean_std_norm"
+    episode = _episode_relative(groups, intrinsic_weight, normalize_std=normalize_std)
+    turns = [
+        (group.group_id, turn.anchor)
+        for group in groups
+        for member in group.members
+        for turn in _turns(member)
+    ]
+    if not turns:
+        return episode
+    if not any(anchor for _, anchor in turns):
+        raise ConfigError(
+            "algorithm.advantage: got 'gigpo', which compares turns with the same anchor, and no "
+            "turn of this step has one; give `anchor` in the environment's info, or use 'grpo'"
+        )
+    keys = [(*turn, None if turn[1] else index) for index, turn in enumerate(turns)]
+    returns = np.concatenate(
+        [discounted_returns(turn_rewards(member), gigpo.discount) for member in _members(groups)]
+    ).astype(np.float64)
+    values = step_advantages(returns, step_group_labels(keys), normalize_std=normalize_std)
+    step = _by_trajectory(groups, gigpo.step_weight * values)
+    return {id_: values + step[id_] for id_, values in episode.items()}
+
+
+def _episode_relative(
+    groups: Sequence[ScoredGroup], intrinsic_weight: float, *, normalize_std: bool
+) -> dict[TrajectoryId, RewardArray]:
+    """Each trajectory's reward against its group's, plus what its turns differ by."""
+    result = {}
+    for group in groups:
+        own = [_format_deviations(member) for member in group.members]
+        within = float(np.mean([parts.var() for parts in own])) if own else 0.0
+        rewards = shaped_rewards(group, intrinsic_weight)
+        values, scale = group_relative(rewards, within, normalize_std=normalize_std)
+        for member, value, parts in zip(group.members, values, own, strict=True):
+            result[member.trajectory.id] = value + parts / scale
+    return result
+
+
+def _charged_format(member: ScoredTrajectory) -> RewardArray:
+    """float64 ``[num_turns]``: ``reward.format``, a mean over the turns, on the invalid ones."""
+    invalid = np.array([not turn.valid for turn in _turns(member)], np.float64)
+    return member.reward.format * (invalid / invalid.mean()) if invalid.any() else invalid
+
+
+def _format_deviations(member: ScoredTrajectory) -> RewardArray:
+    """float64 ``[num_turns]``: each turn's format reward minus their mean, ``reward.format``."""
+    charged = _charged_format(member)
+    return charged - member.reward.format if charged.any() else charged
+
+
+def _members(groups: Sequence[ScoredGroup]) -> Iterator[ScoredTrajectory]:
+    return (member for group in groups for member in group.members)
+
+
+def _turns(member: ScoredTrajectory) -> tuple[Turn, ...]:
+    return member.trajectory.turns
+
+
+def _by_trajectory(
+    groups: Sequence[ScoredGroup], values: RewardArray
+) -> dict[TrajectoryId, RewardArray]:
+    """Values ``[all turns of the step]`` cut up again, in the order of the groups."""
+    members = list(_members(groups))
+    ends = np.cumsum([len(_turns(member)) for member in members])
+    parts = np.split(values, ends[:-1])
+    return {m.trajectory.id: part for m, part in zip(members, parts, strict=True)}
+
+
+_Method = Callable[
+    [Sequence[ScoredGroup], AlgorithmSection, float], dict[TrajectoryId, RewardArray]
+]
+_METHODS: dict[str, _Method] = {
+    "grpo": _grpo,
+    "rloo": _rloo,
+    "reinforce_pp_baseline": _reinforce_pp_baseline,
+    "gigpo": _gigpo,
+}

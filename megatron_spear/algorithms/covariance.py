@@ -1,10 +1,13 @@
-"""Covariance clipping: replayed tokens drawn from a band of covariance lose their gradient.
+"""Which tokens covariance singles out: those that lose their gradient, those that pay a KL penalty.
 
-SPEAR Eq. 18-21 (after Clip-Cov, arXiv 2505.22617). A token's covariance is
-(logprob - mean logprob) * (advantage - mean advantage). What differs from the official code: the
-means and the quota are those of the whole update, not of a micro-batch, and the draw is keyed by
-(seed, step, trajectory, segment, token), so no split or layout changes which tokens are dropped.
-Only the choice is made here; the caller gives the dropped tokens weight 0.
+A token's covariance is (logprob - mean logprob) * (advantage - mean advantage).
+- Clip-Cov (SPEAR Eq. 18-21, after arXiv 2505.22617): tokens drawn from a band of covariance are
+  dropped (``dropped_tokens``); the caller gives them weight 0.
+- KL-Cov (arXiv 2505.22617): the tokens of highest covariance are selected (``kl_selected_tokens``);
+  ``unclipped_losses.KlCovLoss`` penalises them.
+What differs from the official code: the means and the quota are those of the whole update, not of a
+micro-batch, and draws are keyed by (seed, step, trajectory, segment, token), so no split or layout
+changes which tokens are chosen. Only the choice is made here.
 """
 
 import math
@@ -41,11 +44,8 @@ def dropped_tokens(
     """
     if not samples:
         return []
-    flat_logprobs = _joined(logprobs)
+    flat_logprobs, flat_advantages, flat_mask = _flat(samples, logprobs)
     flat_old = _joined([sample.old_logprobs for sample in samples])
-    flat_advantages = _joined([sample.advantages for sample in samples])
-    flat_mask = np.concatenate([sample.response_mask for sample in samples])
-    assert len(flat_logprobs) == len(flat_mask), "one log-prob per token of every sample"
     candidates = eligible(
         covariances(flat_logprobs, flat_advantages, flat_mask),
         ratio_clipped(flat_logprobs, flat_old, flat_advantages, clip_low, clip_high),
@@ -58,10 +58,37 @@ def dropped_tokens(
     )
     indices = np.flatnonzero(candidates)
     chosen = indices[np.argsort(draws[indices], kind="stable")[:quota]]
-    dropped = np.zeros(len(flat_mask), np.bool_)
-    dropped[chosen] = True
-    ends = np.cumsum([len(sample.token_ids) for sample in samples])
-    return np.split(dropped, ends[:-1])
+    return _flags(samples, chosen)
+
+
+def kl_selected_tokens(
+    samples: Sequence[TrainSample],
+    logprobs: Sequence[_AnyFloats],
+    *,
+    fraction: float,
+    seed: int,
+    step: int,
+) -> list[BoolArray]:
+    """bool ``[L]`` for each sample: True on the tokens of highest covariance (KL-Cov).
+
+    ``samples`` are all of one update, ``logprobs`` ``[L]`` each their log-probs under the current
+    policy. floor(fraction * masked tokens) are selected, at least 1 (none with fraction 0); a draw
+    decides between tokens of equal covariance.
+    """
+    if not samples:
+        return []
+    flat_logprobs, flat_advantages, flat_mask = _flat(samples, logprobs)
+    covariance = covariances(flat_logprobs, flat_advantages, flat_mask)
+    draws = np.concatenate(
+        [
+            raw_draws(len(s.token_ids), seed, step, "kl-cov", str(s.trajectory_id), s.segment)
+            for s in samples
+        ]
+    )
+    indices = np.flatnonzero(flat_mask)
+    quota = drop_quota(fraction, len(indices), len(indices))
+    order = np.lexsort((draws[indices], -covariance[indices]))
+    return _flags(samples, indices[order[:quota]])
 
 
 def covariances(logprobs: _AnyFloats, advantages: _AnyFloats, mask: BoolArray) -> _Values:
@@ -112,6 +139,25 @@ def dropped_fraction(samples: Sequence[TrainSample], dropped: Sequence[BoolArray
     """Share of the masked tokens that were dropped (metric ``replay/cov_dropped_fraction``)."""
     num_tokens = sum(int(sample.response_mask.sum()) for sample in samples)
     return sum(int(row.sum()) for row in dropped) / max(num_tokens, 1)
+
+
+def _flat(
+    samples: Sequence[TrainSample], logprobs: Sequence[_AnyFloats]
+) -> tuple[_Values, _Values, BoolArray]:
+    """Log-probs, advantages and masks of all samples, each as one array."""
+    flat_logprobs = _joined(logprobs)
+    flat_advantages = _joined([sample.advantages for sample in samples])
+    flat_mask = np.concatenate([sample.response_mask for sample in samples])
+    assert len(flat_logprobs) == len(flat_mask), "one log-prob per token of every sample"
+    return flat_logprobs, flat_advantages, flat_mask
+
+
+def _flags(samples: Sequence[TrainSample], chosen: npt.NDArray[np.integer]) -> list[BoolArray]:
+    """bool ``[L]`` for each sample from indices into the samples laid end to end."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    flags = np.zeros(sum(lengths), np.bool_)
+    flags[chosen] = True
+    return np.split(flags, np.cumsum(lengths)[:-1])
 
 
 def _joined(rows: Sequence[_AnyFloats]) -> _Values:

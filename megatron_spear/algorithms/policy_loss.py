@@ -73,6 +73,40 @@ class TokenLoss(Protocol):
         ...
 
 
+def log_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``logprobs - old_logprobs`` (0 outside ``mask``) as it is, and clamped to +-20.
+
+    Untrained tokens are cut off here, before any exp, so that nothing they hold can become NaN
+    times 0.
+    """
+    raw = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    return raw, raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def clipped_surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(surrogate, bool: clipped, bool: dual-clipped), each of the shape of ``log_ratio``.
+
+    Example: ratio 1.5, advantage 2, clip_high 0.28: surrogate -2.56, clipped, not dual-clipped.
+    """
+    ratio = log_ratio.exp()
+    free = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    surrogate = torch.maximum(free, bounded)
+    clipped = bounded > free
+    dual_clipped = torch.zeros_like(clipped)
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        dual_clipped = (advantages < 0) & (bound < surrogate)
+        surrogate = torch.where(advantages < 0, torch.minimum(surrogate, bound), surrogate)
+    return surrogate, clipped, dual_clipped
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClippedLoss:
     """PPO's clipped surrogate with separate bounds and a dual clip (None = no dual clip)."""
@@ -102,25 +136,16 @@ class ClippedLoss:
         -0.256 and has no gradient.
         """
         mask = batch.token_weight != 0
-        # Untrained tokens are cut off before exp, so that nothing they hold can become NaN times 0.
-        raw = torch.where(mask, logprobs - batch.old_logprobs, torch.zeros_like(logprobs))
-        log_ratio = raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio = log_ratio.exp()
+        raw, log_ratio = log_ratios(logprobs, batch.old_logprobs, mask)
         advantages = batch.advantages
-        free = -advantages * ratio
-        bounded = -advantages * ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
-        surrogate = torch.maximum(free, bounded)
-        clipped = bounded > free
-        dual_clipped = torch.zeros_like(clipped)
-        if self.dual_clip is not None:
-            bound = -advantages * self.dual_clip
-            dual_clipped = (advantages < 0) & (bound < surrogate)
-            surrogate = torch.where(advantages < 0, torch.minimum(surrogate, bound), surrogate)
+        surrogate, clipped, dual_clipped = clipped_surrogate(
+            log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip
+        )
         weighted = batch.token_weight * surrogate
         no_gradient = clipped | dual_clipped | (advantages == 0) | (raw.abs() > MAX_LOG_RATIO)
         terms = {
             "loss": weighted,
-            "ratio": ratio,
+            "ratio": log_ratio.exp(),
             "kl": -log_ratio,
             "clipped": clipped,
             "dual_clipped": dual_clipped,
@@ -128,7 +153,7 @@ class ClippedLoss:
         }
         if entropy is not None:
             terms["entropy"] = entropy
-        return weighted.sum(), _sums_by_origin(terms, mask, batch.origin)
+        return weighted.sum(), sums_by_origin(terms, mask, batch.origin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +178,7 @@ class NllLoss:
         return weighted.sum(), sums
 
 
-def _sums_by_origin(terms: Mapping[str, Tensor], mask: Tensor, origin: Tensor) -> MetricSums:
+def sums_by_origin(terms: Mapping[str, Tensor], mask: Tensor, origin: Tensor) -> MetricSums:
     """``<origin>/num_tokens`` and ``<origin>/sum_<term>`` over the trained tokens, float64."""
     sums: MetricSums = {}
     for prefix, code in _ORIGINS:
@@ -171,6 +196,7 @@ _MEANS = {
     "sum_clipped": "clip_fraction",
     "sum_dual_clipped": "dual_clip_fraction",
     "sum_zero_gradient": "zero_gradient_fraction",
+    "sum_kl_selected": "kl_selected_fraction",
     "sum_entropy": "entropy",
     "sum_nll": "nll",
 }

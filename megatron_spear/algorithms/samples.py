@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_spear.algorithms.advantages import RewardArray, TurnAdvantages
+from megatron_spear.algorithms.advantages import TurnAdvantages
+from megatron_spear.algorithms.group_baselines import RewardArray
 from megatron_spear.types import (
     FloatArray,
     ScoredGroup,

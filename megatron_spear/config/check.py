@@ -82,6 +82,16 @@ def _groups(config: RunConfig) -> Iterator[str]:
         yield "rollout.group_size=1 gives advantage 0 everywhere (reward minus itself); use >= 2"
     if algorithm.keep_groups_fraction == 0.0:
         yield "algorithm.keep_groups_fraction=0 keeps no group, so nothing is trained; use > 0"
+    if algorithm.normalize_std and algorithm.advantage != "grpo":
+        own = {
+            "rloo": "rloo never divides",
+            "reinforce_pp_baseline": "reinforce_pp_baseline whitens over the step's tokens",
+            "gigpo": "gigpo has algorithm.gigpo.mode",
+        }
+        yield (
+            "algorithm.normalize_std=true is read with algorithm.advantage=grpo only; "
+            f"{own[algorithm.advantage]}"
+        )
     trajectories = rollout.prompts_per_step * rollout.group_size
     if algorithm.mini_batches > trajectories:
         yield (

@@ -200,14 +200,30 @@ class RolloutSection(Section):
     """Deadline of one generation."""
 
 
+class GigpoSection(Section):
+    """GiGPO's step-level part (arXiv 2505.10978); read with ``algorithm.advantage: gigpo`` only."""
+
+    step_weight: NonNegativeFloat = 1.0
+    """Weight of a turn's advantage in its step group, beside the trajectory's in its group."""
+    mode: Literal["mean_norm", "mean_std_norm"] = "mean_norm"
+    """Subtract a group's mean, or also divide by its standard deviation; for both parts."""
+    discount: Fraction = 0.95
+    """Discount of later turns' rewards, per turn."""
+
+
 class AlgorithmSection(Section):
     """Advantages, policy loss, filters. Defaults are Dr.BoT's, SPEAR's baseline
     (arXiv 2509.22601)."""
 
-    advantage: Literal["grpo"] = "grpo"
-    """Group-relative advantage: reward minus the group's mean."""
+    advantage: Literal["grpo", "rloo", "reinforce_pp_baseline", "gigpo"] = "grpo"
+    """What a reward is compared with: the group's mean (grpo; gigpo adds turns with the same
+    anchor), the other members' mean (rloo), or the group's mean, whitened over the step's tokens
+    (reinforce_pp_baseline)."""
     normalize_std: bool = False
-    """Divide by the group's standard deviation (GRPO's original form)."""
+    """Divide by the group's standard deviation (GRPO's original form; false is Dr. GRPO). With
+    ``advantage: grpo`` only."""
+    gigpo: GigpoSection = GigpoSection()
+    """GiGPO's own settings."""
     clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Lower clip of the ratio: 1 - clip_low."""
     clip_high: PositiveFloat = 0.28

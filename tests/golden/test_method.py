@@ -4,14 +4,13 @@ Where the default is the corrected method and differs, the difference itself is 
 |a - b| <= tol * (1 + |b|) with tol 1e-9 (float64) or 2e-4 (float32).
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_vectors import assert_match, cases
 from torch import Tensor
 
 from megatron_spear.algorithms.advantages import group_relative
@@ -26,26 +25,6 @@ from megatron_spear.replay.selection import baseline_values, recalibrated, selec
 from megatron_spear.replay.store import ReplayRow
 from megatron_spear.testing.hand_made import make_group, make_sample
 from megatron_spear.types import Coefficients, Reward, StepContext, TrajectoryId
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-
-
-def cases(name: str, **params: str) -> list[Any]:
-    """The cases of one file with these ``params``; one skipped case where the folder is absent."""
-    path = GOLDEN / f"{name}.json"
-    if not path.exists():
-        reason = f"{path} is absent (recorded outside results)"
-        return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="absent")]
-    found = json.loads(path.read_text())["cases"]
-    chosen = [case for case in found if params.items() <= case["params"].items()]
-    return [pytest.param(case, id=case["name"]) for case in chosen]
-
-
-def assert_match(got: Any, expected: Any, dtype: str, *, float64: float = 1e-9) -> None:
-    tolerance = {"float64": float64, "float32": 2e-4}[dtype]
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64), np.asarray(expected, np.float64), tolerance, tolerance
-    )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Covariance clipping: eligibility by hand, the quota, and draws that no split changes."""
+"""Covariance clipping and KL-Cov's selection: by hand, the quota, draws that no split changes."""
 
 import random
 from dataclasses import replace
@@ -12,6 +12,7 @@ from megatron_spear.algorithms.covariance import (
     dropped_fraction,
     dropped_tokens,
     eligible,
+    kl_selected_tokens,
     ratio_clipped,
 )
 from megatron_spear.config.schema import CovarianceClipSection
@@ -120,3 +121,53 @@ def test_nothing_to_drop() -> None:
     sample = make_sample(mask=[0, 0])
     assert not _drop([sample], [np.zeros(2, np.float32)])[0].any()
     assert dropped_fraction([sample], [np.zeros(2, bool)]) == 0.0
+
+
+def test_kl_selects_the_highest_covariances_of_the_whole_update() -> None:
+    samples, logprobs = _random_update(4)
+    chosen = kl_selected_tokens(samples, logprobs, fraction=0.1, seed=0, step=1)
+    mask = np.concatenate([s.response_mask for s in samples])
+    advantages = np.concatenate([s.advantages for s in samples])
+    covariance = covariances(np.concatenate(logprobs), advantages, mask)
+    flat = np.concatenate(chosen)
+    assert [len(row) for row in chosen] == [len(s.token_ids) for s in samples]
+    assert flat.sum() == int(0.1 * mask.sum()) and not (flat & ~mask).any()
+    assert covariance[flat].min() > covariance[mask & ~flat].max()
+    order = list(reversed(range(len(samples))))
+    again = kl_selected_tokens(
+        [samples[i] for i in order], [logprobs[i] for i in order], fraction=0.1, seed=0, step=1
+    )
+    assert [row.tolist() for row in reversed(again)] == [row.tolist() for row in chosen]
+
+
+def test_kl_selection_of_equal_covariances_is_a_keyed_draw() -> None:
+    samples = [make_sample(member=i, mask=[1] * 8) for i in range(3)]
+    logprobs = [np.full(8, -1.0, np.float32)] * 3
+
+    def chosen(order: list[int], step: int) -> dict[int, list[bool]]:
+        rows = kl_selected_tokens(
+            [samples[i] for i in order],
+            [logprobs[i] for i in order],
+            fraction=0.21,
+            seed=0,
+            step=step,
+        )
+        return {i: row.tolist() for i, row in zip(order, rows, strict=True)}
+
+    first = chosen([0, 1, 2], 1)
+    assert sum(map(sum, first.values())) == 5
+    assert chosen([2, 0, 1], 1) == first != chosen([0, 1, 2], 2)
+
+
+def test_kl_selects_at_least_one_and_none_where_there_is_nothing() -> None:
+    samples, logprobs = _random_update(5)
+
+    def count(fraction: float) -> int:
+        rows = kl_selected_tokens(samples, logprobs, fraction=fraction, seed=0, step=1)
+        return sum(int(row.sum()) for row in rows)
+
+    assert count(1e-6) == 1 and count(0.0) == 0
+    assert kl_selected_tokens([], [], fraction=0.1, seed=0, step=1) == []
+    empty = [make_sample(mask=[0, 0])]
+    (row,) = kl_selected_tokens(empty, [np.zeros(2)], fraction=0.1, seed=0, step=1)
+    assert row.tolist() == [False, False]

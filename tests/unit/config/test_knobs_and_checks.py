@@ -87,6 +87,7 @@ def test_the_defaults_work_on_one_rank() -> None:
         (["rollout.group_size=1"], 1, "advantage 0 everywhere"),
         (["algorithm.keep_groups_fraction=0"], 1, "keeps no group"),
         (["algorithm.mini_batches=65"], 1, "above the 64 trajectories"),
+        (["algorithm.advantage=gigpo", "algorithm.normalize_std=true"], 1, "algorithm.gigpo.mode"),
         (["replay.capacity=8"], 1, "rows_per_step=24 is above"),
         (["replay.covariance_clip.low=70"], 1, "the band is empty"),
         (["policy.optimizer.min_lr=1"], 1, "policy.optimizer.min_lr=1 is above"),
