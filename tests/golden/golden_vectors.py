@@ -1,11 +1,11 @@
-"""Reading the recorded numbers of the official code, and what counts as a match."""
+"""The recorded numbers of the official code as pytest cases, and what counts as a match."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+
+from megatron_spear.testing.golden.compare import number_differences, read_cases
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 
@@ -16,13 +16,12 @@ def cases(name: str, **params: str) -> list[Any]:
     if not path.exists():
         reason = f"{path} is absent (recorded outside results)"
         return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="absent")]
-    found = json.loads(path.read_text())["cases"]
-    chosen = [case for case in found if params.items() <= case["params"].items()]
+    chosen = [case for case in read_cases(path) if params.items() <= case["params"].items()]
     return [pytest.param(case, id=case["name"]) for case in chosen]
 
 
-def assert_match(got: Any, expected: Any, dtype: str, *, float64: float = 1e-9) -> None:
-    tolerance = {"float64": float64, "float32": 2e-4}[dtype]
-    np.testing.assert_allclose(
-        np.asarray(got, np.float64), np.asarray(expected, np.float64), tolerance, tolerance
-    )
+def assert_match(got: Any, expected: Any, dtype: str, *, float64: float | None = None) -> None:
+    """``float64`` replaces the tolerance of a case recorded in float64."""
+    tolerance = float64 if dtype == "float64" else None
+    lines = list(number_differences("value", got, expected, dtype, tolerance=tolerance))
+    assert not lines, lines

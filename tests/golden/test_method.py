@@ -17,9 +17,11 @@ from megatron_spear.algorithms.advantages import group_relative
 from megatron_spear.algorithms.aggregation import token_weights
 from megatron_spear.algorithms.covariance import covariances, drop_quota, eligible, ratio_clipped
 from megatron_spear.algorithms.filters import keep_groups
+from megatron_spear.algorithms.gigpo import discounted_returns
+from megatron_spear.algorithms.official.gigpo import gigpo_step_returns
 from megatron_spear.algorithms.policy_loss import ClippedLoss, finish_metrics
 from megatron_spear.config.schema import CovarianceClipSection
-from megatron_spear.curriculum.schedules import cosine_decay, cosine_warmup
+from megatron_spear.curriculum.schedules import cosine_decay
 from megatron_spear.replay.baseline import BaselineHistory
 from megatron_spear.replay.selection import baseline_values, recalibrated, select
 from megatron_spear.replay.store import ReplayRow
@@ -150,14 +152,16 @@ def test_aggregation(case: dict[str, Any]) -> None:
     assert_match(ours, expected["seq-mean-token-sum-norm"], dtype)
 
 
-@pytest.mark.parametrize("case", cases("sil_weight_schedule"))
-def test_replay_weight_schedule(case: dict[str, Any]) -> None:
-    params = case["params"]
-    got = [
-        params["replay_loss_coef"] * cosine_warmup(step, params["max_replay_loss_steps"])
-        for step in case["inputs"]["global_steps"]
-    ]
-    assert_match(got, case["expected"]["weight"], "float64")
+@pytest.mark.parametrize("case", cases("gigpo_step_returns"))
+def test_discounted_returns(case: dict[str, Any]) -> None:
+    rewards, trajectories = (np.array(case["inputs"][name]) for name in ("rewards", "traj_uid"))
+    discount, expected = case["params"]["gamma"], np.array(case["expected"]["step_returns"])
+    official = gigpo_step_returns(rewards, trajectories, discount=discount)
+    assert official.dtype == np.float32
+    assert official.tolist() == expected.tolist(), "the same float32 numbers, to the bit"
+    for name in set(trajectories):  # ours are float64, the recorded ones float32
+        rows = trajectories == name
+        assert_match(discounted_returns(rewards[rows], discount), expected[rows], "float32")
 
 
 @pytest.mark.parametrize("case", cases("tool_call_reward", variant="linear", mode="cosine"))
