@@ -6,7 +6,6 @@ The ranks are forked from a server that has imported the policy once, so startin
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -31,8 +30,11 @@ def run_ranks(
     thread. Raises RankFailed with the first failing rank's traceback, or naming the ranks that
     were not done after ``timeout_s`` seconds; all processes are killed then.
     """
+    from torch.distributed import TCPStore
+
     context = _context()
-    port = _free_port()
+    # Bound here, as torchrun does: a port that was only looked up may be taken before rank 0 binds.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], {}
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
@@ -41,7 +43,8 @@ def run_ranks(
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         payload = pickle.dumps((function, args))
         process = context.Process(
@@ -100,9 +103,3 @@ def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     return context
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
