@@ -84,17 +84,16 @@ def log_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> tuple[Te
 
 
 def clipped_surrogate(
-    log_ratio: Tensor,
+    ratio: Tensor,
     advantages: Tensor,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(surrogate, bool: clipped, bool: dual-clipped), each of the shape of ``log_ratio``.
+    """(surrogate, bool: clipped, bool: dual-clipped), each of the shape of ``ratio``.
 
     Example: ratio 1.5, advantage 2, clip_high 0.28: surrogate -2.56, clipped, not dual-clipped.
     """
-    ratio = log_ratio.exp()
     free = -advantages * ratio
     bounded = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     surrogate = torch.maximum(free, bounded)
@@ -137,23 +136,21 @@ class ClippedLoss:
         """
         mask = batch.token_weight != 0
         raw, log_ratio = log_ratios(logprobs, batch.old_logprobs, mask)
-        advantages = batch.advantages
+        ratio, advantages = log_ratio.exp(), batch.advantages
         surrogate, clipped, dual_clipped = clipped_surrogate(
-            log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip
+            ratio, advantages, self.clip_low, self.clip_high, self.dual_clip
         )
         weighted = batch.token_weight * surrogate
         no_gradient = clipped | dual_clipped | (advantages == 0) | (raw.abs() > MAX_LOG_RATIO)
         terms = {
             "loss": weighted,
-            "ratio": log_ratio.exp(),
+            "ratio": ratio,
             "kl": -log_ratio,
             "clipped": clipped,
             "dual_clipped": dual_clipped,
             "zero_gradient": no_gradient,
         }
-        if entropy is not None:
-            terms["entropy"] = entropy
-        return weighted.sum(), sums_by_origin(terms, mask, batch.origin)
+        return loss_and_sums(terms, entropy, mask, batch.origin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +175,15 @@ class NllLoss:
         return weighted.sum(), sums
 
 
-def sums_by_origin(terms: Mapping[str, Tensor], mask: Tensor, origin: Tensor) -> MetricSums:
+def loss_and_sums(
+    terms: Mapping[str, Tensor], entropy: Tensor | None, mask: Tensor, origin: Tensor
+) -> tuple[Tensor, MetricSums]:
+    """(sum of the ``loss`` term, metric sums of all terms and of the entropy where there is one)"""
+    measured = terms if entropy is None else {**terms, "entropy": entropy}
+    return terms["loss"].sum(), _sums_by_origin(measured, mask, origin)
+
+
+def _sums_by_origin(terms: Mapping[str, Tensor], mask: Tensor, origin: Tensor) -> MetricSums:
     """``<origin>/num_tokens`` and ``<origin>/sum_<term>`` over the trained tokens, float64."""
     sums: MetricSums = {}
     for prefix, code in _ORIGINS:

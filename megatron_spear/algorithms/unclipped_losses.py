@@ -18,7 +18,7 @@ from megatron_spear.algorithms.policy_loss import (
     LossBatch,
     MetricSums,
     log_ratios,
-    sums_by_origin,
+    loss_and_sums,
 )
 
 
@@ -73,9 +73,7 @@ class KlCovLoss:
             "kl_selected": selected,
             "zero_gradient": (slope == 0) | (raw.abs() > MAX_LOG_RATIO),
         }
-        if entropy is not None:
-            terms["entropy"] = entropy
-        return weighted.sum(), sums_by_origin(terms, mask, batch.origin)
+        return loss_and_sums(terms, entropy, mask, batch.origin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +100,4 @@ class GpgLoss:
             "kl": -log_ratio,
             "zero_gradient": batch.advantages == 0,
         }
-        if entropy is not None:
-            terms["entropy"] = entropy
-        return weighted.sum(), sums_by_origin(terms, mask, batch.origin)
+        return loss_and_sums(terms, entropy, mask, batch.origin)

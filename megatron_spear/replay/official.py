@@ -25,9 +25,9 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_spear.algorithms.draws import raw_draws
 from megatron_spear.algorithms.group_baselines import RewardArray
 from megatron_spear.algorithms.official.advantages import groups, recalibrated_advantage
+from megatron_spear.algorithms.official.filters import shuffled
 from megatron_spear.replay.state import require_keys
 
 Array = npt.NDArray[Any]
@@ -296,14 +296,7 @@ def power_of_two_cut(num_kept: int, capacity: int, permute: Permute) -> IndexArr
 
 def keyed_permutation(seed: int, step: int) -> Permute:
     """A permutation of any length that depends on (seed, step) alone."""
-
-    def permute(count: int) -> IndexArray:
-        order: IndexArray = np.argsort(
-            raw_draws(count, seed, step, "official replay"), kind="stable"
-        )
-        return order
-
-    return permute
+    return lambda count: shuffled(np.arange(count), seed, step, "official replay")
 
 
 def _concatenated(chunks: list[OfficialRows]) -> OfficialRows:

@@ -111,17 +111,17 @@ def _one(env: AlfworldSection, sft: SftSection, game_seed: int, index: int) -> D
     rng = random.Random(f"sft/{sft.seed}/{index}")
     for attempt in range(_MAX_TRIES):
         if env.games is None:
-            game = generate_game(
+            generated = generate_game(
                 game_seed,
                 index + attempt * 1_000_003,
                 task_types=env.task_types,
                 settings=env.generator,
             )
+            game = parse_game(generated)
         else:
-            game = rng.choice(_loaded_games(env))
-            require_winnable(game)
+            game = require_winnable(rng.choice(_loaded_games(env)))
         played = demonstrate(
-            parse_game(game),
+            game,
             rng,
             explore=sft.explore,
             noise=sft.noise,

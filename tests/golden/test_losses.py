@@ -4,7 +4,6 @@ They are held to the official numbers where a choice of token weights makes the 
 official losses themselves are in ``test_vectors``.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,19 +17,9 @@ from megatron_spear.algorithms.official.masked import aggregate
 from megatron_spear.algorithms.unclipped_losses import GpgLoss, KlCovLoss
 from megatron_spear.testing.golden.losses import tensors
 from megatron_spear.testing.hand_made import make_sample
+from megatron_spear.testing.loss_batch import LossFields
 
 Case = dict[str, Any]
-
-
-@dataclass
-class Batch:
-    """The fields a loss reads."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    token_weight: Tensor
-    origin: Tensor
-    kl_selected: Tensor
 
 
 def _official_weights(mask: Tensor, mode: str) -> Tensor:
@@ -56,7 +45,7 @@ def test_kl_cov_of_the_whole_update(case: Case) -> None:
     assert sum(int(row.sum()) for row in selected) == quota
     if len(t["advantages"][mask].unique()) == 1:
         return  # every covariance is 0: here a draw decides, there rounding does
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=t["old_log_prob"].flatten(),
         advantages=t["advantages"].flatten(),
         token_weight=_official_weights(t["mask"], params["agg"]),
@@ -73,7 +62,7 @@ def test_kl_cov_of_the_whole_update(case: Case) -> None:
 def test_gpg(case: Case) -> None:
     params, expected, t = case["params"], case["expected"], tensors(case)
     count = t["mask"].numel()
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=torch.zeros(count),
         advantages=t["advantages"].flatten(),
         token_weight=_official_weights(t["mask"], params["agg"]),

@@ -4,14 +4,12 @@ Where the default is the corrected method and differs, the difference itself is 
 |a - b| <= tol * (1 + |b|) with tol 1e-9 (float64) or 2e-4 (float32).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden_vectors import assert_match, cases
-from torch import Tensor
 
 from megatron_spear.algorithms.advantages import group_relative
 from megatron_spear.algorithms.aggregation import token_weights
@@ -26,17 +24,8 @@ from megatron_spear.replay.baseline import BaselineHistory
 from megatron_spear.replay.selection import baseline_values, recalibrated, select
 from megatron_spear.replay.store import ReplayRow
 from megatron_spear.testing.hand_made import make_group, make_sample
+from megatron_spear.testing.loss_batch import LossFields
 from megatron_spear.types import Coefficients, Reward, StepContext, TrajectoryId
-
-
-@dataclass
-class Batch:
-    """The four fields a loss reads."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    token_weight: Tensor
-    origin: Tensor
 
 
 def _loss_and_gradient(case: dict[str, Any]) -> tuple[float, np.ndarray, dict[str, float]]:
@@ -51,7 +40,7 @@ def _loss_and_gradient(case: dict[str, Any]) -> tuple[float, np.ndarray, dict[st
     if params["agg"] == "seq-mean-token-sum-norm":
         weights *= rows  # defect 11, see test_aggregation
     logprobs = arrays["log_prob"].flatten().requires_grad_()
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=arrays["old_log_prob"].flatten(),
         advantages=arrays["advantages"].flatten(),
         token_weight=weights,

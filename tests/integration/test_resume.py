@@ -24,6 +24,7 @@ SETTINGS = (
 )
 Records = Callable[[Path], dict[int, dict[str, Any]]]
 Same = Callable[..., None]
+FallsBack = Callable[[Path, Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,25 @@ def _flip(file: Path) -> None:
         stream.write(bytes([byte ^ 1]))
 
 
+@pytest.fixture
+def falls_back(whole: Path, spear: Callable[..., Any], same_run: Same) -> FallsBack:
+    """A check: with ``file`` damaged, resuming a run stopped at step 3 goes on from step 2, says
+    so, and ends as the whole run."""
+
+    def check(run_dir: Path, file: Path) -> None:
+        done = spear("train", f"resume={run_dir}", *SETTINGS)
+        told = done.out + done.err
+        assert "passing over checkpoint" in told and "step_3" in told and file.name in told
+        assert "continuing after step 2 of 4" in told
+        assert (run_dir / "checkpoints" / "step_3.damaged").is_dir()
+        same_run(whole, run_dir)
+
+    return check
+
+
 @pytest.mark.parametrize("damage", [_cut, _flip, Path.unlink])
 def test_a_damaged_checkpoint_costs_one_step(
-    damage: Callable[[Path], None],
-    whole: Path,
-    stopped: Path,
-    spear: Callable[..., Any],
-    tmp_path: Path,
-    same_run: Same,
+    damage: Callable[[Path], None], stopped: Path, tmp_path: Path, falls_back: FallsBack
 ) -> None:
     """Falls back to step 2, says so, does step 3 again; a half-written step 4 is swept away."""
     run_dir = tmp_path / "run"
@@ -117,21 +129,12 @@ def test_a_damaged_checkpoint_costs_one_step(
     )
     damage(file)
     (run_dir / "checkpoints" / "step_4.tmp" / "policy").mkdir(parents=True)
-    done = spear("train", f"resume={run_dir}", *SETTINGS)
-    told = done.out + done.err
-    assert "passing over checkpoint" in told and "step_3" in told and file.name in told
-    assert "continuing after step 2 of 4" in told
+    falls_back(run_dir, file)
     assert not (run_dir / "checkpoints" / "step_4.tmp").exists()
-    assert (run_dir / "checkpoints" / "step_3.damaged").is_dir()
-    same_run(whole, run_dir)
 
 
 def test_damaged_replay_rows_cost_one_step(
-    whole: Path,
-    stopped: Path,
-    spear: Callable[..., Any],
-    tmp_path: Path,
-    same_run: Same,
+    stopped: Path, tmp_path: Path, falls_back: FallsBack
 ) -> None:
     """The rows of step 3 lie outside its checkpoint: falls back to step 2, says so."""
     run_dir = tmp_path / "run"
@@ -140,12 +143,7 @@ def test_damaged_replay_rows_cost_one_step(
     needed = [_replay_files(run_dir, step) for step in (2, 3)]
     assert file.name not in needed[0] and file.name in needed[1]
     _cut(file)
-    done = spear("train", f"resume={run_dir}", *SETTINGS)
-    told = done.out + done.err
-    assert "passing over checkpoint" in told and "step_3" in told and file.name in told
-    assert "continuing after step 2 of 4" in told
-    assert (run_dir / "checkpoints" / "step_3.damaged").is_dir()
-    same_run(whole, run_dir)
+    falls_back(run_dir, file)
 
 
 def _replay_files(run_dir: Path, step: int) -> list[str]:

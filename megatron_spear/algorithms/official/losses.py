@@ -66,7 +66,7 @@ def vanilla(
     """Clipped surrogate with a dual clip; the log ratio is clamped to +-20."""
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     surrogate, clipped, dual_clipped = clipped_surrogate(
-        log_ratio, advantages, clip_low, clip_high, dual_clip
+        log_ratio.exp(), advantages, clip_low, clip_high, dual_clip
     )
     return OfficialLoss(
         loss=aggregate(surrogate, mask, aggregation),
@@ -93,7 +93,7 @@ def clip_cov(
     """
     log_ratio = logprobs - old_logprobs
     surrogate, clipped, _ = clipped_surrogate(
-        log_ratio, advantages, clip.clip_low, clip.clip_high, None
+        log_ratio.exp(), advantages, clip.clip_low, clip.clip_high, None
     )
     drop = covariance_drop(logprobs.detach(), advantages, mask, clipped, clip, permutation)
     kept = torch.ones_like(mask)

@@ -32,6 +32,11 @@ def tensors(case: Case) -> dict[str, Tensor]:
     return found
 
 
+def _ratio_inputs(t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What every loss with a ratio begins with."""
+    return t["log_prob"], t["old_log_prob"], t["advantages"], t["mask"]
+
+
 def _loss_differences(got: OfficialLoss, logprobs: Tensor, case: Case) -> Iterator[str]:
     got.loss.backward()
     values = {
@@ -62,10 +67,7 @@ def _permutation(case: Case) -> Tensor:
 def check_vanilla(case: Case) -> Iterator[str]:
     params, t = case["params"], tensors(case)
     got = losses.vanilla(
-        t["log_prob"],
-        t["old_log_prob"],
-        t["advantages"],
-        t["mask"],
+        *_ratio_inputs(t),
         clip_low=params["clip_low"],
         clip_high=params["clip_high"],
         dual_clip=params["dual_clip_c"],
@@ -77,10 +79,7 @@ def check_vanilla(case: Case) -> Iterator[str]:
 def check_clip_cov(case: Case) -> Iterator[str]:
     params, expected, t = case["params"], case["expected"], tensors(case)
     got, drop = losses.clip_cov(
-        t["log_prob"],
-        t["old_log_prob"],
-        t["advantages"],
-        t["mask"],
+        *_ratio_inputs(t),
         _clip(params),
         aggregation=params["agg"],
         permutation=_permutation(case),
@@ -98,10 +97,7 @@ def check_clip_cov(case: Case) -> Iterator[str]:
 def check_kl_cov(case: Case) -> Iterator[str]:
     params, t = case["params"], tensors(case)
     got = losses.kl_cov(
-        t["log_prob"],
-        t["old_log_prob"],
-        t["advantages"],
-        t["mask"],
+        *_ratio_inputs(t),
         fraction=params["kl_cov_ratio"],
         coef=params["ppo_kl_coef"],
         aggregation=params["agg"],

@@ -2,7 +2,6 @@
 
 import math
 import pickle
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -11,30 +10,17 @@ from torch import Tensor
 
 from megatron_spear.algorithms.policy_loss import ClippedLoss, NllLoss, finish_metrics
 from megatron_spear.config.schema import AlgorithmSection
+from megatron_spear.testing.loss_batch import LossFields
 
 LOSS = ClippedLoss(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
 
 
-@dataclass
-class Batch:
-    """The four fields a loss reads."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    token_weight: Tensor
-    origin: Tensor
-
-    def part(self, chosen: slice) -> "Batch":
-        fields = (self.old_logprobs, self.advantages, self.token_weight, self.origin)
-        return Batch(*(field[chosen] for field in fields))
-
-
-def _batch(num_tokens: int = 64, seed: int = 0) -> tuple[Tensor, Batch]:
+def _batch(num_tokens: int = 64, seed: int = 0) -> tuple[Tensor, LossFields]:
     rng = torch.Generator().manual_seed(seed)
     logprobs = -2 * torch.rand(num_tokens, generator=rng, dtype=torch.float64)
     noise = torch.randn(num_tokens, generator=rng, dtype=torch.float64)
     weight = torch.rand(num_tokens, generator=rng, dtype=torch.float64)
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=logprobs + 0.5 * noise,
         advantages=torch.randn(num_tokens, generator=rng, dtype=torch.float64),
         token_weight=weight * (weight > 0.3),
@@ -73,7 +59,7 @@ def test_gradient_by_hand() -> None:
     ratios = [1.1, 1.5, 0.5, 0.5, 1.5, 4.0]
     advantages = [2.0, 2.0, 2.0, -2.0, -2.0, -2.0]
     logprobs = torch.tensor(ratios, dtype=torch.float64).log().requires_grad_()
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=torch.zeros(6, dtype=torch.float64),
         advantages=torch.tensor(advantages, dtype=torch.float64),
         token_weight=torch.full((6,), 0.1, dtype=torch.float64),
@@ -127,7 +113,7 @@ def test_micro_batches_add_up(cuts: list[int]) -> None:
 
 def test_untrained_tokens_cannot_poison_the_loss() -> None:
     logprobs = torch.tensor([-1.0, float("-inf"), float("nan")], requires_grad=True)
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=torch.tensor([-1.0, 0.0, 0.0]),
         advantages=torch.tensor([1.0, 0.0, 0.0]),
         token_weight=torch.tensor([0.5, 0.0, 0.0]),
@@ -141,7 +127,7 @@ def test_untrained_tokens_cannot_poison_the_loss() -> None:
 
 def test_extreme_ratios_stay_finite() -> None:
     logprobs = torch.tensor([0.0, -500.0], requires_grad=True)
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=torch.tensor([-500.0, 0.0]),
         advantages=torch.tensor([-1.0, -1.0]),
         token_weight=torch.ones(2),
@@ -167,7 +153,7 @@ def test_from_section_and_pickle() -> None:
 
 def test_nll() -> None:
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=torch.zeros(3),
         advantages=torch.zeros(3),
         token_weight=torch.tensor([0.3, 0.0, 1.0]),

@@ -2,7 +2,6 @@
 
 import math
 import pickle
-from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import pytest
@@ -11,29 +10,16 @@ from torch import Tensor
 
 from megatron_spear.algorithms.policy_loss import TokenLoss, finish_metrics
 from megatron_spear.algorithms.unclipped_losses import GpgLoss, KlCovLoss
+from megatron_spear.testing.loss_batch import LossFields
 
 LOSSES = [KlCovLoss(coef=0.1, temperature=0.7), GpgLoss(temperature=0.7)]
 
 
-@dataclass
-class Batch:
-    """The fields the two losses read."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    token_weight: Tensor
-    origin: Tensor
-    kl_selected: Tensor
-
-    def part(self, chosen: slice) -> "Batch":
-        return Batch(*(getattr(self, field.name)[chosen] for field in fields(self)))
-
-
-def _batch(num_tokens: int = 64) -> tuple[Tensor, Batch]:
+def _batch(num_tokens: int = 64) -> tuple[Tensor, LossFields]:
     rng = torch.Generator().manual_seed(0)
     logprobs = -2 * torch.rand(num_tokens, generator=rng, dtype=torch.float64)
     weight = torch.rand(num_tokens, generator=rng, dtype=torch.float64)
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=logprobs + torch.randn(num_tokens, generator=rng, dtype=torch.float64),
         advantages=torch.randn(num_tokens, generator=rng, dtype=torch.float64),
         token_weight=weight * (weight > 0.3),
@@ -43,9 +29,9 @@ def _batch(num_tokens: int = 64) -> tuple[Tensor, Batch]:
     return logprobs.requires_grad_(), batch
 
 
-def _hand_batch(selected: list[bool], advantages: list[float]) -> Batch:
+def _hand_batch(selected: list[bool], advantages: list[float]) -> LossFields:
     count = len(selected)
-    return Batch(
+    return LossFields(
         old_logprobs=torch.zeros(count, dtype=torch.float64),
         advantages=torch.tensor(advantages, dtype=torch.float64),
         token_weight=torch.full((count,), 0.1, dtype=torch.float64),
@@ -128,7 +114,7 @@ def test_zero_gradient_metric_counts_the_tokens_without_gradient(loss: TokenLoss
 @pytest.mark.parametrize("loss", LOSSES)
 def test_untrained_tokens_cannot_poison_the_loss(loss: TokenLoss) -> None:
     logprobs = torch.tensor([-1.0, float("-inf"), float("nan")], requires_grad=True)
-    batch = Batch(
+    batch = LossFields(
         old_logprobs=torch.tensor([-1.0, 0.0, 0.0]),
         advantages=torch.tensor([1.0, 0.0, 0.0]),
         token_weight=torch.tensor([0.5, 0.0, 0.0]),
