@@ -27,7 +27,7 @@ from megatron_spear.algorithms.group_baselines import (
     leave_one_out,
     whitened,
 )
-from megatron_spear.config.schema import AlgorithmSection
+from megatron_spear.config.method import AlgorithmSection
 from megatron_spear.errors import ConfigError
 from megatron_spear.types import ScoredGroup, ScoredTrajectory, TrajectoryId, Turn
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_spear.algorithms.draws import raw_draws
-from megatron_spear.config.schema import CovarianceClipSection
+from megatron_spear.config.method import CovarianceClipSection
 from megatron_spear.types import BoolArray, TrainSample
 
 MAX_LOG_RATIO = 20.0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_spear.algorithms.covariance import MAX_LOG_RATIO
-from megatron_spear.config.schema import AlgorithmSection
+from megatron_spear.config.method import AlgorithmSection
 
 MetricSums = dict[str, Tensor]
 _ORIGINS = (("policy", 0), ("replay", 1))

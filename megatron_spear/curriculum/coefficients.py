@@ -1,6 +1,6 @@
 """The coefficients of one trainer step: the only place where the schedules are read."""
 
-from megatron_spear.config.schema import CurriculumSection
+from megatron_spear.config.method import CurriculumSection
 from megatron_spear.curriculum.schedules import cosine_decay, cosine_warmup
 from megatron_spear.types import Coefficients
 

@@ -4,7 +4,7 @@
 the current intrinsic weight.
 """
 
-from megatron_spear.config.schema import RewardSection
+from megatron_spear.config.method import RewardSection
 from megatron_spear.types import Reward, ScoredGroup, ScoredTrajectory, Trajectory, TrajectoryGroup
 
 

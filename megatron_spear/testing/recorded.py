@@ -8,7 +8,7 @@ import numpy as np
 from megatron_spear.algorithms.advantages import turn_advantages
 from megatron_spear.algorithms.aggregation import WeightArray, token_weights
 from megatron_spear.algorithms.samples import make_samples
-from megatron_spear.config.schema import AlgorithmSection
+from megatron_spear.config.method import AlgorithmSection
 from megatron_spear.rollout.engine import GenerationRequest, RolloutEngine, SamplingParams
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.testing.hand_made import make_prompt, make_trajectory

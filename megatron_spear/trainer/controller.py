@@ -15,12 +15,8 @@ from megatron_spear.algorithms.covariance import dropped_fraction, dropped_token
 from megatron_spear.algorithms.draws import raw_draws
 from megatron_spear.algorithms.filters import keep_groups
 from megatron_spear.algorithms.samples import make_samples
-from megatron_spear.config.schema import (
-    AlgorithmSection,
-    CovarianceClipSection,
-    RewardSection,
-    RolloutSection,
-)
+from megatron_spear.config.method import AlgorithmSection, CovarianceClipSection, RewardSection
+from megatron_spear.config.schema import RolloutSection
 from megatron_spear.data.prompts import PromptCursor
 from megatron_spear.rewards.compose import score
 from megatron_spear.rewards.summary import reward_metrics

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_spear.algorithms.policy_loss import ClippedLoss, finish_metrics
-from megatron_spear.config.schema import AlgorithmSection
+from megatron_spear.config.method import AlgorithmSection
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.metrics import merge
 from megatron_spear.policy.policy import MegatronPolicy

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megatron_spear.algorithms.policy_loss import ClippedLoss
-from megatron_spear.config.schema import AlgorithmSection, OptimizerSection, PolicySection
+from megatron_spear.config.method import AlgorithmSection
+from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import pack
 from megatron_spear.testing.ranks import run_ranks
 from megatron_spear.testing.recorded import recorded_samples

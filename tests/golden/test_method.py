@@ -18,7 +18,7 @@ from megatron_spear.algorithms.filters import keep_groups
 from megatron_spear.algorithms.gigpo import discounted_returns
 from megatron_spear.algorithms.official.gigpo import gigpo_step_returns
 from megatron_spear.algorithms.policy_loss import ClippedLoss, finish_metrics
-from megatron_spear.config.schema import CovarianceClipSection
+from megatron_spear.config.method import CovarianceClipSection
 from megatron_spear.curriculum.schedules import cosine_decay
 from megatron_spear.replay.baseline import BaselineHistory
 from megatron_spear.replay.selection import baseline_values, recalibrated, select

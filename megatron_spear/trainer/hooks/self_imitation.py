@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spear.config.schema import ReplaySection
+from megatron_spear.config.method import ReplaySection
 from megatron_spear.replay.baseline import BaselineHistory
 from megatron_spear.replay.selection import baseline_values, recalibrated, select
 from megatron_spear.replay.state import require_keys

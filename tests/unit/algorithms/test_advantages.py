@@ -8,7 +8,7 @@ import pytest
 
 from megatron_spear.algorithms.advantages import turn_advantages, turn_rewards
 from megatron_spear.algorithms.group_baselines import group_relative
-from megatron_spear.config.schema import AlgorithmSection, GigpoSection
+from megatron_spear.config.method import AlgorithmSection, GigpoSection
 from megatron_spear.errors import ConfigError
 from megatron_spear.testing.hand_made import make_group, make_prompt, make_trajectory, make_turn
 from megatron_spear.types import Reward, ScoredGroup, ScoredTrajectory, TrajectoryId, Turn

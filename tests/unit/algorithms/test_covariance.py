@@ -15,7 +15,7 @@ from megatron_spear.algorithms.covariance import (
     kl_selected_tokens,
     ratio_clipped,
 )
-from megatron_spear.config.schema import CovarianceClipSection
+from megatron_spear.config.method import CovarianceClipSection
 from megatron_spear.testing.hand_made import make_sample
 from megatron_spear.types import BoolArray, TrainSample
 

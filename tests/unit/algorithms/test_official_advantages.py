@@ -10,7 +10,7 @@ from megatron_spear.algorithms.official.gigpo import (
     gigpo_episode_advantage,
     gigpo_step_labels,
 )
-from megatron_spear.config.schema import AlgorithmSection
+from megatron_spear.config.method import AlgorithmSection
 from megatron_spear.testing.hand_made import make_group, make_prompt, make_trajectory, make_turn
 from megatron_spear.types import Reward, ScoredGroup, ScoredTrajectory, TrajectoryId
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_spear.algorithms.policy_loss import ClippedLoss, NllLoss, finish_metrics
-from megatron_spear.config.schema import AlgorithmSection
+from megatron_spear.config.method import AlgorithmSection
 from megatron_spear.testing.loss_batch import LossFields
 
 LOSS = ClippedLoss(clip_low=0.2, clip_high=0.28, dual_clip=3.0)

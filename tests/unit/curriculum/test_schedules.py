@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_spear.config.schema import CurriculumSection
+from megatron_spear.config.method import CurriculumSection
 from megatron_spear.curriculum.coefficients import coefficients
 from megatron_spear.curriculum.schedules import cosine_decay, cosine_warmup
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_spear.config.schema import RewardSection
+from megatron_spear.config.method import RewardSection
 from megatron_spear.rewards.compose import score, trajectory_reward
 from megatron_spear.rewards.summary import reward_metrics
 from megatron_spear.testing.hand_made import make_group, make_prompt, make_trajectory, make_turn

@@ -10,12 +10,8 @@ import pytest
 import torch
 
 from megatron_spear.algorithms.policy_loss import ClippedLoss
-from megatron_spear.config.schema import (
-    AlgorithmSection,
-    CovarianceClipSection,
-    RewardSection,
-    RolloutSection,
-)
+from megatron_spear.config.method import AlgorithmSection, CovarianceClipSection, RewardSection
+from megatron_spear.config.schema import RolloutSection
 from megatron_spear.data.packing import pack
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
 from megatron_spear.testing.hand_made import make_prompt, make_sample, make_trajectory

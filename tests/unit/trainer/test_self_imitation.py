@@ -10,7 +10,7 @@ import pytest
 
 from megatron_spear.algorithms.advantages import turn_advantages
 from megatron_spear.algorithms.samples import make_samples
-from megatron_spear.config.schema import AlgorithmSection, ReplaySection
+from megatron_spear.config.method import AlgorithmSection, ReplaySection
 from megatron_spear.errors import CheckpointError
 from megatron_spear.replay.store import ReplayStore
 from megatron_spear.testing.hand_made import make_group
