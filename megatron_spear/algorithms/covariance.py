@@ -4,7 +4,7 @@ A token's covariance is (logprob - mean logprob) * (advantage - mean advantage).
 - Clip-Cov (SPEAR Eq. 18-21, after arXiv 2505.22617): tokens drawn from a band of covariance are
   dropped (``dropped_tokens``); the caller gives them weight 0.
 - KL-Cov (arXiv 2505.22617): the tokens of highest covariance are selected (``kl_selected_tokens``);
-  ``unclipped_losses.KlCovLoss`` penalises them.
+  ``surrogates.KlCov`` penalises them.
 What differs from the official code: the means and the quota are those of the whole update, not of a
 micro-batch, and draws are keyed by (seed, step, trajectory, segment, token), so no split or layout
 changes which tokens are chosen. Only the choice is made here.
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_spear.algorithms.draws import raw_draws
-from megatron_spear.config.method import CovarianceClipSection
+from megatron_spear.config.losses import ClipCovLossSection
 from megatron_spear.types import BoolArray, TrainSample
 
 MAX_LOG_RATIO = 20.0
@@ -29,7 +29,7 @@ _AnyFloats = npt.NDArray[np.floating]
 def dropped_tokens(
     samples: Sequence[TrainSample],
     logprobs: Sequence[_AnyFloats],
-    section: CovarianceClipSection,
+    section: ClipCovLossSection,
     *,
     clip_low: float,
     clip_high: float,
@@ -118,7 +118,7 @@ def ratio_clipped(
 
 
 def eligible(
-    covariance: _AnyFloats, clipped: BoolArray, mask: BoolArray, section: CovarianceClipSection
+    covariance: _AnyFloats, clipped: BoolArray, mask: BoolArray, section: ClipCovLossSection
 ) -> BoolArray:
     """bool ``[T]``: masked, not ratio-clipped, and strictly inside the covariance band."""
     inside: BoolArray = (covariance > section.low) & (covariance < section.high)

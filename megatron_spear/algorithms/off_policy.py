@@ -6,6 +6,7 @@ by multiplying each token's loss weight by it, after the weights too far out are
 
 | mode | multiplier |
 |---|---|
+| ``none`` | 1: the mismatch is only measured |
 | ``token-truncate`` | min(w, high), w of the token (truncated importance sampling, TIS) |
 | ``sequence-truncate`` | min(w, high), w the product over the whole trajectory |
 | ``token-mask`` | w where low <= w <= high, else 0 (IcePop) |
@@ -27,7 +28,7 @@ from megatron_spear.algorithms.covariance import MAX_LOG_RATIO
 from megatron_spear.errors import ConfigError, EngineError
 from megatron_spear.types import TrainSample, TrajectoryId
 
-MODES = ("token-truncate", "sequence-truncate", "token-mask", "sequence-mask")
+MODES = ("none", "token-truncate", "sequence-truncate", "token-mask", "sequence-mask")
 
 _MAX_TERM = 1e6
 """Bound of one token's part in a sum: keeps +inf and -inf of one trajectory from giving NaN."""
@@ -62,19 +63,22 @@ def correction_weights(
     result = []
     for sample, weights, out in zip(samples, raw, outside, strict=True):
         multipliers = np.ones(len(sample.token_ids), np.float64)
-        multipliers[sample.response_mask] = np.where(out, tamed, weights)
+        if mode != "none":
+            multipliers[sample.response_mask] = np.where(out, tamed, weights)
         result.append(multipliers)
     trained = np.concatenate([*gaps, np.zeros(0)])
     if not len(trained):
         return result, {}
     units = _one_per_trajectory(samples, raw) if level == "sequence" else np.concatenate(raw)
-    share = float(np.concatenate(outside).mean())
-    return result, {
+    metrics = {
         "mismatch/logprob_gap_mean": float(np.abs(trained).mean()),
         "mismatch/max_logprob_gap": float(np.abs(trained).max()),
         "mismatch/effective_sample_fraction": effective_sample_fraction(units),
-        f"mismatch/{'truncated' if action == 'truncate' else 'masked'}_fraction": share,
     }
+    if mode != "none":
+        name = "truncated" if action == "truncate" else "masked"
+        metrics[f"mismatch/{name}_fraction"] = float(np.concatenate(outside).mean())
+    return result, metrics
 
 
 def effective_sample_fraction(weights: _Values) -> float:

@@ -1,14 +1,12 @@
-"""The clipped policy loss over packed tokens: a plain sum of token weight * surrogate.
+"""The policy loss over packed tokens: a plain sum of token weight * surrogate, and regularizers.
 
-    log_ratio = clamp(logprobs - old_logprobs, -20, 20)          ratio = exp(log_ratio)
-    surrogate = max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))
-    surrogate = min(surrogate, -A * dual_clip)                   where A < 0
-    loss      = sum(token_weight * surrogate)
+    loss = sum(token_weight * surrogate)                              ``surrogates``
+         + kl_coef * sum(regularizer_weight * KL(logprob, ref_logprob))          ``kl``
+         - entropy_coef * sum(regularizer_weight * entropy)
 
 All tensors have shape ``[T]``, the packed tokens of one micro-batch. Normalisation is inside the
-token weights (``algorithms.aggregation``), so losses, gradients and metric sums of micro-batches
-and ranks just add up. PPO: arXiv 1707.06347; clip-higher: DAPO, arXiv 2503.14476; dual clip: arXiv
-1912.09729.
+weights (``algorithms.aggregation``), so losses, gradients and metric sums of micro-batches and
+ranks just add up. New and replayed tokens of one micro-batch may have surrogates of their own.
 """
 
 from collections.abc import Mapping
@@ -18,25 +16,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_spear.algorithms.covariance import MAX_LOG_RATIO
+from megatron_spear.algorithms.kl import kl_estimate
+from megatron_spear.algorithms.surrogates import Surrogate, SurrogateBatch, make_surrogate
+from megatron_spear.config.losses import LossSection
 from megatron_spear.config.method import AlgorithmSection
 
 MetricSums = dict[str, Tensor]
 _ORIGINS = (("policy", 0), ("replay", 1))
 
 
-class LossBatch(Protocol):
+class LossBatch(SurrogateBatch, Protocol):
     """What a loss reads of a packed batch (``data.packing.TrainBatch``); tensors are ``[T]``."""
-
-    @property
-    def old_logprobs(self) -> Tensor:
-        """Log-probs before the update: the ratio's denominator."""
-        ...
-
-    @property
-    def advantages(self) -> Tensor:
-        """Advantages, 0 on tokens that are not trained."""
-        ...
 
     @property
     def token_weight(self) -> Tensor:
@@ -48,12 +38,23 @@ class LossBatch(Protocol):
         """0 for on-policy tokens, 1 for replayed ones."""
         ...
 
+    @property
+    def regularizer_weight(self) -> Tensor:
+        """Weights of KL and entropy, 0 on tokens without them."""
+        ...
+
+    @property
+    def ref_logprobs(self) -> Tensor:
+        """Log-probs of the reference policy; read where the KL has a weight."""
+        ...
+
 
 class TokenLoss(Protocol):
     """A loss the policy's training step can run: picklable, no state.
 
     ``temperature`` divides the logits before the log-softmax; ``needs_entropy`` asks for the
-    entropy. The sums always carry the same names, so that ranks can add them by position.
+    entropy, ``entropy_grad`` for one that carries a gradient. The sums always carry the same names,
+    so that ranks can add them by position.
     """
 
     @property
@@ -66,6 +67,11 @@ class TokenLoss(Protocol):
         """Whether ``entropy`` must be given."""
         ...
 
+    @property
+    def entropy_grad(self) -> bool:
+        """Whether the entropy is part of the loss."""
+        ...
+
     def __call__(
         self, logprobs: Tensor, entropy: Tensor | None, batch: LossBatch
     ) -> tuple[Tensor, MetricSums]:
@@ -73,84 +79,85 @@ class TokenLoss(Protocol):
         ...
 
 
-def log_ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``logprobs - old_logprobs`` (0 outside ``mask``) as it is, and clamped to +-20.
-
-    Untrained tokens are cut off here, before any exp, so that nothing they hold can become NaN
-    times 0.
-    """
-    raw = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
-    return raw, raw.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
-def clipped_surrogate(
-    ratio: Tensor,
-    advantages: Tensor,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(surrogate, bool: clipped, bool: dual-clipped), each of the shape of ``ratio``.
-
-    Example: ratio 1.5, advantage 2, clip_high 0.28: surrogate -2.56, clipped, not dual-clipped.
-    """
-    free = -advantages * ratio
-    bounded = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    surrogate = torch.maximum(free, bounded)
-    clipped = bounded > free
-    dual_clipped = torch.zeros_like(clipped)
-    if dual_clip is not None:
-        bound = -advantages * dual_clip
-        dual_clipped = (advantages < 0) & (bound < surrogate)
-        surrogate = torch.where(advantages < 0, torch.minimum(surrogate, bound), surrogate)
-    return surrogate, clipped, dual_clipped
-
-
 @dataclass(frozen=True, kw_only=True)
-class ClippedLoss:
-    """PPO's clipped surrogate with separate bounds and a dual clip (None = no dual clip)."""
+class PolicyLoss:
+    """Surrogates of new and replayed tokens, KL and entropy bonus of the new ones."""
 
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None = None
+    on_policy: Surrogate
+    replay: Surrogate
+    kl_coef: float = 0.0
+    kl_estimator: str = "k2"
+    entropy_coef: float = 0.0
     temperature: float = 1.0
     needs_entropy: bool = True
 
     @classmethod
-    def from_section(cls, section: AlgorithmSection, *, temperature: float) -> "ClippedLoss":
-        """The loss of the ``algorithm`` section at the rollout's sampling temperature."""
+    def from_sections(
+        cls, algorithm: AlgorithmSection, replay: LossSection, *, temperature: float
+    ) -> "PolicyLoss":
+        """The loss of the ``algorithm`` section and of ``replay.loss`` at the rollout's sampling
+        temperature."""
         return cls(
-            clip_low=section.clip_low,
-            clip_high=section.clip_high,
-            dual_clip=section.dual_clip,
+            on_policy=make_surrogate(algorithm.loss),
+            replay=make_surrogate(replay),
+            kl_coef=algorithm.kl.coef,
+            kl_estimator=algorithm.kl.estimator,
+            entropy_coef=algorithm.entropy_coef,
             temperature=temperature,
         )
+
+    @property
+    def entropy_grad(self) -> bool:
+        """Whether there is an entropy bonus."""
+        return self.entropy_coef != 0.0
+
+    @property
+    def regularized(self) -> bool:
+        """Whether tokens without advantage move the policy too."""
+        return self.entropy_coef != 0.0 or self.kl_coef != 0.0
 
     def __call__(
         self, logprobs: Tensor, entropy: Tensor | None, batch: LossBatch
     ) -> tuple[Tensor, MetricSums]:
         """Loss (scalar) and metric sums; logprobs ``[T]`` carry the gradient.
 
-        Example: ratio 1.5, advantage 2, weight 0.1 with clip_high 0.28 costs 0.1 * -2 * 1.28 =
-        -0.256 and has no gradient.
+        Example: surrogate -2.56 at weight 0.1 costs -0.256; an entropy of 0.5 at regularizer weight
+        0.1 and entropy_coef 0.01 takes 0.0005 off.
         """
         mask = batch.token_weight != 0
-        raw, log_ratio = log_ratios(logprobs, batch.old_logprobs, mask)
-        ratio, advantages = log_ratio.exp(), batch.advantages
-        surrogate, clipped, dual_clipped = clipped_surrogate(
-            ratio, advantages, self.clip_low, self.clip_high, self.dual_clip
-        )
-        weighted = batch.token_weight * surrogate
-        no_gradient = clipped | dual_clipped | (advantages == 0) | (raw.abs() > MAX_LOG_RATIO)
-        terms = {
-            "loss": weighted,
-            "ratio": ratio,
-            "kl": -log_ratio,
-            "clipped": clipped,
-            "dual_clipped": dual_clipped,
-            "zero_gradient": no_gradient,
-        }
-        return loss_and_sums(terms, entropy, mask, batch.origin)
+        terms = self.on_policy(logprobs, batch, mask)
+        if self.replay != self.on_policy:
+            replayed = batch.origin == 1
+            others = self.replay(logprobs, batch, mask)
+            terms = {k: torch.where(replayed, others[k], own) for k, own in terms.items()}
+        terms["loss"] = batch.token_weight * terms.pop("surrogate")
+        if entropy is not None:
+            terms["entropy"] = entropy
+        added, sums = self._regularizers(logprobs, entropy, batch, terms)
+        return terms["loss"].sum() + added, sums | _sums_by_origin(terms, mask, batch.origin)
+
+    def _regularizers(
+        self, logprobs: Tensor, entropy: Tensor | None, batch: LossBatch, terms: dict[str, Tensor]
+    ) -> tuple[Tensor, MetricSums]:
+        """(scalar to add, its parts as sums); the KL joins the measured ``terms``."""
+        weight = batch.regularizer_weight
+        total, sums = logprobs.new_zeros(()), {}
+        zero = torch.zeros_like(logprobs)
+        if self.kl_coef:
+            regularized = weight != 0
+            kl = kl_estimate(
+                torch.where(regularized, logprobs, zero),
+                torch.where(regularized, batch.ref_logprobs, zero),
+                self.kl_estimator,
+            )
+            terms["ref_kl"] = kl
+            part = self.kl_coef * (weight * kl).sum()
+            total, sums["policy/sum_kl_loss"] = total + part, part.detach().double()
+        if self.entropy_grad:
+            assert entropy is not None, "the training step gives what needs_entropy asks for"
+            part = -self.entropy_coef * (weight * torch.where(weight != 0, entropy, zero)).sum()
+            total, sums["policy/sum_entropy_loss"] = total + part, part.detach().double()
+        return total, sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +166,7 @@ class NllLoss:
 
     temperature: float = 1.0
     needs_entropy: bool = False
+    entropy_grad: bool = False
 
     def __call__(
         self, logprobs: Tensor, entropy: Tensor | None, batch: LossBatch
@@ -173,14 +181,6 @@ class NllLoss:
             "sft/sum_nll": nll.detach().double().sum(),
         }
         return weighted.sum(), sums
-
-
-def loss_and_sums(
-    terms: Mapping[str, Tensor], entropy: Tensor | None, mask: Tensor, origin: Tensor
-) -> tuple[Tensor, MetricSums]:
-    """(sum of the ``loss`` term, metric sums of all terms and of the entropy where there is one)"""
-    measured = terms if entropy is None else {**terms, "entropy": entropy}
-    return terms["loss"].sum(), _sums_by_origin(measured, mask, origin)
 
 
 def _sums_by_origin(terms: Mapping[str, Tensor], mask: Tensor, origin: Tensor) -> MetricSums:
@@ -202,17 +202,20 @@ _MEANS = {
     "sum_dual_clipped": "dual_clip_fraction",
     "sum_zero_gradient": "zero_gradient_fraction",
     "sum_kl_selected": "kl_selected_fraction",
+    "sum_ref_kl": "ref_kl",
     "sum_entropy": "entropy",
     "sum_nll": "nll",
 }
+_LOSSES = {"sum_kl_loss": "loss/kl", "sum_entropy_loss": "loss/entropy"}
 
 
 def finish_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
     """Named metrics of one optimizer step from the sums added over its micro-batches and ranks.
 
-    ``loss/policy`` and ``loss/replay`` are the two parts of the summed loss (the second includes
-    gamma), ``loss/sft`` the supervised one. Means are over trained tokens:
-    ``policy/clip_fraction``, ``policy/ratio_mean``, ``policy/kl`` (mean of old - new log-prob),
+    ``loss/policy`` and ``loss/replay`` are the two surrogate parts of the summed loss (the second
+    includes gamma), ``loss/kl`` and ``loss/entropy`` the regularizers with their coefficients,
+    ``loss/sft`` the supervised one. Means are over trained tokens: ``policy/clip_fraction``,
+    ``policy/ratio_mean``, ``policy/kl`` (mean of old - new log-prob),
     ``replay/zero_gradient_fraction`` and so on; a part without tokens is left out. Values may be
     tensors or floats.
 
@@ -227,6 +230,8 @@ def finish_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
             continue
         if term == "num_tokens":
             result[name] = num_tokens
+        elif term in _LOSSES:
+            result[_LOSSES[term]] = float(value)
         elif term == "sum_loss":
             result[f"loss/{prefix}"] = float(value)
         else:

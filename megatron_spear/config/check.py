@@ -92,6 +92,13 @@ def _groups(config: RunConfig) -> Iterator[str]:
             "algorithm.normalize_std=true is read with algorithm.advantage=grpo only; "
             f"{own[algorithm.advantage]}"
         )
+    correction = algorithm.off_policy_correction.mode
+    if correction != "none" and algorithm.old_logprobs == "engine":
+        yield (
+            f"algorithm.off_policy_correction.mode={correction} compares the policy's log-probs "
+            "with the engine's, and algorithm.old_logprobs=engine never computes the policy's; "
+            "use old_logprobs=policy"
+        )
     trajectories = rollout.prompts_per_step * rollout.group_size
     if algorithm.mini_batches > trajectories:
         yield (
@@ -109,11 +116,10 @@ def _replay(config: RunConfig) -> Iterator[str]:
             f"replay.rows_per_step={replay.rows_per_step} is above "
             f"replay.capacity={replay.capacity}: that many are never there"
         )
-    band = replay.covariance_clip
-    if band is not None and band.low >= band.high:
+    if replay.gradient_norms and replay.combine != "joint":
         yield (
-            f"replay.covariance_clip.low={band.low:g} is not below "
-            f"replay.covariance_clip.high={band.high:g}: the band is empty"
+            "replay.gradient_norms=true is for replay.combine=joint; with separate_step every "
+            "optimizer step already reports its own norm"
         )
 
 

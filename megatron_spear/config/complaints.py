@@ -61,6 +61,13 @@ def suggestion(path: str, knobs: Mapping[str, Knob]) -> str:
 
 
 def _line(path: str, error: ErrorDetails, knobs: Mapping[str, Knob], settings: Settings) -> str:
+    if error["type"] == "union_tag_invalid":
+        path = f"{path}.type"
+        return _got(path, error["ctx"]["tag"], knobs[path].expected, settings)
+    if error["type"] == "extra_forbidden" and path in knobs:
+        parent = path.rpartition(".")[0]
+        kind = error["loc"][-2]
+        return f"{path}: {parent}.type={kind} has no such key{_from(path, settings)}"
     if error["type"] == "extra_forbidden":
         near = suggestion(path, knobs)
         parent = path.rpartition(".")[0]

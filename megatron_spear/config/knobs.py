@@ -6,7 +6,7 @@ this one walk.
 
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -49,8 +49,17 @@ class Knob:
 
 
 def schema_paths(model: type[BaseModel] = RunConfig) -> tuple[Knob, ...]:
-    """Every knob and section of the schema, in schema order, parents before their children."""
-    return tuple(_walk(model, ""))
+    """Every knob and section of the schema, in schema order, parents before their children.
+
+    A knob that several alternatives of a section have (``algorithm.loss.type``) comes once, with
+    what any of them expects.
+    """
+    found: dict[str, Knob] = {}
+    for knob in _walk(model, ""):
+        before = found.setdefault(knob.path, knob)
+        if before.expected != knob.expected:
+            found[knob.path] = replace(before, expected=f"{before.expected}, or {knob.expected}")
+    return tuple(found.values())
 
 
 def known_paths() -> dict[str, Knob]:

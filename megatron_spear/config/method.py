@@ -11,9 +11,16 @@ from megatron_spear.config.base import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Section,
+)
+from megatron_spear.config.losses import (
+    ClipCovLossSection,
+    ClippedLossSection,
+    KlSection,
+    LossSection,
+    OffPolicyCorrectionSection,
+    RatioFilterSection,
 )
 
 
@@ -54,12 +61,14 @@ class AlgorithmSection(Section):
     ``advantage: grpo`` only."""
     gigpo: GigpoSection = GigpoSection()
     """GiGPO's own settings."""
-    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Lower clip of the ratio: 1 - clip_low."""
-    clip_high: PositiveFloat = 0.28
-    """Upper clip of the ratio: 1 + clip_high."""
-    dual_clip: Annotated[float, Field(gt=1.0)] = 10.0
-    """Bound of the loss for negative advantages: -advantage * dual_clip."""
+    loss: Annotated[LossSection, Field(discriminator="type")] = ClippedLossSection()
+    """Loss of the on-policy tokens: ``type`` is clipped, clip_cov, kl_cov or gpg."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus in the loss, on-policy tokens only."""
+    kl: KlSection = KlSection()
+    """KL to the reference policy."""
+    off_policy_correction: OffPolicyCorrectionSection = OffPolicyCorrectionSection()
+    """What is done about log-probs in which engine and policy differ."""
     aggregation: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     ] = "seq-mean-token-sum-norm"
@@ -73,17 +82,6 @@ class AlgorithmSection(Section):
     (saves a forward pass; right where engine and policy agree, as in fp32 on one machine)."""
     mini_batches: PositiveInt = 1
     """Optimizer steps a trainer step."""
-
-
-class CovarianceClipSection(Section):
-    """SPEAR's covariance clipping (Eq. 18-21): tokens drawn from a band lose their gradient."""
-
-    fraction: Fraction = 0.02
-    """Share of tokens dropped, at most."""
-    low: float = 2.0
-    """Lower end of the covariance band, exclusive."""
-    high: float = 60.0
-    """Upper end of the covariance band, exclusive."""
 
 
 class ReplaySection(Section):
@@ -101,8 +99,17 @@ class ReplaySection(Section):
     """Recalibration: reward minus the median of recent group means (Eq. 2)."""
     baseline_history: PositiveInt = 80
     """Group means in that history."""
-    covariance_clip: CovarianceClipSection | None = CovarianceClipSection()
-    """Covariance clipping of replayed tokens; None = none."""
+    loss: Annotated[LossSection, Field(discriminator="type")] = ClipCovLossSection()
+    """Loss of the replayed tokens: ``type`` is clipped, clip_cov, kl_cov or gpg."""
+    combine: Literal["joint", "separate_step"] = "joint"
+    """joint = replayed and new trajectories share the optimizer steps (Eq. 5); separate_step =
+    replayed ones get optimizer steps of their own after the others, in which Adam largely undoes
+    the replay weight (as in the official code)."""
+    ratio_filter: RatioFilterSection | None = RatioFilterSection()
+    """Leave out replayed trajectories that the policy has moved away from; None = keep all."""
+    gradient_norms: bool = False
+    """Report the gradient norms of new and replayed trajectories apart (joint only); holds one more
+    gradient in memory."""
     require_valid_action: bool = True
     """Only trajectories with at least one valid action enter."""
 

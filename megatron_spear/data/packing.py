@@ -5,7 +5,7 @@ label ``t``, which is token ``t + 1`` of the same sequence. The last position of
 no label and weight 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,7 +19,10 @@ from megatron_spear.types import FloatArray, Origin, TrainSample
 ATTENTION_LENGTH = 4096
 """Length in tokens at which attention is taken to cost as much as the linear layers."""
 
-_SHIFTED_FILL = {"labels": 0, "old_logprobs": 0.0, "advantages": 0.0, "token_weight": 0.0}
+EXTRA_COLUMNS = ("regularizer_weight", "ref_logprobs", "kl_selected")
+"""Columns of a batch that are 0 everywhere unless ``pack`` is given them."""
+
+_Columns = Mapping[str, Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +30,9 @@ class TrainBatch:
     """One micro-batch: S sequences one after another, T tokens in all.
 
     ``token_ids``, ``labels``, ``position_ids`` int64 ``[T]``; ``cu_seqlens`` int32 ``[S + 1]``;
-    ``old_logprobs``, ``advantages``, ``token_weight`` float32 ``[T]``; ``origin`` uint8 ``[T]``
-    (0 on-policy, 1 replay). Padding is a last sequence of its own, of token 0 and weight 0.
+    ``old_logprobs``, ``advantages``, ``token_weight``, ``regularizer_weight``, ``ref_logprobs``
+    float32 ``[T]``; ``origin`` uint8 ``[T]`` (0 on-policy, 1 replay); ``kl_selected`` bool ``[T]``.
+    Padding is a last sequence of its own, of token 0 and weight 0.
 
     Example: tokens ``[5, 6, 7]`` with weights ``[0, 0.5, 0.5]`` give labels ``[6, 7, 0]`` and
     token_weight ``[0.5, 0.5, 0]``.
@@ -42,6 +46,9 @@ class TrainBatch:
     advantages: Tensor
     token_weight: Tensor
     origin: Tensor
+    regularizer_weight: Tensor
+    ref_logprobs: Tensor
+    kl_selected: Tensor
     max_seqlen: int
 
     @property
@@ -109,6 +116,8 @@ def pack(
     data_parallel: int = 1,
     tokens_per_microbatch: int,
     pad_multiple: int = 1,
+    columns: _Columns | None = None,
+    dtype: type[np.floating] = np.float32,
 ) -> PackedStep:
     """Distribute samples over data-parallel ranks and micro-batches.
 
@@ -119,14 +128,21 @@ def pack(
     is longer. Each is padded to a multiple of ``pad_multiple`` (sequence parallelism needs the
     tensor-parallel size).
 
+    ``columns[name][i]`` ``[L]`` are further values of each token, ``name`` of ``EXTRA_COLUMNS``;
+    those not given are 0. ``dtype`` is that of the batch's floats.
+
     Raises DataError for no or empty samples and for weights that do not fit.
     """
     _check(samples, token_weights, origins)
+    given = _check_columns(samples, columns or {})
     lengths = [len(sample.token_ids) for sample in samples]
     bins = _balanced_bins(lengths, tokens_per_microbatch, data_parallel)
-    dealt = _deal(bins, lengths, data_parallel)
+    dealt, pad = _deal(bins, lengths, data_parallel), pad_multiple
     micro_batches = tuple(
-        tuple(_build(samples, token_weights, origins, group, pad_multiple) for group in rank)
+        tuple(
+            _build(samples, {"token_weight": token_weights, **given}, origins, group, pad, dtype)
+            for group in rank
+        )
         for rank in dealt
     )
     return PackedStep(micro_batches=micro_batches, members=dealt, lengths=tuple(lengths))
@@ -156,6 +172,16 @@ def _check(
                 f"{name}: token 0 has weight {weight[0]}, but nothing predicts it; set it to 0 "
                 "before the weights are normalised"
             )
+
+
+def _check_columns(samples: Sequence[TrainSample], columns: _Columns) -> _Columns:
+    """The columns, if each is known and has one value per token."""
+    for name, values in columns.items():
+        assert name in EXTRA_COLUMNS, f"unknown column {name}"
+        got, expected = [len(v) for v in values], [len(s.token_ids) for s in samples]
+        if got != expected:
+            raise DataError(f"{name}: got {got} values, expected one per token: {expected}")
+    return columns
 
 
 def _cost(length: int) -> float:
@@ -216,10 +242,11 @@ def _deal(
 
 def _build(
     samples: Sequence[TrainSample],
-    token_weights: Sequence[np.ndarray],
+    given: _Columns,
     origins: Sequence[Origin],
     group: tuple[int, ...],
     pad_multiple: int,
+    dtype: type[np.floating],
 ) -> TrainBatch:
     """Concatenate, shift and pad one micro-batch."""
     lengths = [len(samples[i].token_ids) for i in group]
@@ -230,10 +257,13 @@ def _build(
     columns: dict[str, Any] = {
         "token_ids": np.zeros(total, np.int64),
         "labels": np.zeros(total, np.int64),
-        "old_logprobs": np.zeros(total, np.float32),
-        "advantages": np.zeros(total, np.float32),
-        "token_weight": np.zeros(total, np.float32),
+        "old_logprobs": np.zeros(total, dtype),
+        "advantages": np.zeros(total, dtype),
+        "token_weight": np.zeros(total, dtype),
         "origin": np.zeros(total, np.uint8),
+        "regularizer_weight": np.zeros(total, dtype),
+        "ref_logprobs": np.zeros(total, dtype),
+        "kl_selected": np.zeros(total, np.bool_),
     }
     start = 0
     for index in group:
@@ -244,11 +274,10 @@ def _build(
             "labels": sample.token_ids,
             "old_logprobs": sample.old_logprobs,
             "advantages": sample.advantages,
-            "token_weight": token_weights[index],
+            **{name: values[index] for name, values in given.items()},
         }
-        for name, values in shifted.items():
+        for name, values in shifted.items():  # a sequence's last position keeps its 0
             columns[name][start : end - 1] = values[1:]
-            columns[name][end - 1] = _SHIFTED_FILL[name]
         start = end
     return TrainBatch(
         **{name: torch.from_numpy(column) for name, column in columns.items()},

@@ -7,6 +7,7 @@ Every method marked collective has to be called by all ranks in the same order. 
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.data.packing import PackedStep
+from megatron_spear.errors import ConfigError
 from megatron_spear.policy import checkpoint, cpu, exchange, step, weights
 from megatron_spear.policy.model import PackedModel
 from megatron_spear.policy.optimizer import build_optimizer, learning_rate
@@ -53,6 +55,7 @@ class MegatronPolicy:
         self._core.config.finalize_model_grads_func = step.finalize_sums
         self._policy = policy
         self._optimizer: Any = None
+        self._reference: list[Tensor] = []
 
     @classmethod
     def from_hf(
@@ -82,26 +85,36 @@ class MegatronPolicy:
             self._model, optimizer, bf16=self._policy.precision == "bf16"
         )
 
+    def keep_reference(self) -> None:
+        """Keep the present weights, on the CPU, as the reference policy of ``logprobs``."""
+        self._reference = [p.detach().to("cpu", copy=True) for p in self._core.parameters()]
+
     @property
     def pad_multiple(self) -> int:
         """What ``pack`` has to pad micro-batches to."""
         return self.ctx.tensor_size if self._policy.sequence_parallel else 1
 
     def logprobs(
-        self, packed: PackedStep | None, temperature: float, with_entropy: bool = False
+        self,
+        packed: PackedStep | None,
+        temperature: float,
+        with_entropy: bool = False,
+        *,
+        reference: bool = False,
     ) -> Any:
         """Log-probs of the present weights, one float32 ``[L]`` a sample; None off the controller.
 
         Entry t speaks of token t, entry 0 is 0. With ``with_entropy`` a pair (log-probs, entropies)
         of such lists; the entropy at t is that of the distribution token t was drawn from.
-        Collective.
+        ``reference`` asks for those of the weights at ``keep_reference``. Collective.
         """
-        batches, (temperature, with_entropy) = exchange.scatter(
-            packed, (temperature, with_entropy), self.ctx
+        batches, (temperature, with_entropy, reference) = exchange.scatter(
+            packed, (temperature, with_entropy, reference), self.ctx
         )
-        results = step.forward_logprobs(
-            self._model, batches, self.ctx, self.shape.vocab_size, temperature, with_entropy
-        )
+        with self._weights_of_reference() if reference else nullcontext():
+            results = step.forward_logprobs(
+                self._model, batches, self.ctx, self.shape.vocab_size, temperature, with_entropy
+            )
         flat = [tuple(x.cpu() for x in result if x is not None) for result in results]
         gathered = exchange.gather(flat, self.ctx)
         if gathered is None:
@@ -113,20 +126,37 @@ class MegatronPolicy:
         ]
         return (lists[0], lists[1]) if with_entropy else lists[0]
 
-    def train_step(self, packed: PackedStep | None, loss: TokenLoss | None) -> dict[str, float]:
+    def train_step(
+        self,
+        packed: PackedStep | None,
+        loss: TokenLoss | None,
+        apart: PackedStep | None = None,
+        *,
+        scheduled: bool = True,
+    ) -> dict[str, float]:
         """One optimizer step on the plain sum of ``loss`` over all tokens; collective.
 
         Gives, on every rank: ``grad_norm`` (before clipping), ``lr``, ``skipped`` (1 if the
         gradient was not finite and the weights were left alone), ``loss/total`` and the sums the
-        loss reports, over all data-parallel ranks.
+        loss reports, over all data-parallel ranks. ``apart`` is a second part of the same step: the
+        gradients are added, and ``grad_norm_first`` and ``grad_norm_second`` tell their norms. The
+        learning-rate schedule stands still for a step that is not ``scheduled``.
         """
-        batches, loss = exchange.scatter(packed, loss, self.ctx)
+        batches, (loss, scheduled, more) = exchange.scatter(
+            packed, (loss, scheduled, apart is not None), self.ctx
+        )
         assert loss is not None
         sums = self.compute_gradient(batches, loss)
-        self.num_steps += 1
-        rate = learning_rate(self._section, self.num_steps, self._total_steps)
-        metrics = {"lr": rate, **self._update(rate)}
-        return {**metrics, **exchange.all_sum(sums, self.ctx)}
+        norms: dict[str, float] = {}
+        totals = exchange.all_sum(sums, self.ctx)
+        if more:
+            batches, _ = exchange.scatter(apart, None, self.ctx)
+            sums, norms = self._add_gradient(batches, loss)
+            others = exchange.all_sum(sums, self.ctx)
+            totals = {name: value + others[name] for name, value in totals.items()}
+        self.num_steps += scheduled
+        rate = learning_rate(self._section, max(self.num_steps, 1), self._total_steps)
+        return {"lr": rate, **self._update(rate), **norms, **totals}
 
     def compute_gradient(self, batches: Any, loss: TokenLoss) -> dict[str, float] | None:
         """Forward and backward of this rank's micro-batches; the reduced gradient stays."""
@@ -134,13 +164,48 @@ class MegatronPolicy:
         self._optimizer.zero_grad()
         return step.forward_backward(self._model, batches, self.ctx, self.shape.vocab_size, loss)
 
+    def _add_gradient(
+        self, batches: Any, loss: TokenLoss
+    ) -> tuple[dict[str, float] | None, dict[str, float]]:
+        """Add the gradient of ``batches`` to the one in the model: (its sums, both norms)."""
+        buffers = [*self._model.buffers, *self._model.expert_parallel_buffers]
+        first = self._gradient_norm()
+        kept = [buffer.grad_data.clone() for buffer in buffers]
+        sums = self.compute_gradient(batches, loss)
+        norms = {"grad_norm_first": first, "grad_norm_second": self._gradient_norm()}
+        for buffer, gradient in zip(buffers, kept, strict=True):
+            buffer.grad_data += gradient
+        return sums, norms
+
+    def _gradient_norm(self) -> float:
+        with cpu.cuda_means_cpu():
+            self._optimizer.prepare_grads()
+            return float(self._optimizer.get_grad_norm())
+
+    @contextmanager
+    def _weights_of_reference(self) -> Iterator[None]:
+        """The reference policy's weights in the model, for a pass without gradients."""
+        if not self._reference:
+            raise ConfigError(
+                "log-probs of the reference policy were asked for, but none was kept; call "
+                "keep_reference while the model has its weights (algorithm.kl.coef > 0 does)"
+            )
+        parameters = list(self._core.parameters())
+        present = [parameter.data for parameter in parameters]
+        try:
+            for parameter, value in zip(parameters, self._reference, strict=True):
+                parameter.data = value.to(parameter.device)
+            yield
+        finally:
+            for parameter, data in zip(parameters, present, strict=True):
+                parameter.data = data
+
     def _update(self, rate: float) -> dict[str, float]:
         """Clip and step; a gradient that is not finite is reported and skipped on all ranks."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         with cpu.cuda_means_cpu():
-            self._optimizer.prepare_grads()
-            norm = float(self._optimizer.get_grad_norm())
+            norm = self._gradient_norm()
             worst = torch.tensor([norm if math.isfinite(norm) else math.inf])
             if self.ctx.world_size > 1:
                 dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.ctx.control)

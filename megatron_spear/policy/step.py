@@ -65,6 +65,7 @@ def forward_backward(
             vocab_size=vocab_size,
             group=ctx.tensor if ctx.tensor_size > 1 else None,
             with_entropy=loss.needs_entropy,
+            entropy_grad=loss.entropy_grad,
         )
         value, sums = loss(logprobs, entropy, batch)
         # three results and calculate_per_token_loss: the schedule leaves the loss as it is

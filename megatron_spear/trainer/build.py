@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_spear.algorithms.policy_loss import ClippedLoss
+from megatron_spear.algorithms.policy_loss import PolicyLoss
 from megatron_spear.config.schema import RolloutSection, RunConfig
 from megatron_spear.data.prompts import (
     CheckedPrompts,
@@ -108,7 +108,10 @@ def make_panel(config: RunConfig) -> task.Panel:
 def make_policy(config: RunConfig, model: Path, context: ParallelContext) -> MegatronPolicy:
     """The Megatron policy with the RL optimizer; collective."""
     total = config.run.steps * config.algorithm.mini_batches
-    return MegatronPolicy.from_hf(model, config.policy, config.policy.optimizer, total, context)
+    policy = MegatronPolicy.from_hf(model, config.policy, config.policy.optimizer, total, context)
+    if config.algorithm.kl.coef:
+        policy.keep_reference()
+    return policy
 
 
 def make_step(
@@ -127,14 +130,16 @@ def make_step(
             rollout=config.rollout,
             reward=config.reward,
             algorithm=config.algorithm,
-            covariance_clip=config.replay.covariance_clip,
         )
     return SpearStep(
         policy=policy,
         engine=rollout.engine if rollout else None,
         controller=controller,
-        loss=ClippedLoss.from_section(config.algorithm, temperature=config.rollout.temperature),
+        loss=PolicyLoss.from_sections(
+            config.algorithm, config.replay.loss, temperature=config.rollout.temperature
+        ),
         algorithm=config.algorithm,
+        replay=config.replay,
         tokens_per_microbatch=config.policy.tokens_per_microbatch,
     )
 

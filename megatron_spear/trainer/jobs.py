@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spear.config.check import Use, check_config
+from megatron_spear.config.losses import LossSection
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError, StopRequested
 from megatron_spear.tracking.plot import plot_curves
@@ -38,6 +39,7 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         try:
             policy = build.make_policy(config, model, context)
             step = build.make_step(config, policy, rollout, directory.path / "replay")
+            console.line(method_text(config))
             run = SpearRun(
                 config,
                 step,
@@ -68,6 +70,29 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
                 tracker.close()
             if rollout is not None:
                 rollout.close()
+
+
+def method_text(config: RunConfig) -> str:
+    """The losses with all their effective settings, in words.
+
+    Example: ``new trajectories: gpg; replayed: clipped (clip_low 0.2, ...), in the same optimizer
+    steps``.
+    """
+    text = f"new trajectories: {_loss_text(config.algorithm.loss)}"
+    if not config.replay.enabled:
+        return text
+    steps = {
+        "joint": "in the same optimizer steps",
+        "separate_step": "in optimizer steps of their own",
+    }
+    replay = config.replay
+    return f"{text}; replayed: {_loss_text(replay.loss)}, {steps[replay.combine]}"
+
+
+def _loss_text(section: LossSection) -> str:
+    values = section.model_dump(exclude={"type"})
+    settings = ", ".join(f"{k} {v:g}" if v is not None else f"no {k}" for k, v in values.items())
+    return f"{section.type} ({settings})" if settings else section.type
 
 
 def warm_start(config: RunConfig, stop: Any) -> Path:

@@ -6,24 +6,19 @@
 Rank 0 (the controller) has the data; the policy's calls are collective, other ranks pass None.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_spear.algorithms.policy_loss import ClippedLoss, finish_metrics
-from megatron_spear.config.method import AlgorithmSection
+from megatron_spear.algorithms.policy_loss import PolicyLoss, finish_metrics
+from megatron_spear.config.method import AlgorithmSection, ReplaySection
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.metrics import merge
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.engine import RolloutEngine
-from megatron_spear.trainer.controller import (
-    Controller,
-    MiniBatch,
-    logprob_gap,
-    with_gradient,
-    with_old_logprobs,
-)
+from megatron_spear.trainer.controller import Controller, with_gradient, with_old_logprobs
+from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan, RefLogprobs
 from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.timing import PhaseTimer
 from megatron_spear.types import Origin, StepContext, StepReport, TrainSample, Update
@@ -37,9 +32,15 @@ class SpearStep:
     policy: MegatronPolicy
     engine: RolloutEngine | None
     controller: Controller | None
-    loss: ClippedLoss
+    loss: PolicyLoss
     algorithm: AlgorithmSection
+    replay: ReplaySection
     tokens_per_microbatch: int
+
+    @property
+    def mini_batches(self) -> MiniBatches:
+        """Who is in which optimizer step, and the weights."""
+        return MiniBatches(algorithm=self.algorithm, replay=self.replay)
 
     def run(self, ctx: StepContext, progress: Callable[[int], None] | None = None) -> StepReport:
         """One trainer step: collect, compare, train, publish; returns its metrics."""
@@ -54,15 +55,14 @@ class SpearStep:
                 samples, found = self.controller.samples(ctx, groups)
                 metrics.update(found)
         with timer.phase("old_logprobs"):
-            active = self._with_old_logprobs(with_gradient(samples))
-            if self.algorithm.old_logprobs == "policy":  # else the engine's, compared with itself
-                metrics.update(logprob_gap(active))
+            moving = samples if self.mini_batches.moves_all else with_gradient(samples)
+            active = self._with_old_logprobs(moving)
+        with timer.phase("ref_logprobs"):
+            reference = self._ref_logprobs(active)
         with timer.phase("replay"):
             extra = self._extra_updates(ctx, active)
-        with timer.phase("replay_logprobs"):
-            extra_logprobs = [self._current_logprobs(u) for u in broadcast_placeholders(extra)]
-        with timer.phase("train"):
-            metrics.update(self._train(ctx, samples, active, extra, extra_logprobs))
+            plans = self.mini_batches.plan(ctx, samples, active, extra)
+        metrics.update(self._train(ctx, plans, reference, timer))
         with timer.phase("weight_sync"):
             sent = publish(self.policy, self.engine, ctx.policy_version + 1)
             metrics["weight_sync/bytes"] = float(sent)
@@ -83,66 +83,102 @@ class SpearStep:
             hook.on_samples(ctx, active)
         return self.controller.updates(ctx)
 
-    def _current_logprobs(self, update: Update | None) -> list[np.ndarray]:
-        """Log-probs of replayed samples under the current policy, if covariance clipping is on."""
-        clipping = self.controller is not None and self.controller.covariance_clip is not None
-        if not broadcast(clipping):
-            return []
-        return self._logprobs(update.samples if update else ())
+    def _ref_logprobs(self, active: Sequence[TrainSample]) -> RefLogprobs:
+        """The reference policy's log-probs of the step's samples, where the loss has a KL."""
+        if not self.algorithm.kl.coef:
+            return {}
+        values = self._logprobs(active, reference=True)
+        return {(s.trajectory_id, s.segment): v for s, v in zip(active, values, strict=True)}
 
-    def _logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+    def _current_logprobs(self, plan: Plan | None) -> list[list[np.ndarray]]:
+        """Collective: for each part of a plan, its log-probs under the present weights, or [] where
+        it does not need them."""
+        parts = plan.parts if plan else ()
+        needed = [part.trained if self.mini_batches.needs_current(part) else () for part in parts]
+        values = iter(self._logprobs([sample for samples in needed for sample in samples]))
+        return [[next(values) for _ in samples] for samples in needed]
+
+    def _logprobs(
+        self, samples: Sequence[TrainSample], *, reference: bool = False
+    ) -> list[np.ndarray]:
         """Collective: log-probs ``[L]`` of each sample on the controller; [] where there are
         none."""
         if not broadcast(len(samples) > 0):
             return []
         packed = None
         if self.controller:
-            nothing = [np.zeros(len(s.token_ids)) for s in samples]
-            packed = self._pack(
-                MiniBatch(
-                    samples=tuple(samples),
-                    weights=tuple(nothing),
-                    origins=(Origin.ON_POLICY,) * len(samples),
-                )
-            )
-        return self.policy.logprobs(packed, self.loss.temperature) or []
+            nothing = tuple(np.zeros(len(s.token_ids)) for s in samples)
+            packed = self._pack(samples, nothing, (Origin.ON_POLICY,) * len(samples))
+        temperature = self.loss.temperature
+        return self.policy.logprobs(packed, temperature, reference=reference) or []
 
     def _train(
         self,
         ctx: StepContext,
-        samples: Sequence[TrainSample],
-        active: Sequence[TrainSample],
-        extra: Sequence[Update],
-        extra_logprobs: Sequence[Sequence[np.ndarray]],
+        plans: Sequence[Plan],
+        reference: RefLogprobs,
+        timer: PhaseTimer,
     ) -> dict[str, float]:
-        """The step's optimizer steps; a mini-batch in which nothing has a gradient is left out."""
-        batches: list[MiniBatch] = []
-        metrics: dict[str, float] = {}
-        if self.controller:
-            batches, metrics = self.controller.mini_batches(
-                ctx, samples, active, extra, extra_logprobs
-            )
-            batches = [b for b in batches if b.samples]
-            metrics["train/num_rows"] = float(sum(len(b.samples) for b in batches))
-            metrics["train/tokens"] = float(
-                sum(len(s.token_ids) for b in batches for s in b.samples)
-            )
-        records = []
-        for index in range(broadcast(len(batches))):
-            batch = batches[index] if self.controller else None
-            packed = self._pack(batch) if batch else None
-            records.append(finish_step_metrics(self.policy.train_step(packed, self.loss)))
-        return metrics | {"train/num_updates": float(len(records))} | merge(records)
+        """The step's optimizer steps; a mini-batch in which nothing is left is left out."""
+        records, shares = [], []
+        totals = {"train/num_rows": 0.0, "train/tokens": 0.0, "train/num_updates": 0.0}
+        with timer.phase("train"):
+            count = broadcast(len(plans))
+        for index in range(count):
+            plan = plans[index] if self.controller else None
+            with timer.phase("current_logprobs"):
+                current = self._current_logprobs(plan)
+            with timer.phase("train"):
+                batch = (
+                    self.mini_batches.finish(ctx, plan, current, reference) if plan else MiniBatch()
+                )
+                shares.append(batch.metrics)
+                if broadcast(len(batch.samples) > 0):
+                    records.append(self._update(batch))
+                    totals["train/num_updates"] += 1.0
+                    totals["train/num_rows"] += len(batch.samples)
+                    totals["train/tokens"] += sum(len(s.token_ids) for s in batch.samples)
+        return totals | merge(shares) | merge(records)
 
-    def _pack(self, batch: MiniBatch) -> PackedStep:
+    def _update(self, batch: MiniBatch) -> dict[str, float]:
+        """Collective: one optimizer step; its metrics. Other ranks pass an empty batch."""
+        apart = None
+        if self.replay.gradient_norms and len(set(batch.origins)) > 1:
+            batch, apart = batch.of(Origin.ON_POLICY), batch.of(Origin.REPLAY)
+        packed, second = (
+            self._pack(
+                b.samples,
+                b.weights,
+                b.origins,
+                columns={
+                    "regularizer_weight": b.regularizer_weights,
+                    "ref_logprobs": b.ref_logprobs,
+                    "kl_selected": b.kl_selected,
+                },
+            )
+            if b and b.samples
+            else None
+            for b in (batch, apart)
+        )
+        found = self.policy.train_step(packed, self.loss, second, scheduled=batch.scheduled)
+        return finish_step_metrics(found)
+
+    def _pack(
+        self,
+        samples: Sequence[TrainSample],
+        weights: Sequence[np.ndarray],
+        origins: Sequence[Origin],
+        columns: Mapping[str, Sequence[np.ndarray]] | None = None,
+    ) -> PackedStep:
         layout = self.policy.ctx
         return pack(
-            batch.samples,
-            batch.weights,
-            batch.origins,
+            samples,
+            weights,
+            origins,
             data_parallel=layout.data_size,
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_multiple=self.policy.pad_multiple,
+            columns=columns,
         )
 
     def _finish(self, ctx: StepContext, metrics: dict[str, float]) -> StepReport:
@@ -159,16 +195,12 @@ class SpearStep:
         return report
 
 
-def broadcast_placeholders(updates: Sequence[Update]) -> list[Update | None]:
-    """On the controller the updates themselves, on other ranks as many None."""
-    count = broadcast(len(updates))
-    return list(updates) if updates else [None] * count
-
-
 _OPTIMIZER = {
     "grad_norm": "optimizer/grad_norm",
     "lr": "optimizer/lr",
     "skipped": "optimizer/num_skipped",
+    "grad_norm_first": "optimizer/grad_norm_policy",
+    "grad_norm_second": "optimizer/grad_norm_replay",
 }
 
 

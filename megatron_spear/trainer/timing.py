@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PRODUCTIVE = ("rollout", "old_logprobs", "replay_logprobs", "train")
+PRODUCTIVE = ("rollout", "old_logprobs", "ref_logprobs", "current_logprobs", "train")
 
 
 class PhaseTimer:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spear.algorithms.policy_loss import ClippedLoss
-from megatron_spear.config.method import AlgorithmSection
+from megatron_spear.algorithms.policy_loss import PolicyLoss
+from megatron_spear.config.method import AlgorithmSection, ReplaySection
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import pack
 from megatron_spear.testing.ranks import run_ranks
@@ -57,7 +57,9 @@ def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, A
                 tokens_per_microbatch=150,
                 pad_multiple=policy.pad_multiple,
             )
-            loss = ClippedLoss.from_section(AlgorithmSection(), temperature=TEMPERATURE)
+            loss = PolicyLoss.from_sections(
+                AlgorithmSection(), ReplaySection().loss, temperature=TEMPERATURE
+            )
         logprobs = policy.logprobs(packed, TEMPERATURE, with_entropy=True)
         untrained = exported(policy)
         reports = [policy.train_step(packed, loss)]

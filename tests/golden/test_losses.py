@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megatron_spear.algorithms.covariance import kl_selected_tokens
 from megatron_spear.algorithms.official.masked import aggregate
-from megatron_spear.algorithms.unclipped_losses import GpgLoss, KlCovLoss
+from megatron_spear.algorithms.surrogates import Gpg, KlCov
 from megatron_spear.testing.golden.losses import tensors
 from megatron_spear.testing.hand_made import make_sample
-from megatron_spear.testing.loss_batch import LossFields
+from megatron_spear.testing.loss_batch import LossFields, one_loss
 
 Case = dict[str, Any]
 
@@ -52,7 +52,7 @@ def test_kl_cov_of_the_whole_update(case: Case) -> None:
         origin=torch.zeros(mask.numel(), dtype=torch.long),
         kl_selected=torch.from_numpy(np.concatenate(selected)),
     )
-    total, _ = KlCovLoss(coef=params["ppo_kl_coef"])(t["log_prob"].flatten(), None, batch)
+    total, _ = one_loss(KlCov(coef=params["ppo_kl_coef"]))(t["log_prob"].flatten(), None, batch)
     total.backward()
     assert_match(total.item(), expected["pg_loss"], params["dtype"])
     assert_match(t["log_prob"].grad, expected["grad_log_prob"], params["dtype"])
@@ -69,7 +69,7 @@ def test_gpg(case: Case) -> None:
         origin=torch.zeros(count, dtype=torch.long),
         kl_selected=torch.zeros(count, dtype=torch.bool),
     )
-    total, _ = GpgLoss()(t["log_prob"].flatten(), None, batch)
+    total, _ = one_loss(Gpg())(t["log_prob"].flatten(), None, batch)
     total.backward()
     assert_match(total.item(), expected["pg_loss"], params["dtype"])
     assert_match(t["log_prob"].grad, expected["grad_log_prob"], params["dtype"])

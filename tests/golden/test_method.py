@@ -17,14 +17,15 @@ from megatron_spear.algorithms.covariance import covariances, drop_quota, eligib
 from megatron_spear.algorithms.filters import keep_groups
 from megatron_spear.algorithms.gigpo import discounted_returns
 from megatron_spear.algorithms.official.gigpo import gigpo_step_returns
-from megatron_spear.algorithms.policy_loss import ClippedLoss, finish_metrics
-from megatron_spear.config.method import CovarianceClipSection
+from megatron_spear.algorithms.policy_loss import finish_metrics
+from megatron_spear.algorithms.surrogates import Clipped
+from megatron_spear.config.losses import ClipCovLossSection
 from megatron_spear.curriculum.schedules import cosine_decay
 from megatron_spear.replay.baseline import BaselineHistory
 from megatron_spear.replay.selection import baseline_values, recalibrated, select
 from megatron_spear.replay.store import ReplayRow
 from megatron_spear.testing.hand_made import make_group, make_sample
-from megatron_spear.testing.loss_batch import LossFields
+from megatron_spear.testing.loss_batch import LossFields, one_loss
 from megatron_spear.types import Coefficients, Reward, StepContext, TrajectoryId
 
 
@@ -46,10 +47,12 @@ def _loss_and_gradient(case: dict[str, Any]) -> tuple[float, np.ndarray, dict[st
         token_weight=weights,
         origin=torch.zeros(rows * width, dtype=torch.long),
     )
-    loss = ClippedLoss(
-        clip_low=params["clip_low"],
-        clip_high=params["clip_high"],
-        dual_clip=params["dual_clip_c"],
+    loss = one_loss(
+        Clipped(
+            clip_low=params["clip_low"],
+            clip_high=params["clip_high"],
+            dual_clip=params["dual_clip_c"],
+        )
     )
     total, sums = loss(logprobs, None, batch)
     total.backward()
@@ -81,7 +84,7 @@ def test_covariance_clip_eligibility(case: dict[str, Any]) -> None:
     )
     shape = np.shape(inputs["mask"])
     mask = np.array(inputs["mask"]).ravel() > 0
-    section = CovarianceClipSection(
+    section = ClipCovLossSection(
         fraction=params["cov_ratio"], low=params["cov_lb"], high=params["cov_ub"]
     )
     covariance = covariances(logprobs, advantages, mask)

@@ -2,7 +2,7 @@
 
 Tensors are ``[B, T]`` (mask 1.0 on trained tokens), each loss is a scalar that autograd
 differentiates. These serve ``algorithm.compat: official``. Per-token formulas are those of
-``policy_loss`` and ``unclipped_losses``; what differs is around them: statistics, quotas and
+``surrogates``; what differs is around them: statistics, quotas and
 normalisation are the micro-batch's (``official.masked``), and only ``vanilla`` clamps the log
 ratio.
 """
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from megatron_spear.algorithms.covariance import MAX_LOG_RATIO
 from megatron_spear.algorithms.official.masked import aggregate, masked_mean
-from megatron_spear.algorithms.policy_loss import clipped_surrogate
-from megatron_spear.algorithms.unclipped_losses import gpg_surrogate, kl_cov_surrogate
+from megatron_spear.algorithms.surrogates import (
+    clipped_surrogate,
+    gpg_surrogate,
+    kl_cov_surrogate,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from megatron_spear.algorithms.covariance import (
     kl_selected_tokens,
     ratio_clipped,
 )
-from megatron_spear.config.method import CovarianceClipSection
+from megatron_spear.config.losses import ClipCovLossSection
 from megatron_spear.testing.hand_made import make_sample
 from megatron_spear.types import BoolArray, TrainSample
 
@@ -37,7 +37,7 @@ def _random_update(seed: int, count: int = 12) -> tuple[list[TrainSample], list[
 def _drop(
     samples: list[TrainSample], logprobs: list[np.ndarray], fraction: float = 0.1, **key: int
 ) -> list[BoolArray]:
-    section = CovarianceClipSection(fraction=fraction, low=0.1, high=60.0)
+    section = ClipCovLossSection(fraction=fraction, low=0.1, high=60.0)
     return dropped_tokens(samples, logprobs, section, **BOUNDS, **({"seed": 0, "step": 1} | key))
 
 
@@ -62,7 +62,7 @@ def test_huge_log_ratio_does_not_overflow() -> None:
 
 
 def test_band_is_exclusive_and_mask_and_clip_exclude() -> None:
-    section = CovarianceClipSection(low=1.0, high=5.0)
+    section = ClipCovLossSection(low=1.0, high=5.0)
     covariance = np.array([1.0, 1.1, 4.9, 5.0, 2.0, 2.0])
     clipped = np.array([0, 0, 0, 0, 1, 0], bool)
     mask = np.array([1, 1, 1, 1, 1, 0], bool)

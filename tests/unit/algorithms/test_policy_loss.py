@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_spear.algorithms.policy_loss import ClippedLoss, NllLoss, finish_metrics
+from megatron_spear.algorithms.policy_loss import NllLoss, PolicyLoss, finish_metrics
+from megatron_spear.algorithms.surrogates import Clipped, Gpg, KlCov
+from megatron_spear.config.losses import KlCovLossSection, KlSection
 from megatron_spear.config.method import AlgorithmSection
-from megatron_spear.testing.loss_batch import LossFields
+from megatron_spear.testing.loss_batch import LossFields, one_loss
 
-LOSS = ClippedLoss(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+LOSS = one_loss(Clipped(clip_low=0.2, clip_high=0.28, dual_clip=3.0))
 
 
 def _batch(num_tokens: int = 64, seed: int = 0) -> tuple[Tensor, LossFields]:
@@ -29,7 +31,7 @@ def _batch(num_tokens: int = 64, seed: int = 0) -> tuple[Tensor, LossFields]:
     return logprobs.requires_grad_(), batch
 
 
-def _slow_token(logprob: float, old: float, advantage: float, loss: ClippedLoss) -> float:
+def _slow_token(logprob: float, old: float, advantage: float, loss: Clipped) -> float:
     ratio = math.exp(max(-20.0, min(20.0, logprob - old)))
     clipped = max(1 - loss.clip_low, min(1 + loss.clip_high, ratio))
     value = max(-advantage * ratio, -advantage * clipped)
@@ -40,9 +42,9 @@ def _slow_token(logprob: float, old: float, advantage: float, loss: ClippedLoss)
 
 @pytest.mark.parametrize("dual_clip", [None, 1.5])
 def test_matches_the_slow_reference(dual_clip: float | None) -> None:
-    loss = ClippedLoss(clip_low=0.2, clip_high=0.28, dual_clip=dual_clip)
+    loss = Clipped(clip_low=0.2, clip_high=0.28, dual_clip=dual_clip)
     logprobs, batch = _batch()
-    total, _ = loss(logprobs, None, batch)
+    total, _ = one_loss(loss)(logprobs, None, batch)
     rows = zip(
         logprobs.tolist(),
         batch.old_logprobs.tolist(),
@@ -133,7 +135,7 @@ def test_extreme_ratios_stay_finite() -> None:
         token_weight=torch.ones(2),
         origin=torch.zeros(2, dtype=torch.long),
     )
-    total, _ = ClippedLoss(clip_low=0.2, clip_high=0.28)(logprobs, None, batch)
+    total, _ = one_loss(Clipped(clip_low=0.2, clip_high=0.28))(logprobs, None, batch)
     assert math.isfinite(total.item())
 
 
@@ -146,8 +148,12 @@ def test_names_do_not_depend_on_what_the_batch_holds() -> None:
 
 
 def test_from_section_and_pickle() -> None:
-    loss = ClippedLoss.from_section(AlgorithmSection(), temperature=0.7)
-    assert (loss.clip_low, loss.clip_high, loss.dual_clip, loss.temperature) == (0.2, 0.28, 10, 0.7)
+    algorithm = AlgorithmSection(entropy_coef=0.01, kl=KlSection(coef=0.1, estimator="k3"))
+    loss = PolicyLoss.from_sections(algorithm, KlCovLossSection(coef=0.3), temperature=0.7)
+    assert loss.on_policy == Clipped(clip_low=0.2, clip_high=0.28, dual_clip=10)
+    assert loss.replay == KlCov(coef=0.3) and loss.temperature == 0.7
+    assert (loss.entropy_coef, loss.kl_coef, loss.kl_estimator) == (0.01, 0.1, "k3")
+    assert loss.entropy_grad and loss.regularized
     assert pickle.loads(pickle.dumps(loss)) == loss
 
 
@@ -166,3 +172,67 @@ def test_nll() -> None:
     metrics = finish_metrics(sums)
     assert metrics["loss/sft"] == pytest.approx(3.3) and metrics["sft/nll"] == pytest.approx(2.0)
     assert finish_metrics(dict.fromkeys(sums, 0.0)) == {}
+
+
+def test_new_and_replayed_tokens_have_losses_of_their_own() -> None:
+    logprobs, batch = _batch()
+    clipped, other = Clipped(clip_low=0.2, clip_high=0.28), Gpg()
+    both, sums = PolicyLoss(on_policy=clipped, replay=other)(logprobs, None, batch)
+    (gradient,) = torch.autograd.grad(both, logprobs)
+    want = torch.zeros(64, dtype=torch.float64)
+    for surrogate, code in ((clipped, 0), (other, 1)):
+        total, _ = one_loss(surrogate)(logprobs, None, batch)
+        (own,) = torch.autograd.grad(total, logprobs)
+        want += torch.where(batch.origin == code, own, 0.0)
+    torch.testing.assert_close(gradient, want, rtol=1e-12, atol=0)
+    alone, alone_sums = one_loss(clipped)(logprobs, None, batch)
+    assert both.item() != alone.item() and list(sums) == list(alone_sums)
+    assert finish_metrics(sums)["loss/policy"] == finish_metrics(alone_sums)["loss/policy"]
+
+
+def _regularized(weight: list[float]) -> tuple[Tensor, Tensor, LossFields]:
+    count = len(weight)
+    batch = LossFields(
+        old_logprobs=torch.zeros(count, dtype=torch.float64),
+        advantages=torch.zeros(count, dtype=torch.float64),
+        token_weight=torch.tensor(weight, dtype=torch.float64),
+        origin=torch.zeros(count, dtype=torch.long),
+        regularizer_weight=torch.tensor(weight, dtype=torch.float64),
+        ref_logprobs=torch.full((count,), -1.5, dtype=torch.float64),
+    )
+    logprobs = torch.full((count,), -1.0, dtype=torch.float64, requires_grad=True)
+    entropy = torch.full((count,), 0.5, dtype=torch.float64, requires_grad=True)
+    return logprobs, entropy, batch
+
+
+def test_kl_and_entropy_by_hand() -> None:
+    logprobs, entropy, batch = _regularized([0.1, 0.0])
+    settings = {"on_policy": Gpg(), "replay": Gpg(), "kl_coef": 0.2, "entropy_coef": 0.01}
+    total, sums = PolicyLoss(**settings)(logprobs, entropy, batch)
+    total.backward()
+    # d = 0.5: k2 is 0.125, its gradient 0.5; the second token has no weight
+    assert total.item() == pytest.approx(0.2 * 0.1 * 0.125 - 0.01 * 0.1 * 0.5)
+    assert logprobs.grad.tolist() == pytest.approx([0.2 * 0.1 * 0.5, 0.0])
+    assert entropy.grad.tolist() == pytest.approx([-0.01 * 0.1, 0.0])
+    metrics = finish_metrics(sums)
+    assert metrics["loss/kl"] == pytest.approx(0.0025)
+    assert metrics["loss/entropy"] == pytest.approx(-0.0005)
+    assert metrics["policy/ref_kl"] == pytest.approx(0.125)
+
+
+def test_a_dropped_token_keeps_its_kl_and_entropy() -> None:
+    logprobs, entropy, batch = _regularized([0.1])
+    batch.token_weight = torch.zeros(1, dtype=torch.float64)
+    loss = PolicyLoss(on_policy=Gpg(), replay=Gpg(), kl_coef=0.2, entropy_coef=0.01)
+    total, _ = loss(logprobs, entropy, batch)
+    assert total.item() == pytest.approx(0.0025 - 0.0005)
+
+
+def test_tokens_without_regularizer_cannot_poison_it() -> None:
+    logprobs, entropy, batch = _regularized([0.1, 0.0])
+    bad = torch.tensor([1.0, float("nan")], dtype=torch.float64)
+    loss = PolicyLoss(on_policy=Gpg(), replay=Gpg(), kl_coef=0.2, entropy_coef=0.01)
+    batch.ref_logprobs = batch.ref_logprobs * bad
+    total, _ = loss(logprobs * bad, entropy * bad, batch)
+    total.backward()
+    assert math.isfinite(total.item()) and math.isfinite(logprobs.grad[0].item())

@@ -30,9 +30,11 @@ def test_every_knob_is_documented_and_described() -> None:
     size = knobs["rollout.group_size"]
     assert (size.expected, size.types, size.is_section) == ("an integer >= 1", (int,), False)
     assert knobs["env.generator.min_objects"].expected == "an integer >= 4 and <= 80"
-    assert knobs["replay.covariance_clip"].expected.endswith(", or null")
+    assert knobs["replay.ratio_filter"].expected.endswith(", or null")
     assert knobs["sft.optimizer"].is_section
     assert "env.history.window" in knobs
+    kinds_of_loss = "'clipped', or 'clip_cov', or 'kl_cov', or 'gpg'"
+    assert knobs["algorithm.loss.type"].expected == kinds_of_loss
 
 
 def test_free_keys_exist_and_leave_the_hash_alone() -> None:
@@ -89,7 +91,12 @@ def test_the_defaults_work_on_one_rank() -> None:
         (["algorithm.mini_batches=65"], 1, "above the 64 trajectories"),
         (["algorithm.advantage=gigpo", "algorithm.normalize_std=true"], 1, "algorithm.gigpo.mode"),
         (["replay.capacity=8"], 1, "rows_per_step=24 is above"),
-        (["replay.covariance_clip.low=70"], 1, "the band is empty"),
+        (["replay.gradient_norms=true", "replay.combine=separate_step"], 1, "its own norm"),
+        (
+            ["algorithm.old_logprobs=engine", "algorithm.off_policy_correction.mode=token-mask"],
+            1,
+            "never computes the policy's",
+        ),
         (["policy.optimizer.min_lr=1"], 1, "policy.optimizer.min_lr=1 is above"),
         (["sft.optimizer.beta2=1"], 1, "sft.optimizer.beta2=1 never forgets"),
         (["sft.steps=5"], 1, "above the 5 steps"),

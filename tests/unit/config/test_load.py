@@ -42,7 +42,7 @@ def test_values_are_yaml_and_floats_are_lax(tmp_path: Path) -> None:
         [
             "sft.optimizer.lr=1e-5",
             "env.history={window: 2}",
-            "replay.covariance_clip=null",
+            "replay.ratio_filter=null",
             "env.task_types=[pick_and_place_simple]",
             "--evaluation.temperature",
             "0",
@@ -52,7 +52,7 @@ def test_values_are_yaml_and_floats_are_lax(tmp_path: Path) -> None:
     assert config.policy.optimizer.lr == 1e-6
     assert config.sft.optimizer.lr == 1e-5
     assert config.env.history == WindowHistory(window=2)
-    assert config.replay.covariance_clip is None
+    assert config.replay.ratio_filter is None
     assert config.env.task_types == TASK_TYPES[:1]
     assert config.reward.success == -1.0
 
@@ -86,7 +86,13 @@ def test_window_of_the_file_can_be_changed_or_replaced(tmp_path: Path) -> None:
         ("rollout.group_size=true", "rollout.group_size: got True, expected an integer >= 1"),
         ("run.stop_after=0", "expected an integer >= 1, or null"),
         ("sft.noise=.nan", "sft.noise: got nan (number), expected a number >= 0 and <= 1"),
-        ("replay.covariance_clip.low=.nan", "got nan (number), expected a number"),
+        ("replay.loss.low=.nan", "got nan (number), expected a number"),
+        ("replay.loss.low=70", "low=70 is not below high=60: the band is empty"),
+        ("algorithm.loss.type=ppo", "got 'ppo' (text), expected 'clipped', or 'clip_cov', or"),
+        (
+            "algorithm.loss={type: gpg, clip_low: 0.1}",
+            "algorithm.loss.clip_low: algorithm.loss.type=gpg has no such key",
+        ),
         ("env.history=3", "expected 'full', or a map with keys among window"),
         (
             "env.history={window: 0}",
@@ -192,3 +198,13 @@ def test_resume_with_a_file_takes_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "run: {dir: runs/x, steps: 4}\n")
     config = load_config(path, [f"--resume={tmp_path}"])
     assert (config.run.steps, config.run.dir) == (4, tmp_path)
+
+
+def test_another_type_of_loss_forgets_the_default_ones_settings(tmp_path: Path) -> None:
+    path = write(tmp_path, "algorithm: {loss: {type: kl_cov, coef: 0.3}}\n")
+    loss = load_config(path).algorithm.loss
+    assert (loss.type, loss.coef, loss.fraction) == ("kl_cov", 0.3, 0.002)
+    again = load_config(write(tmp_path, dump_config(load_config(path))))
+    assert again.algorithm.loss == loss
+    assert load_config(path, ["algorithm.loss.type=gpg"]).algorithm.loss.type == "gpg"
+    assert load_config(None, ["replay.loss.fraction=0.1"]).replay.loss.low == 2.0

@@ -23,6 +23,7 @@ class WeightedNll:
 
     temperature: float = 1.0
     needs_entropy: bool = False
+    entropy_grad: bool = False
     factor: float = 1.0
 
     def __call__(
@@ -206,3 +207,60 @@ def test_misuse_is_named(tmp_path: Path, ctx: ParallelContext) -> None:
     with pytest.raises(ConfigError, match="packed for 2 data-parallel ranks"):
         step = pack(*random_samples(), tokens_per_microbatch=200, data_parallel=2)
         policy.logprobs(step, 1.0)
+
+
+def halves() -> tuple[PackedStep, PackedStep]:
+    samples, weights, origins = random_samples()
+    middle = len(samples) // 2
+    first, second = (
+        pack(samples[part], weights[part], origins[part], tokens_per_microbatch=200)
+        for part in (slice(0, middle), slice(middle, None))
+    )
+    return first, second
+
+
+def test_two_parts_of_one_step_are_one_step(tmp_path: Path, ctx: ParallelContext) -> None:
+    tiny_hf_folder(tmp_path)
+    whole, parted = make(tmp_path, ctx), make(tmp_path, ctx)
+    first, second = halves()
+    for _ in range(2):
+        expected = whole.train_step(packed(), WeightedNll())
+        report = parted.train_step(first, WeightedNll(), second)
+        assert {k: report[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+        assert report["grad_norm"] < report["grad_norm_first"] + report["grad_norm_second"]
+    norms = [
+        math.sqrt(sum(g.square().sum().item() for g in gradient(parted, part).values()))
+        for part in (first, second)
+    ]
+    report = parted.train_step(first, WeightedNll(), second)
+    assert [report["grad_norm_first"], report["grad_norm_second"]] == pytest.approx(norms, rel=1e-5)
+    whole.train_step(packed(), WeightedNll())
+    ours, theirs = exported(parted), exported(whole)
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+
+
+def test_the_schedule_stands_still_for_a_step_that_is_not_scheduled(
+    tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path)
+    policy = make(tmp_path, ctx)
+    scheduled = [True, False, True, False, False]
+    rates = [policy.train_step(packed(), WeightedNll(), scheduled=s)["lr"] for s in scheduled]
+    assert rates[0] == rates[1] < rates[2] == rates[3] == rates[4] and policy.num_steps == 2
+
+
+def test_the_reference_keeps_its_weights(tmp_path: Path, ctx: ParallelContext) -> None:
+    tiny_hf_folder(tmp_path)
+    policy = make(tmp_path, ctx)
+    with pytest.raises(ConfigError, match="keep_reference"):
+        policy.logprobs(packed(), 1.0, reference=True)
+    policy.keep_reference()
+    before = policy.logprobs(packed(), 1.0)
+    for _ in range(3):
+        policy.train_step(packed(), WeightedNll())
+    weights, after = exported(policy), policy.logprobs(packed(), 1.0)
+    reference = policy.logprobs(packed(), 1.0, reference=True)
+    for mine, old, new in zip(reference, before, after, strict=True):
+        assert (mine == old).all() and (mine != new).any()
+    assert all((weights[k] == v).all() for k, v in exported(policy).items())
+    assert all((a == b).all() for a, b in zip(policy.logprobs(packed(), 1.0), after, strict=True))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spear.algorithms.policy_loss import ClippedLoss
-from megatron_spear.config.method import AlgorithmSection, CovarianceClipSection, RewardSection
+from megatron_spear.algorithms.policy_loss import PolicyLoss
+from megatron_spear.config.losses import ClipCovLossSection, ClippedLossSection, KlSection
+from megatron_spear.config.method import AlgorithmSection, ReplaySection, RewardSection
 from megatron_spear.config.schema import RolloutSection
 from megatron_spear.data.packing import PackedStep
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
@@ -35,7 +36,7 @@ CTX = StepContext(
     coefficients=Coefficients(intrinsic_weight=0.5, replay_weight=0.25),
     seed=7,
 )
-LOSS = ClippedLoss(clip_low=0.2, clip_high=0.28, temperature=0.9)
+LOSS = PolicyLoss.from_sections(AlgorithmSection(), ReplaySection().loss, temperature=0.9)
 NEW_LOGPROB = -0.75
 
 
@@ -45,6 +46,7 @@ class _World:
     def __init__(self, groups: Sequence[TrajectoryGroup], updates: Sequence[Update]) -> None:
         self.calls: list[str] = []
         self.trained: list[PackedStep] = []
+        self.apart: list[PackedStep | None] = []
         self.asked: list[tuple[PackedStep, float]] = []
         self.groups, self.updates = list(groups), list(updates)
         self.policy, self.engine = _Policy(self), _Engine(self)
@@ -69,14 +71,19 @@ class _Policy:
     def __init__(self, world: _World) -> None:
         self._world = world
 
-    def logprobs(self, packed: PackedStep, temperature: float) -> list[np.ndarray]:
-        self._world.calls.append("logprobs")
+    def logprobs(
+        self, packed: PackedStep, temperature: float, *, reference: bool = False
+    ) -> list[np.ndarray]:
+        self._world.calls.append("ref_logprobs" if reference else "logprobs")
         self._world.asked.append((packed, temperature))
         return [np.full(length, NEW_LOGPROB, np.float32) for length in packed.lengths]
 
-    def train_step(self, packed: PackedStep, loss: Any) -> dict[str, float]:
+    def train_step(
+        self, packed: PackedStep, loss: Any, apart: PackedStep | None, *, scheduled: bool
+    ) -> dict[str, float]:
         assert loss is LOSS
-        self._world.calls.append("train_step")
+        self._world.calls.append("train_step" if scheduled else "own step")
+        self._world.apart.append(apart)
         self._world.trained.append(packed)
         number = len(self._world.trained)
         return {
@@ -156,7 +163,11 @@ def _world(*groups: TrajectoryGroup, replay: int = 0) -> _World:
     return _World(groups, [update] if replay else [])
 
 
-def _step(world: _World, *, clip: bool = False, **algorithm: Any) -> SpearStep:
+def _step(
+    world: _World, *, clip: bool = False, replay: dict[str, Any] | None = None, **algorithm: Any
+) -> SpearStep:
+    none = {"loss": ClippedLossSection(), "ratio_filter": None}
+    settings = {"ratio_filter": None} if clip else none
     section = AlgorithmSection(**({"norm_length": 10, "keep_groups_fraction": 1.0} | algorithm))
     controller = Controller(
         cursor=PromptCursor(FreshPrompts(lambda i: make_prompt(str(i)))),
@@ -165,7 +176,6 @@ def _step(world: _World, *, clip: bool = False, **algorithm: Any) -> SpearStep:
         rollout=RolloutSection(prompts_per_step=2, group_size=2),
         reward=RewardSection(),
         algorithm=section,
-        covariance_clip=CovarianceClipSection() if clip else None,
     )
     return SpearStep(
         policy=world.policy,
@@ -173,6 +183,7 @@ def _step(world: _World, *, clip: bool = False, **algorithm: Any) -> SpearStep:
         controller=controller,
         loss=LOSS,
         algorithm=section,
+        replay=ReplaySection(**(settings | (replay or {}))),
         tokens_per_microbatch=100,
     )
 
@@ -243,7 +254,8 @@ def test_metrics_of_a_step() -> None:
         "mine/number": 5.0,
     }
     assert {name: metrics.get(name) for name in expected} == pytest.approx(expected)
-    phases = "rollout advantages old_logprobs replay replay_logprobs train weight_sync step"
+    forward = "old_logprobs ref_logprobs current_logprobs"
+    phases = f"rollout advantages {forward} replay train weight_sync step"
     assert {f"time/{phase}_s" for phase in phases.split()} <= set(metrics)
     assert "loss/total" not in metrics
 
@@ -264,6 +276,7 @@ def test_an_empty_step_trains_nothing_and_still_publishes() -> None:
     assert world.calls == [*before, *PUBLISHED]
     assert world.engine.version == report.policy_version == 3
     assert report.metrics["train/num_updates"] == report.metrics["train/num_rows"] == 0
+    assert "time/train_s" in report.metrics
     assert world.hook.samples == []
     assert not any(name.startswith(("loss/", "mismatch/")) for name in report.metrics)
 
@@ -300,6 +313,7 @@ def test_a_rank_without_data_takes_part_in_publishing_only() -> None:
         controller=None,
         loss=LOSS,
         algorithm=AlgorithmSection(),
+        replay=ReplaySection(),
         tokens_per_microbatch=100,
     )
     assert step.run(CTX).policy_version == 3 and world.calls == ["exported"]
@@ -315,3 +329,41 @@ def test_numbers_of_the_optimizer_step_by_hand() -> None:
         "replay/num_tokens": 4.0,
         "replay/kl": 0.25,
     }
+
+
+def test_a_kl_asks_the_reference_and_trains_samples_without_advantage() -> None:
+    world = _world(_group("a", [True, False]), _group("b", [True, True]))
+    _step(world, kl=KlSection(coef=0.1)).run(CTX)
+    assert world.calls[2:4] == ["logprobs", "ref_logprobs"]
+    ((micro,),) = world.trained[0].micro_batches
+    assert len(world.trained[0].lengths) == 4, "equal rewards move the policy back to the reference"
+    weights = micro.regularizer_weight
+    assert weights[weights > 0].tolist() == pytest.approx([1 / 40] * 8)
+    assert set(micro.ref_logprobs[weights > 0].tolist()) == {NEW_LOGPROB}
+
+
+def test_norms_of_new_and_replayed_gradients_are_taken_apart() -> None:
+    world = _world(_group("a", [True, False]), replay=3)
+    _step(world, replay={"gradient_norms": True}).run(CTX)
+    (own,), (replayed,) = world.trained, world.apart
+    assert replayed is not None and own.lengths == (3, 3) and replayed.lengths == (4, 4, 4)
+
+
+def test_a_separate_step_of_replayed_rows() -> None:
+    world = _world(_group("a", [True, False]), replay=3)
+    metrics = _step(world, replay={"combine": "separate_step"}).run(CTX).metrics
+    assert [call for call in world.calls if "step" in call][:2] == ["train_step", "own step"]
+    assert metrics["train/num_updates"] == 2 and metrics["train/num_rows"] == 5
+
+
+def test_covariance_of_later_mini_batches_reads_the_weights_of_then() -> None:
+    world = _world(_group("a", [True, False]), _group("b", [False, True]))
+    _step(world, mini_batches=2, loss=ClipCovLossSection()).run(CTX)
+    assert world.calls[2:8] == [
+        "logprobs",
+        "on_samples",
+        "extra_updates",
+        "train_step",
+        "logprobs",
+        "train_step",
+    ]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_spear.algorithms.policy_loss import TokenLoss, finish_metrics
-from megatron_spear.algorithms.unclipped_losses import GpgLoss, KlCovLoss
-from megatron_spear.testing.loss_batch import LossFields
+from megatron_spear.algorithms.surrogates import Gpg, KlCov
+from megatron_spear.testing.loss_batch import LossFields, one_loss
 
-LOSSES = [KlCovLoss(coef=0.1, temperature=0.7), GpgLoss(temperature=0.7)]
+LOSSES = [one_loss(KlCov(coef=0.1), 0.7), one_loss(Gpg(), 0.7)]
 
 
 def _batch(num_tokens: int = 64) -> tuple[Tensor, LossFields]:
@@ -44,7 +44,7 @@ def test_kl_cov_by_hand() -> None:
     ratios = [1.5, 1.5, 0.5, 1.0, 0.5]
     logprobs = torch.tensor(ratios, dtype=torch.float64).log().requires_grad_()
     batch = _hand_batch([False, True, True, True, False], [2.0, 2.0, -2.0, 0.0, 0.0])
-    total, sums = KlCovLoss(coef=0.1)(logprobs, None, batch)
+    total, sums = one_loss(KlCov(coef=0.1))(logprobs, None, batch)
     total.backward()
     penalties = 0.1 * math.log(1.5) + 0.1 * math.log(2)
     assert total.item() == pytest.approx(0.1 * (-3 - 3 + 1 + penalties))
@@ -61,7 +61,7 @@ def test_kl_cov_clamps_the_log_ratio() -> None:
     logprobs = torch.tensor([0.0, -500.0], dtype=torch.float64, requires_grad=True)
     batch = _hand_batch([True, True], [1.0, 1.0])
     batch.old_logprobs = torch.tensor([-500.0, 0.0], dtype=torch.float64)
-    total, sums = KlCovLoss(coef=0.1)(logprobs, None, batch)
+    total, sums = one_loss(KlCov(coef=0.1))(logprobs, None, batch)
     total.backward()
     assert total.item() == pytest.approx(0.1 * (-math.exp(20) - math.exp(-20) + 4))
     assert logprobs.grad.tolist() == [0.0, 0.0]
@@ -70,7 +70,7 @@ def test_kl_cov_clamps_the_log_ratio() -> None:
 
 def test_gpg_by_hand() -> None:
     logprobs = torch.tensor([-2.0, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
-    total, sums = GpgLoss()(logprobs, None, _hand_batch([False] * 3, [0.5, -1.0, 0.0]))
+    total, sums = one_loss(Gpg())(logprobs, None, _hand_batch([False] * 3, [0.5, -1.0, 0.0]))
     total.backward()
     assert total.item() == pytest.approx(0.1 * (1.0 - 1.0))
     assert logprobs.grad.tolist() == pytest.approx([-0.05, 0.1, 0.0])
@@ -81,7 +81,7 @@ def test_gpg_by_hand() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("cuts", [[10], [1, 2, 3, 50], [63]])
-def test_micro_batches_add_up(loss: KlCovLoss | GpgLoss, cuts: list[int]) -> None:
+def test_micro_batches_add_up(loss: TokenLoss, cuts: list[int]) -> None:
     logprobs, batch = _batch()
     entropy = torch.rand(64, dtype=torch.float64)
     whole, whole_sums = loss(logprobs, entropy, batch)
