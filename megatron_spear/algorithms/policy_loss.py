@@ -97,9 +97,10 @@ class PolicyLoss:
     ) -> "PolicyLoss":
         """The loss of the ``algorithm`` section and of ``replay.loss`` at the rollout's sampling
         temperature."""
+        official = algorithm.compat == "official"
         return cls(
-            on_policy=make_surrogate(algorithm.loss),
-            replay=make_surrogate(replay),
+            on_policy=make_surrogate(algorithm.loss, official=official),
+            replay=make_surrogate(replay, official=official),
             kl_coef=algorithm.kl.coef,
             kl_estimator=algorithm.kl.estimator,
             entropy_coef=algorithm.entropy_coef,

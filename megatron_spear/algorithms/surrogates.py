@@ -107,11 +107,15 @@ def gpg_surrogate(logprobs: Tensor, advantages: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Clipped:
-    """PPO's clipped surrogate with separate bounds and a dual clip (None = no dual clip)."""
+    """PPO's clipped surrogate with separate bounds and a dual clip (None = no dual clip).
+
+    Without ``clamp`` the log ratio is used as it is, however large (the official clip_cov).
+    """
 
     clip_low: float
     clip_high: float
     dual_clip: float | None = None
+    clamp: bool = True
 
     def __call__(self, logprobs: Tensor, batch: SurrogateBatch, mask: Tensor) -> Terms:
         """The terms.
@@ -120,6 +124,7 @@ class Clipped:
         gradient.
         """
         raw, log_ratio = log_ratios(logprobs, batch.old_logprobs, mask)
+        log_ratio = log_ratio if self.clamp else raw
         ratio, advantages = log_ratio.exp(), batch.advantages
         surrogate, clipped, dual_clipped = clipped_surrogate(
             ratio, advantages, self.clip_low, self.clip_high, self.dual_clip
@@ -131,7 +136,7 @@ class Clipped:
             "clipped": clipped,
             "dual_clipped": dual_clipped,
             "kl_selected": torch.zeros_like(clipped),
-            "zero_gradient": clipped | dual_clipped | (advantages == 0) | _beyond(raw),
+            "zero_gradient": clipped | dual_clipped | (advantages == 0) | (log_ratio != raw),
         }
 
 
@@ -159,7 +164,7 @@ class KlCov:
             "clipped": none,
             "dual_clipped": none,
             "kl_selected": selected,
-            "zero_gradient": (slope == 0) | _beyond(raw),
+            "zero_gradient": (slope == 0) | (log_ratio.detach() != raw),
         }
 
 
@@ -183,9 +188,12 @@ class Gpg:
         }
 
 
-def make_surrogate(section: LossSection) -> Surrogate:
-    """The surrogate a loss section asks for."""
+def make_surrogate(section: LossSection, *, official: bool = False) -> Surrogate:
+    """The surrogate a loss section asks for; the ``official`` clip_cov has no clamp and no dual
+    clip (defect 13)."""
     match section:
+        case ClipCovLossSection() if official:
+            return Clipped(clip_low=section.clip_low, clip_high=section.clip_high, clamp=False)
         case ClippedLossSection() | ClipCovLossSection():
             return Clipped(
                 clip_low=section.clip_low,
@@ -196,8 +204,3 @@ def make_surrogate(section: LossSection) -> Surrogate:
             return KlCov(coef=section.coef)
         case GpgLossSection():
             return Gpg()
-
-
-def _beyond(raw: Tensor) -> Tensor:
-    """bool: the clamp of the log ratio has silenced the token."""
-    return raw.abs() > MAX_LOG_RATIO

@@ -25,6 +25,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
             _tiny_model(config),
             _groups(config),
             _replay(config),
+            _official(config),
             _optimizer("policy.optimizer", config.policy.optimizer, None),
             _optimizer("sft.optimizer", config.sft.optimizer, config.sft.steps),
             _length(config),
@@ -121,6 +122,34 @@ def _replay(config: RunConfig) -> Iterator[str]:
             "replay.gradient_norms=true is for replay.combine=joint; with separate_step every "
             "optimizer step already reports its own norm"
         )
+
+
+def _official(config: RunConfig) -> Iterator[str]:
+    """What the official mode does not do, and would pass over in silence."""
+    algorithm, replay = config.algorithm, config.replay
+    if algorithm.compat != "official":
+        return
+    tree, full = algorithm.official.tree, config.env.history == "full"
+    if full is (tree == "agent"):
+        rows, needed = ("a turn", "{window: 2}") if tree == "agent" else ("a trajectory", "full")
+        yield (
+            f"algorithm.official.tree={tree} has rows of {rows}; "
+            f"set env.history={needed} or the other tree"
+        )
+    if algorithm.off_policy_correction.mode != "none":
+        yield (
+            "algorithm.compat=official corrects no mismatch; set "
+            "algorithm.off_policy_correction.mode=none"
+        )
+    if not replay.enabled:
+        return
+    if replay.combine != "separate_step":
+        yield (
+            "algorithm.compat=official replays in optimizer steps of their own; set "
+            "replay.combine=separate_step"
+        )
+    if replay.ratio_filter is not None:
+        yield "algorithm.compat=official filters no ratios; set replay.ratio_filter=null"
 
 
 def _optimizer(path: str, optimizer: OptimizerSection, steps: int | None) -> Iterator[str]:

@@ -48,10 +48,28 @@ class GigpoSection(Section):
     """Discount of later turns' rewards, per turn."""
 
 
+class OfficialSection(Section):
+    """What ``algorithm.compat: official`` needs to know; not read by the corrected method."""
+
+    tree: Literal["math", "agent"] = "agent"
+    """Which of the two official trees: math has a row a trajectory (needs ``env.history: full``),
+    agent a row a turn (needs a window)."""
+    micro_batch_rows: PositiveInt = 8
+    """Rows of a micro-batch: its statistics and normalisation enter the official loss."""
+    min_released_rows: NonNegativeInt = 1
+    """A smaller replay batch is dropped (the official code's number of GPUs)."""
+
+
 class AlgorithmSection(Section):
     """Advantages, policy loss, filters. Defaults are Dr.BoT's, SPEAR's baseline
     (arXiv 2509.22601)."""
 
+    compat: Literal["corrected", "official"] = "corrected"
+    """corrected = the method as meant; official = the numbers of the released SPEAR code, its
+    defects included, for comparison. Of ``replay`` the official mode reads capacity,
+    baseline_history, max_age and loss."""
+    official: OfficialSection = OfficialSection()
+    """Settings of the official mode."""
     advantage: Literal["grpo", "rloo", "reinforce_pp_baseline", "gigpo"] = "grpo"
     """What a reward is compared with: the group's mean (grpo; gigpo adds turns with the same
     anchor), the other members' mean (rloo), or the group's mean, whitened over the step's tokens

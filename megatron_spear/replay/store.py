@@ -66,6 +66,11 @@ class ReplayStore:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def next_row(self) -> int:
+        """The row id the next trajectory added gets."""
+        return self._next_row
+
     def add(self, trajectories: Sequence[Sequence[TrainSample]]) -> int:
         """Append trajectories (each: all its segments); returns how many rows capacity evicted.
 
@@ -102,6 +107,10 @@ class ReplayStore:
         taken = [self._read(self._rows[row_id]) for row_id in row_ids]
         self._remove(row_ids)
         return taken
+
+    def discard(self, row_ids: Sequence[int]) -> int:
+        """Remove rows without reading them; returns how many."""
+        return self._remove(row_ids)
 
     def evict_older_than(self, policy_version: int) -> int:
         """Remove rows with tokens from before ``policy_version``; returns how many."""

@@ -26,6 +26,7 @@ from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.trainer import seeds
 from megatron_spear.trainer.controller import Controller
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.official_replay import OfficialReplayHook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.trainer.loop import SpearStep
 
@@ -122,7 +123,7 @@ def make_step(
     if rollout is not None:
         hooks: list[Hook] = []
         if config.replay.enabled:
-            hooks.append(SelfImitationHook(config.replay, replay_folder))
+            hooks.append(_replay_hook(config, replay_folder))
         controller = Controller(
             cursor=PromptCursor(training_prompts(config)),
             rollouter=rollout.rollouter,
@@ -142,6 +143,14 @@ def make_step(
         replay=config.replay,
         tokens_per_microbatch=config.policy.tokens_per_microbatch,
     )
+
+
+def _replay_hook(config: RunConfig, folder: Path) -> Hook:
+    if config.algorithm.compat == "official":
+        return OfficialReplayHook(
+            config.replay, config.algorithm, config.rollout.group_size, folder
+        )
+    return SelfImitationHook(config.replay, folder)
 
 
 def training_prompts(config: RunConfig) -> PromptSource:

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_spear.algorithms.advantages import turn_advantages
 from megatron_spear.algorithms.filters import keep_groups
+from megatron_spear.algorithms.official.rows import official_rows
 from megatron_spear.algorithms.samples import make_samples
 from megatron_spear.config.method import AlgorithmSection, RewardSection
 from megatron_spear.config.schema import RolloutSection
@@ -56,6 +57,9 @@ class Controller:
         metrics = reward_metrics(scored, weight)
         for hook in self.hooks:
             scored = hook.on_scored(ctx, scored)
+        if self.algorithm.compat == "official":
+            rows, filtered = official_rows(ctx, scored, self.algorithm, self.rollout.group_size)
+            return rows, metrics | filtered
         kept, filtered = keep_groups(scored, self.algorithm.keep_groups_fraction, weight)
         samples = make_samples(kept, turn_advantages(kept, self.algorithm, weight))
         return samples, metrics | filtered

@@ -19,6 +19,7 @@ from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.trainer.controller import Controller, with_gradient, with_old_logprobs
 from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan, RefLogprobs
+from megatron_spear.trainer.official_mini_batches import OfficialMiniBatches
 from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.timing import PhaseTimer
 from megatron_spear.types import Origin, StepContext, StepReport, TrainSample, Update
@@ -40,7 +41,9 @@ class SpearStep:
     @property
     def mini_batches(self) -> MiniBatches:
         """Who is in which optimizer step, and the weights."""
-        return MiniBatches(algorithm=self.algorithm, replay=self.replay)
+        official = self.algorithm.compat == "official"
+        kind = OfficialMiniBatches if official else MiniBatches
+        return kind(algorithm=self.algorithm, replay=self.replay)
 
     def run(self, ctx: StepContext, progress: Callable[[int], None] | None = None) -> StepReport:
         """One trainer step: collect, compare, train, publish; returns its metrics."""

@@ -39,7 +39,7 @@ _Logprobs = Sequence[npt.NDArray[np.floating]]
 RefLogprobs = Mapping[tuple[TrajectoryId, int], npt.NDArray[np.floating]]
 """The reference policy's log-probs ``[L]`` by trajectory and segment."""
 
-_PREFIX = {Origin.ON_POLICY: "policy", Origin.REPLAY: "replay"}
+METRIC_PREFIX = {Origin.ON_POLICY: "policy", Origin.REPLAY: "replay"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +198,11 @@ class MiniBatches:
             counted = tuple(s for s in counted if s.trajectory_id in kept)
             logprobs = [values for values, k in zip(logprobs, keep, strict=True) if k]
             trained = tuple(sample for sample, k in zip(trained, keep, strict=True) if k)
-        weights = self._weights(counted, trained, part.weight)
+        weights = self.weights(counted, trained, part.weight)
         regularizers = [0.0 * row if replayed else row.copy() for row in weights]
         corrections, found = self._corrections(trained)
         metrics |= {} if replayed else found
-        dropped, selected, found = self._by_covariance(ctx, part.origin, trained, logprobs)
+        dropped, selected, found = self.by_covariance(ctx, part.origin, trained, logprobs)
         metrics |= found
         rows = zip(trained, weights, corrections, dropped, regularizers, selected, strict=True)
         return [
@@ -210,10 +210,10 @@ class MiniBatches:
             for sample, weight, factor, drop, regularizer, chosen in rows
         ], metrics
 
-    def _weights(
+    def weights(
         self, counted: Sequence[TrainSample], trained: Sequence[TrainSample], scale: float
     ) -> list[WeightArray]:
-        """Each trained sample's weights, by the counts of all."""
+        """float64 ``[L]`` of each trained sample, by the counts of all."""
         section = self.algorithm
         weights = token_weights(counted, section.aggregation, section.norm_length, scale=scale)
         by_key = {_key(s): row for s, row in zip(counted, weights, strict=True)}
@@ -227,7 +227,7 @@ class MiniBatches:
             return [np.ones(len(s.token_ids)) for s in trained], {}
         return correction_weights(trained, section.mode, low=section.low, high=section.high)
 
-    def _by_covariance(
+    def by_covariance(
         self, ctx: StepContext, origin: Origin, trained: Sequence[TrainSample], logprobs: _Logprobs
     ) -> tuple[list[BoolArray], list[BoolArray], dict[str, float]]:
         """(dropped, KL-selected) bool ``[L]`` of each sample, and metrics."""
@@ -245,7 +245,7 @@ class MiniBatches:
                     step=ctx.step,
                 )
                 share = dropped_fraction(trained, dropped)
-                return dropped, none, {f"{_PREFIX[origin]}/cov_dropped_fraction": share}
+                return dropped, none, {f"{METRIC_PREFIX[origin]}/cov_dropped_fraction": share}
             case KlCovLossSection():
                 chosen = kl_selected_tokens(
                     trained, logprobs, fraction=section.fraction, seed=ctx.seed, step=ctx.step

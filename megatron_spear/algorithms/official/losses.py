@@ -8,6 +8,7 @@ ratio.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from megatron_spear.algorithms.surrogates import (
     gpg_surrogate,
     kl_cov_surrogate,
 )
+
+Permutation = Callable[[int], Tensor]
+"""From a count n to a permutation of 0..n-1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +120,13 @@ def covariance_drop(
     mask: Tensor,
     clipped: Tensor,
     clip: OfficialClip,
-    permutation: Tensor | None,
+    permutation: Tensor | Permutation | None,
 ) -> CovarianceDrop:
     """Tokens dropped: the first of the permuted eligible, max(floor(fraction * tokens), 1) many.
 
-    Eligible are masked tokens that the ratio clip has not silenced, strictly inside the band.
+    ``permutation`` is the draw, or makes one of a given length; None draws from torch's global
+    generator. Eligible are masked tokens that the ratio clip has not silenced, strictly inside the
+    band.
     """
     centred_logprobs = logprobs - masked_mean(logprobs, mask)
     covariance = (advantages - masked_mean(advantages, mask)) * centred_logprobs
@@ -128,9 +134,11 @@ def covariance_drop(
     eligible = ((covariance > clip.low) & (covariance < clip.high)).nonzero()
     quota = max(math.floor(clip.fraction * mask.sum().item()), 1)
     if permutation is None:
-        permutation = torch.randperm(len(eligible), device=mask.device)
-    assert len(permutation) == len(eligible), "one place in the draw for each eligible token"
-    dropped = eligible[permutation[:quota]]
+        order = torch.randperm(len(eligible), device=mask.device)
+    else:
+        order = permutation if isinstance(permutation, Tensor) else permutation(len(eligible))
+    assert len(order) == len(eligible), "one place in the draw for each eligible token"
+    dropped = eligible[order[:quota]]
     return CovarianceDrop(covariance=covariance, eligible=eligible, dropped=dropped, quota=quota)
 
 
@@ -146,19 +154,10 @@ def kl_cov(
 ) -> OfficialLoss:
     """Unclipped surrogate; the tokens of highest covariance pay coef * abs(log ratio).
 
-    They are max(floor(fraction * tokens), 1) many, none with a fraction of 0. ``kl`` of the result
-    is the mean absolute log ratio.
+    ``kl`` of the result is the mean absolute log ratio.
     """
     log_ratio = logprobs - old_logprobs
-    selected = torch.zeros_like(mask, dtype=torch.bool)
-    trained = mask > 0
-    num_tokens = int(trained.sum())
-    if num_tokens and fraction > 0:
-        own_logprobs, own_advantages = logprobs.detach()[trained], advantages[trained]
-        covariance = (own_advantages - own_advantages.mean()) * (own_logprobs - own_logprobs.mean())
-        quota = max(math.floor(fraction * num_tokens), 1)
-        rows = trained.nonzero()[covariance.topk(quota).indices]
-        selected[rows[:, 0], rows[:, 1]] = True
+    selected = kl_cov_selected(logprobs.detach(), advantages, mask, fraction)
     surrogate = kl_cov_surrogate(log_ratio, advantages, selected, coef)
     return OfficialLoss(
         loss=aggregate(surrogate, mask, aggregation),
@@ -166,6 +165,21 @@ def kl_cov(
         kl=masked_mean(log_ratio.detach().abs(), mask),
         dual_clip_fraction=mask.new_zeros(()),
     )
+
+
+def kl_cov_selected(logprobs: Tensor, advantages: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """bool ``[B, T]``: the max(floor(fraction * tokens), 1) masked tokens of highest covariance;
+    none with a fraction of 0."""
+    selected = torch.zeros_like(mask, dtype=torch.bool)
+    trained = mask > 0
+    num_tokens = int(trained.sum())
+    if num_tokens and fraction > 0:
+        own_logprobs, own_advantages = logprobs[trained], advantages[trained]
+        covariance = (own_advantages - own_advantages.mean()) * (own_logprobs - own_logprobs.mean())
+        quota = max(math.floor(fraction * num_tokens), 1)
+        rows = trained.nonzero()[covariance.topk(quota).indices]
+        selected[rows[:, 0], rows[:, 1]] = True
+    return selected
 
 
 def gpg(logprobs: Tensor, advantages: Tensor, mask: Tensor, *, aggregation: str) -> OfficialLoss:
