@@ -109,6 +109,32 @@ def test_what_cannot_work_is_told(overrides: list[str], world_size: int, told: s
     assert told in lines[0]
 
 
+OFFICIAL = (
+    "algorithm.compat=official",
+    "replay.combine=separate_step",
+    "replay.ratio_filter=null",
+    "env.history={window: 2}",
+)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("env.history=full", "has rows of a turn; set env.history={window: 2}"),
+        ("algorithm.official.tree=math", "has rows of a trajectory; set env.history=full"),
+        ("algorithm.off_policy_correction.mode=token-mask", "corrects no mismatch"),
+        ("replay.combine=joint", "set replay.combine=separate_step"),
+        ("replay.ratio_filter={low: 0.1}", "set replay.ratio_filter=null"),
+    ],
+)
+def test_what_the_official_mode_does_not_do_is_told(override: str, told: str) -> None:
+    assert check_config(load_config(None, OFFICIAL), 1) == []
+    (line,) = check_config(load_config(None, [*OFFICIAL, override]), 1)
+    assert told in line
+    off = [*OFFICIAL, "replay.enabled=false", override]
+    assert len(check_config(load_config(None, off), 1)) == (0 if "replay." in override else 1)
+
+
 def test_an_evaluation_has_no_policy() -> None:
     training = ["policy.tensor_parallel=2", "rollout.group_size=1", "replay.capacity=8"]
     config = load_config(None, training)
