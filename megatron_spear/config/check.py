@@ -150,6 +150,11 @@ def _official(config: RunConfig) -> Iterator[str]:
         )
     if replay.ratio_filter is not None:
         yield "algorithm.compat=official filters no ratios; set replay.ratio_filter=null"
+    if algorithm.official.tree == "math" and replay.loss != algorithm.loss:
+        yield (
+            "algorithm.official.tree=math: its replay reads algorithm.loss, whatever replay.loss "
+            "says; give both the same values"
+        )
 
 
 def _optimizer(path: str, optimizer: OptimizerSection, steps: int | None) -> Iterator[str]:

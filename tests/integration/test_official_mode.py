@@ -24,7 +24,11 @@ SETTINGS = (
 )
 TREES = {
     "agent": ("env.history={window: 2}",),
-    "math": ("algorithm.official.tree=math", "replay.capacity=1"),
+    "math": (
+        "algorithm.official.tree=math",
+        "replay.capacity=1",
+        "replay.loss={type: clip_cov, fraction: 0.01, low: 0.001, high: 5}",
+    ),
 }
 
 

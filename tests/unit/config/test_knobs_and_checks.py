@@ -111,6 +111,7 @@ def test_what_cannot_work_is_told(overrides: list[str], world_size: int, told: s
 
 OFFICIAL = (
     "algorithm.compat=official",
+    "algorithm.loss.type=clip_cov",
     "replay.combine=separate_step",
     "replay.ratio_filter=null",
     "env.history={window: 2}",
