@@ -8,6 +8,7 @@ from megatron_spear.config.load import load_config
 from megatron_spear.errors import CheckpointError
 from megatron_spear.testing.ranks import run_ranks
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.calls import HookCalls
 
 
 class _Policy:
@@ -46,7 +47,8 @@ def _save_and_resume(path: Path, refused: tuple[int, ...]) -> tuple[list[str], i
     dist.init_process_group("gloo")
     policy, hook = _Policy(), _Refusing(refused)
     cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
-    controller = SimpleNamespace(cursor=cursor, hooks=[hook]) if dist.get_rank() == 0 else None
+    hooks = HookCalls({"refusing": hook})
+    controller = SimpleNamespace(cursor=cursor, hooks=hooks) if dist.get_rank() == 0 else None
     step: Any = SimpleNamespace(policy=policy, controller=controller)
     run = RunCheckpoints(load_config(), step, RunDirectory(path), "ab" if controller else None)
     for number in (1, 2):

@@ -149,7 +149,8 @@ def test_damaged_replay_rows_cost_one_step(
 def _replay_files(run_dir: Path, step: int) -> list[str]:
     """The replay files that a checkpoint needs."""
     state = json.loads((run_dir / "checkpoints" / f"step_{step}" / "trainer.json").read_text())
-    return [f"segment-{file['number']:08d}.bin" for file in state["hooks"][0]["store"]["files"]]
+    store = state["hooks"]["built_in.self_imitation"]["store"]
+    return [f"segment-{file['number']:08d}.bin" for file in store["files"]]
 
 
 def test_a_finished_run_can_be_resumed_to_no_effect(

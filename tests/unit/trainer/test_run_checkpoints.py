@@ -15,6 +15,7 @@ from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.testing.hand_made import make_prompt
 from megatron_spear.tracking.wandb_sink import read_run_id, write_run_id
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
 from megatron_spear.trainer.run_directory import RunDirectory
 
@@ -68,7 +69,7 @@ class _Run:
         self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         self.policy, self.hook = _Policy(refused), _Hook(path / "rows")
         self.cursor = PromptCursor(FreshPrompts(lambda i: make_prompt(str(i))))
-        controller = SimpleNamespace(cursor=self.cursor, hooks=[self.hook])
+        controller = SimpleNamespace(cursor=self.cursor, hooks=HookCalls({"rows": self.hook}))
         step: Any = SimpleNamespace(policy=self.policy, controller=controller)
         self.checkpoints = RunCheckpoints(config, step, self.directory, panel)
 
