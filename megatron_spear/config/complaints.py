@@ -73,7 +73,7 @@ def suggestion(path: str, knobs: Mapping[str, Knob]) -> str:
     likely += sorted(namesakes, key=lambda p: -SequenceMatcher(a=p, b=path).ratio())[:2]
     if likely:
         return " or ".join(likely)
-    near = get_close_matches(path, knobs, n=1, cutoff=0.75)
+    near = get_close_matches(path, [p for p in knobs if ITEM not in p], n=1, cutoff=0.75)
     if near:
         return near[0]
     names = get_close_matches(name, {knob.name for knob in knobs.values()}, n=1, cutoff=0.8)
