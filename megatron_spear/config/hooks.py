@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from megatron_spear.config.base import Section
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_PATH = re.compile(r"(?P<module>[^:]+):(?P<attribute>[A-Za-z_]\w*)")
+_PATH = re.compile(r"[^:]+:[A-Za-z_]\w*")
 
 
 class HookSection(Section):

@@ -19,11 +19,19 @@ from megatron_spear.files import says_disk_full
 from megatron_spear.metrics import RUN_PREFIXES
 from megatron_spear.replay.state import require_keys
 from megatron_spear.trainer.hooks.base import Hook
-from megatron_spear.types import Origin, ScoredGroup, StepContext, StepReport, TrainSample, Update
+from megatron_spear.types import (
+    Origin,
+    ScoredGroup,
+    ScoredTrajectory,
+    StepContext,
+    StepReport,
+    TrainSample,
+    Update,
+)
 
 log = logging.getLogger(__name__)
 
-_METRIC = re.compile(r"(?P<prefix>[a-z][a-z0-9_]*)/\S+")
+_METRIC = re.compile(r"([a-z][a-z0-9_]*)/\S+")
 _WHAT_TO_DO = (
     "What was saved is untouched: repair the hook and continue with resume=DIR of the run, or "
     "start again if it has no checkpoint yet"
@@ -48,7 +56,8 @@ class HookCalls:
             with self._calling(name, "on_scored", _in(ctx)) as (hook, where):
                 groups = hook.on_scored(ctx, groups)
             _require_all(groups, tuple, ScoredGroup, where)
-            _require_finite_rewards(groups, where)
+            for group in groups:
+                _require_members(group, where)
         return groups
 
     def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:
@@ -180,10 +189,11 @@ def _require_all(
             _wrong(where, f"{_kind(item)} at index {index} of a {container.__name__}", expected)
 
 
-def _require_finite_rewards(groups: Sequence[ScoredGroup], where: str) -> None:
-    for member in (member for group in groups for member in group.members):
+def _require_members(group: ScoredGroup, where: str) -> None:
+    _require_all(group.members, tuple, ScoredTrajectory, f"{where}: as members of a group")
+    for member in group.members:
         reward = member.reward
-        if not all(map(math.isfinite, (reward.outcome, reward.intrinsic, reward.format))):
+        if not all(map(_is_finite, (reward.outcome, reward.intrinsic, reward.format))):
             _wrong(where, f"{reward} to {member.trajectory.id}", "finite numbers")
 
 
@@ -191,7 +201,7 @@ def _require_update(update: Update, where: str) -> None:
     _require_all(update.samples, tuple, TrainSample, f"{where}: as samples of an update")
     if not isinstance(update.origin, Origin):
         _wrong(where, f"an update of origin {update.origin!r}", "a member of Origin")
-    if not _is_number(update.weight) or not 0.0 <= update.weight < math.inf:
+    if not _is_finite(update.weight) or update.weight < 0.0:
         _wrong(where, f"an update of weight {update.weight!r}", "a finite number >= 0")
 
 
@@ -199,7 +209,7 @@ def _require_metric(name: Any, value: Any, where: str, *, own_prefix: bool) -> N
     match = _METRIC.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         _wrong(where, f"the metric name {name!r}", "prefix/what, as in 'rare_types/bonus'")
-    if own_prefix and match["prefix"] in RUN_PREFIXES:
+    if own_prefix and match[1] in RUN_PREFIXES:
         run = ", ".join(sorted(RUN_PREFIXES))
         _wrong(where, f"the metric name {name!r}", f"a prefix that is not the run's own ({run})")
     if not _is_number(value):
@@ -213,6 +223,10 @@ def _require_nothing(given: Any, where: str) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _kind(value: Any) -> str:

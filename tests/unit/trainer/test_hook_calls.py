@@ -18,7 +18,15 @@ from megatron_spear.metrics import RUN_PREFIXES
 from megatron_spear.testing.hand_made import make_group, make_sample
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.calls import HookCalls
-from megatron_spear.types import Coefficients, Origin, StepContext, StepReport, Update
+from megatron_spear.types import (
+    Coefficients,
+    Origin,
+    Reward,
+    ScoredGroup,
+    StepContext,
+    StepReport,
+    Update,
+)
 
 CTX = StepContext(
     step=3,
@@ -89,7 +97,10 @@ def test_a_damaged_file_of_a_hook_stays_a_checkpoint_error(point: str) -> None:
         POINTS[point](_odd(CheckpointError("rows are gone")))
 
 
-NAN_REWARD = (make_group("g", [1.0, float("nan")]),)
+def _rewarded(outcome: Any) -> tuple[ScoredGroup, ...]:
+    return (make_group("g", [Reward(outcome=outcome)]),)
+
+
 UPDATE = Update(samples=(make_sample(),), origin=Origin.REPLAY)
 
 
@@ -99,7 +110,9 @@ UPDATE = Update(samples=(make_sample(),), origin=Origin.REPLAY)
         ("on_scored", None, "gave None; expected a tuple of ScoredGroup"),
         ("on_scored", list(GROUPS), "gave a list; expected a tuple of ScoredGroup"),
         ("on_scored", (GROUPS[0], 1), "gave a int at index 1 of a tuple; expected a tuple of Sc"),
-        ("on_scored", NAN_REWARD, "outcome=nan"),
+        ("on_scored", _rewarded(float("nan")), "gave Reward(outcome=nan, "),
+        ("on_scored", _rewarded(None), "to g/0; expected finite numbers"),
+        ("on_scored", (replace(GROUPS[0], members=[]),), "as members of a group gave a list; exp"),
         ("on_samples", [], "gave a list; expected nothing"),
         ("extra_updates", None, "gave None; expected a list of Update"),
         ("extra_updates", (UPDATE,), "gave a tuple; expected a list of Update"),
