@@ -13,7 +13,12 @@ from megatron_spear.algorithms.samples import make_samples
 from megatron_spear.config.method import AlgorithmSection, ReplaySection
 from megatron_spear.errors import CheckpointError
 from megatron_spear.replay.store import ReplayStore
-from megatron_spear.testing.hand_made import make_group
+from megatron_spear.testing.hand_made import (
+    make_group,
+    make_prompt,
+    make_trajectory,
+    make_turn,
+)
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.types import (
@@ -21,6 +26,7 @@ from megatron_spear.types import (
     Origin,
     Reward,
     ScoredGroup,
+    ScoredTrajectory,
     StepContext,
     StepReport,
     Update,
@@ -131,6 +137,26 @@ def test_valid_action_is_required(tmp_path: Path, required: bool, stored: int) -
     hook = _hook(tmp_path, require_valid_action=required)
     _run_step(hook, 1, _groups(1, valid=False))
     assert len(_stored(hook, tmp_path)) == stored
+
+
+def test_marked_rows_never_enter(tmp_path: Path) -> None:
+    """Of a good trajectory its other rows do; one of marked rows alone stays out, reward or not."""
+    rows = [[make_turn()], [make_turn()]]
+    trajectories = [make_trajectory("g", member, rows) for member in range(3)]
+    members = tuple(
+        ScoredTrajectory(trajectory=trajectory, reward=reward)
+        for trajectory, reward in zip(trajectories, (WIN, WIN, LOSS), strict=True)
+    )
+    group = ScoredGroup(group_id="g", prompt=make_prompt("g"), members=members)
+    marked = frozenset({(trajectories[0].id, 1), (trajectories[1].id, 0), (trajectories[1].id, 1)})
+    hook, ctx = _hook(tmp_path), _ctx(1)
+    hook.on_scored(ctx, (group,))
+    advantages = turn_advantages([group], AlgorithmSection(), 0.0)
+    hook.on_samples(ctx, make_samples([group], advantages, marked))
+    assert hook.metrics()["replay/inserted"] == 1
+    hook.on_step_end(ctx, StepReport(step=1, policy_version=1, metrics={}))
+    (update,), _ = _run_step(hook, 2, (make_group("low", [LOSS, LOSS], policy_version=1),))
+    assert [(str(s.trajectory_id), s.segment) for s in update.samples] == [("g/0", 0)]
 
 
 def test_without_weight_nothing_is_spent(tmp_path: Path) -> None:
