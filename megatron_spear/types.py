@@ -80,6 +80,10 @@ class TrajectoryId:
         return f"{self.group}/{self.member}"
 
 
+RowKey = tuple[TrajectoryId, int]
+"""A row: a trajectory and the number of one of its segments."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One generation and what came before it.
@@ -89,7 +93,8 @@ class Turn:
     segment (the whole prompt in a segment's first turn); ``action_tokens`` int32 ``[A]`` were
     sampled
     with ``action_logprobs`` float32 ``[A]`` by the engine at ``policy_version`` (first and last
-    token).
+    token). ``text`` is what they decode to, ``void`` says that it neither acts nor answers (the
+    view's word), ``valid`` that the action was well formed and possible.
 
     Example: observation ``[5, 6, 7]``, action ``[9, 2]``, logprobs ``[-0.1, -0.3]``: five
     tokens, the last two of them trained.
@@ -101,8 +106,10 @@ class Turn:
     finish_reason: str
     policy_version: tuple[int, int]
     time_s: float = 0.0
+    text: str = ""
     action_text: str = ""
     valid: bool = True
+    void: bool = False
     tool_calls: int = 0
     anchor: str = ""
 
@@ -241,7 +248,8 @@ class ScoredGroup:
 class TrainSample:
     """One segment, ready for the policy.
 
-    All arrays have length L (the segment's tokens). ``advantages`` is 0 outside ``response_mask``;
+    All arrays have length L (the segment's tokens). ``response_mask`` is False everywhere in a
+    row that was marked as unfit to learn from. ``advantages`` is 0 outside ``response_mask``;
     ``old_logprobs`` (the policy before the update) is the ratio's denominator. ``num_segments``
     is the number of segments of the same trajectory, so that statistics count a trajectory once.
     """

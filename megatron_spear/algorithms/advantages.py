@@ -15,6 +15,7 @@ In all of them an invalid action is charged to its turn: the turns of a trajecto
 own format rewards.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -28,7 +29,7 @@ from megatron_spear.algorithms.group_baselines import (
     whitened,
 )
 from megatron_spear.config.method import AlgorithmSection
-from megatron_spear.errors import ConfigError
+from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.types import ScoredGroup, ScoredTrajectory, TrajectoryId, Turn
 
 TurnAdvantages = Mapping[TrajectoryId, RewardArray]
@@ -54,8 +55,18 @@ def turn_advantages(
 
 
 def shaped_rewards(group: ScoredGroup, intrinsic_weight: float) -> RewardArray:
-    """float64 ``[members]``: outcome + mu * intrinsic + format."""
-    return np.array([member.reward.total(intrinsic_weight) for member in group.members], np.float64)
+    """float64 ``[members]``: outcome + mu * intrinsic + format.
+
+    Raises DataError for a reward that is no finite number: it would spoil its group and the step.
+    """
+    totals = [member.reward.total(intrinsic_weight) for member in group.members]
+    for member, total in zip(group.members, totals, strict=True):
+        if not math.isfinite(total):
+            raise DataError(
+                f"trajectory {member.trajectory.id}: got a reward of {total} ({member.reward}), "
+                "expected a finite number; look for it in what scores the trajectories"
+            )
+    return np.array(totals, np.float64)
 
 
 def turn_rewards(member: ScoredTrajectory) -> RewardArray:

@@ -10,14 +10,20 @@ do not depend on how the samples are split into micro-batches, packed, padded or
 | ``seq-mean-token-sum`` | mean of trajectories' token sums | 1 / trajectories |
 | ``seq-mean-token-mean`` | mean of trajectories' token means | 1 / (trajectories * own tokens) |
 | ``seq-mean-token-sum-norm`` | the same over a constant length | 1 / (trajectories * norm_length) |
+| ``group-mean-token-mean`` | mean of groups' token means | 1 / (groups * own group's tokens) |
 
 ``seq-mean-token-sum-norm`` is Dr. GRPO's (arXiv 2503.20783), the mean over trajectories included:
 the official code divides the sum over rows by the padded width alone.
-A trajectory counts once, however many segments it has; one without masked tokens still counts.
+The official ``seq-norm-token-sum`` is ``group-mean-token-mean`` over the group size: it takes the
+mean over *rows* of (the row's sum / the tokens of its group), and its groups are blocks of
+consecutive rows, so it also depends on their order.
+A trajectory counts once, however many segments it has; one without masked tokens still counts, and
+so does such a group.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +32,22 @@ from megatron_spear.errors import ConfigError
 from megatron_spear.types import TrainSample, TrajectoryId
 
 WeightArray = npt.NDArray[np.float64]
-_TokenCounts = Counter[TrajectoryId]
 
-_WEIGHTS: dict[str, Callable[[_TokenCounts, TrajectoryId, int], float]] = {
-    "token-mean": lambda counts, _id, _length: 1.0 / counts.total(),
-    "seq-mean-token-sum": lambda counts, _id, _length: 1.0 / len(counts),
-    "seq-mean-token-mean": lambda counts, id_, _length: 1.0 / (len(counts) * counts[id_]),
-    "seq-mean-token-sum-norm": lambda counts, _id, length: 1.0 / (len(counts) * length),
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Numbers of masked tokens by trajectory and by group."""
+
+    own: Counter[TrajectoryId]
+    group: Counter[str]
+
+
+_WEIGHTS: dict[str, Callable[[_Tokens, TrajectoryId, int], float]] = {
+    "token-mean": lambda n, _id, _length: 1.0 / n.own.total(),
+    "seq-mean-token-sum": lambda n, _id, _length: 1.0 / len(n.own),
+    "seq-mean-token-mean": lambda n, id_, _length: 1.0 / (len(n.own) * n.own[id_]),
+    "seq-mean-token-sum-norm": lambda n, _id, length: 1.0 / (len(n.own) * length),
+    "group-mean-token-mean": lambda n, id_, _length: 1.0 / (len(n.group) * n.group[id_.group]),
 }
 
 
@@ -44,22 +59,25 @@ def token_weights(
     ``samples`` are all of one update in one optimizer step; ``scale`` is the update's own weight
     (SPEAR Eq. 5). Raises ConfigError for an unknown mode.
 
-    Example: two trajectories with 3 and 1 masked tokens: ``token-mean`` 1/4 each;
+    Example: two trajectories of one group with 3 and 1 masked tokens: ``token-mean`` 1/4 each;
     ``seq-mean-token-sum`` 1/2 each; ``seq-mean-token-mean`` 1/6 and 1/2;
-    ``seq-mean-token-sum-norm`` with norm_length 10: 1/20.
+    ``seq-mean-token-sum-norm`` with norm_length 10: 1/20; ``group-mean-token-mean`` 1/4 each (of
+    two groups: 1/6 and 1/2).
     """
     if mode not in _WEIGHTS:
         raise ConfigError(
             f"algorithm.aggregation: got {mode!r}, expected one of {', '.join(sorted(_WEIGHTS))}"
         )
-    counts: _TokenCounts = Counter()
+    tokens = _Tokens(own=Counter(), group=Counter())
     for sample in samples:
-        counts[sample.trajectory_id] += int(sample.response_mask.sum())
+        count = int(sample.response_mask.sum())
+        tokens.own[sample.trajectory_id] += count
+        tokens.group[sample.trajectory_id.group] += count
     result = []
     for sample in samples:
         weights = np.zeros(len(sample.token_ids), np.float64)
         if sample.response_mask.any():
-            value = _WEIGHTS[mode](counts, sample.trajectory_id, norm_length)
+            value = _WEIGHTS[mode](tokens, sample.trajectory_id, norm_length)
             weights[sample.response_mask] = scale * value
         result.append(weights)
     return result

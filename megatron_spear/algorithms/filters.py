@@ -1,15 +1,40 @@
-"""Which groups are trained on: those whose rewards spread most (RAGEN, arXiv 2504.20073)."""
+"""Which groups are trained on: those whose rewards spread most (RAGEN, arXiv 2504.20073), judged by
+the members that may be learned from."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_spear.algorithms.advantages import shaped_rewards
-from megatron_spear.types import ScoredGroup
+from megatron_spear.algorithms.group_baselines import RewardArray, mean_and_variance
+from megatron_spear.types import RowKey, ScoredGroup, Trajectory
 
 # Spreads that differ by rounding alone (the same rewards in another order) must tie.
 _SPREAD_DIGITS = 12
+
+
+def counted_groups(
+    groups: Sequence[ScoredGroup], marked: frozenset[RowKey]
+) -> tuple[ScoredGroup, ...]:
+    """The groups without the members that nothing is learned from: all their rows are ``marked``.
+
+    A trajectory with one row left counts whole. Example: rewards 1, 1, 0 of which the 0 is overlong
+    give a group of 1, 1: there is nothing to learn from it, where the official code pushes both up.
+    """
+    return tuple(
+        replace(
+            group,
+            members=tuple(m for m in group.members if not fully_marked(m.trajectory, marked)),
+        )
+        for group in groups
+    )
+
+
+def fully_marked(trajectory: Trajectory, marked: frozenset[RowKey]) -> bool:
+    """Whether every row of a trajectory is ``marked``."""
+    return all((trajectory.id, index) in marked for index in range(len(trajectory.segments)))
 
 
 def keep_groups(
@@ -41,8 +66,7 @@ def keep_groups(
 
 
 def reward_spread(group: ScoredGroup, intrinsic_weight: float) -> float:
-    """Unbiased standard deviation of the group's shaped rewards; 0 for fewer than two members."""
-    rewards = shaped_rewards(group, intrinsic_weight)
-    if len(rewards) < 2:
-        return 0.0
-    return round(float(np.std(rewards, ddof=1)), _SPREAD_DIGITS)
+    """Unbiased standard deviation of the group's shaped rewards; exactly 0 for equal ones and for
+    fewer than two members."""
+    rewards: RewardArray = np.sort(shaped_rewards(group, intrinsic_weight))
+    return round(math.sqrt(mean_and_variance(rewards)[1]), _SPREAD_DIGITS)

@@ -142,6 +142,11 @@ def _official(config: RunConfig) -> Iterator[str]:
             f"algorithm.official.tree={tree} has rows of {rows}; "
             f"set env.history={needed} or the other tree"
         )
+    if algorithm.aggregation == "group-mean-token-mean":
+        yield (
+            "algorithm.compat=official has no algorithm.aggregation=group-mean-token-mean; use "
+            "another"
+        )
     if algorithm.off_policy_correction.mode != "none":
         yield (
             "algorithm.compat=official corrects no mismatch; set "

@@ -60,6 +60,25 @@ class OfficialSection(Section):
     """A smaller replay batch is dropped (the official code's number of GPUs)."""
 
 
+class RowFiltersSection(Section):
+    """Dr.BoT's row filters: rows that nothing is learned from, no loss, KL or entropy bonus.
+
+    A row is a trajectory with ``env.history: full`` and a turn with a window."""
+
+    overlong: bool = True
+    """Rows that used up their token budget."""
+    void: bool = True
+    """Rows with a turn that neither acts nor answers."""
+    repetitive: bool = True
+    """Rows with a turn in which some run of 20 tokens occurs 10 times."""
+    unreadable: bool = True
+    """Rows with text that was decoded wrongly."""
+    in_group_statistics: bool = False
+    """Whether a trajectory all of whose rows are marked still counts in its group's mean and
+    spread, as it always does in the official mode. The history of group means, which measures the
+    policy, counts all trajectories either way."""
+
+
 class AlgorithmSection(Section):
     """Advantages, policy loss, filters. Defaults are Dr.BoT's, SPEAR's baseline
     (arXiv 2509.22601)."""
@@ -74,10 +93,12 @@ class AlgorithmSection(Section):
     advantage: Literal["grpo", "rloo", "reinforce_pp_baseline", "gigpo"] = "grpo"
     """What a reward is compared with: the group's mean (grpo; gigpo adds turns with the same
     anchor), the other members' mean (rloo), or the group's mean, whitened over the step's tokens
-    (reinforce_pp_baseline)."""
+    (reinforce_pp_baseline). The default, grpo with ``normalize_std: false`` and ``aggregation:
+    seq-mean-token-sum-norm``, is Dr. GRPO (arXiv 2503.20783)."""
     normalize_std: bool = False
-    """Divide by the group's standard deviation (GRPO's original form; false is Dr. GRPO). With
-    ``advantage: grpo`` only."""
+    """Divide by the group's standard deviation: true is GRPO's original form (arXiv 2402.03300,
+    there with ``aggregation: seq-mean-token-mean``), false GRPO without std, Dr. GRPO's half that
+    concerns advantages. With ``advantage: grpo`` only."""
     gigpo: GigpoSection = GigpoSection()
     """GiGPO's own settings."""
     loss: Annotated[LossSection, Field(discriminator="type")] = ClippedLossSection()
@@ -89,13 +110,25 @@ class AlgorithmSection(Section):
     off_policy_correction: OffPolicyCorrectionSection = OffPolicyCorrectionSection()
     """What is done about log-probs in which engine and policy differ."""
     aggregation: Literal[
-        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+        "token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum-norm",
+        "group-mean-token-mean",
     ] = "seq-mean-token-sum-norm"
-    """How token losses are averaged into one number."""
+    """How token losses are averaged into one number (algorithms/aggregation.py). token-mean is
+    DAPO's; seq-mean-token-mean GRPO's; seq-mean-token-sum-norm, over a constant length, the half of
+    Dr. GRPO that concerns the loss; group-mean-token-mean the mean over groups of their tokens'
+    means."""
     norm_length: PositiveInt = 128
     """Constant length that ``seq-mean-token-sum-norm`` divides by, in tokens."""
+    row_filters: RowFiltersSection = RowFiltersSection()
+    """Rows that nothing is learned from."""
     keep_groups_fraction: Fraction = 0.75
     """Share of groups kept, those with the highest reward spread."""
+    dynamic_sampling_rounds: NonNegativeInt = 0
+    """Further rounds of rollouts a step, at most, in which groups of equal rewards are replaced by
+    groups of further prompts (DAPO, arXiv 2503.14476); 0 = none."""
     old_logprobs: Literal["policy", "engine"] = "policy"
     """Denominator of the ratio: recomputed by the policy before the update, or the engine's own
     (saves a forward pass; right where engine and policy agree, as in fp32 on one machine)."""

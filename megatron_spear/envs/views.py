@@ -1,7 +1,10 @@
 """How an environment's text becomes chat messages, and a generated text an action."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
+
+_ACTION = re.compile(r"<action>.*?</action>", re.DOTALL)
 
 # Each step of a window: what was seen, and the action taken on seeing it.
 HistoryStep = tuple[str, str]
@@ -49,6 +52,13 @@ class AgentView(Protocol):
         """The action in a generated text; never raises."""
         ...
 
+    def void(self, text: str) -> bool:
+        """Whether a generated text neither acts nor answers, so that nothing is learned from it.
+
+        This is about the form alone: an action that is impossible in the environment is not void.
+        """
+        ...
+
     def demonstrate(self, action: str) -> str:
         """The text a policy should generate to take ``action``; ``parse`` gives it back, valid."""
         ...
@@ -64,6 +74,14 @@ def last_between(text: str, opening: str, closing: str) -> str | None:
         return None
     start = text.rfind(opening, 0, end)
     return None if start < 0 else text[start + len(opening) : end]
+
+
+def void_action(text: str) -> bool:
+    """True when no ``<action>...</action>`` follows the last ``</think>``.
+
+    A thought is not required, an empty action counts as one, an action inside the thought does not.
+    """
+    return _ACTION.search(text.rpartition("</think>")[2]) is None
 
 
 def has_cjk(text: str) -> bool:

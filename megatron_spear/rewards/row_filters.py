@@ -1,9 +1,9 @@
-"""What makes a response unfit to learn from; a marked row is taken out of the loss.
+"""What makes a response unfit to learn from; `row_marks` applies it to rows of trajectories.
 
 | mark       | rule                                                              |
 |------------|-------------------------------------------------------------------|
 | overlong   | it used up its token budget                                       |
-| void       | it neither acts nor answers                                       |
+| void       | it neither acts nor answers (`void_answer`, `views.void_action`)  |
 | repetitive | one run of 20 tokens occurs 10 times or more                      |
 | unreadable | text that was decoded wrongly                                     |
 """
@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from megatron_spear.rewards.graders import extract_answer
 
-_ACTION = re.compile(r"<action>.*?</action>", re.DOTALL)
 # U+FFFD, UTF-8 read as Latin-1 or Windows-1252 (a byte pair C2/C3 + 80-BF, curly quotes, the byte
 # order mark, U+FFFD itself), and the classics of GBK.
 _MOJIBAKE = re.compile(
@@ -28,14 +27,6 @@ _MOJIBAKE = re.compile(
 def overlong(num_tokens: int, max_tokens: int) -> bool:
     """True when a response of ``num_tokens`` (tool output included) filled its ``max_tokens``."""
     return num_tokens >= max_tokens
-
-
-def void_action(text: str) -> bool:
-    """True when no ``<action>...</action>`` follows the last ``</think>``.
-
-    A thought is not required, an empty action counts as one, an action inside the thought does not.
-    """
-    return _ACTION.search(text.rpartition("</think>")[2]) is None
 
 
 def void_answer(text: str, num_tool_calls: int) -> bool:

@@ -58,6 +58,7 @@ class Rollouter:
         seed: tuple[int, ...],
         temperature: float,
         progress: Callable[[int], None] | None = None,
+        all_may_fail: bool = False,
     ) -> list[TrajectoryGroup]:
         """One group a prompt, in the order of the prompts.
 
@@ -66,7 +67,8 @@ class Rollouter:
         is called after every attempt with the number finished so far and may raise StopRequested.
 
         A failed attempt is logged and goes to ``failures``. Raises what the first attempt failed
-        with when all of them failed; EnvironmentsLost, StopRequested and cancellation as they come.
+        with when all of them failed, unless ``all_may_fail``; EnvironmentsLost, StopRequested and
+        cancellation as they come.
         """
         names = _group_names(prompts, seed)
         finished = 0
@@ -88,7 +90,7 @@ class Rollouter:
             for member in range(group_size)
         )
         errors = [error for _, error in outcomes if error is not None]
-        if errors and len(errors) == len(outcomes):
+        if errors and len(errors) == len(outcomes) and not all_may_fail:
             raise errors[0]
         played = [trajectory for trajectory, _ in outcomes]
         return [
@@ -104,6 +106,7 @@ class Rollouter:
         seed: tuple[int, ...],
         temperature: float,
         progress: Callable[[int], None] | None = None,
+        all_may_fail: bool = False,
     ) -> list[TrajectoryGroup]:
         """``collect`` for callers without an event loop; runs one for the length of the call."""
         return asyncio.run(
@@ -113,6 +116,7 @@ class Rollouter:
                 seed=seed,
                 temperature=temperature,
                 progress=progress,
+                all_may_fail=all_may_fail,
             )
         )
 

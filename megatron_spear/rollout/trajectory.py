@@ -112,7 +112,8 @@ class _Player:
         cut = generation.finish_reason == "context" or (
             generation.finish_reason == "length" and room < stage.rollout.max_new_tokens
         )
-        action, valid = stage.view.parse(stage.renderer.decode_action(generation.token_ids))
+        text = stage.renderer.decode_action(generation.token_ids)
+        action, valid = stage.view.parse(text)
         anchor = str(self._info.get("anchor", ""))
         status: Status | None = Status.TRUNCATED_LENGTH
         if cut:
@@ -128,8 +129,10 @@ class _Player:
                 finish_reason=generation.finish_reason,
                 policy_version=generation.policy_version,
                 time_s=time.perf_counter() - started,
+                text=text,
                 action_text=action,
                 valid=valid,
+                void=stage.view.void(text),
                 tool_calls=0 if cut else 1,
                 anchor=anchor,
             )

@@ -20,19 +20,26 @@ from megatron_spear.types import (
 
 
 def make_turn(
-    action: str = "look", *, valid: bool = True, num_tokens: int = 2, policy_version: int = 0
+    action: str = "look",
+    *,
+    valid: bool = True,
+    num_tokens: int = 2,
+    policy_version: int = 0,
+    **changes: Any,
 ) -> Turn:
     """A turn of one observation token and ``num_tokens`` action tokens with log-prob -0.5."""
-    return Turn(
-        observation_tokens=np.array([7], np.int32),
-        action_tokens=np.arange(1, num_tokens + 1, dtype=np.int32),
-        action_logprobs=np.full(num_tokens, -0.5, np.float32),
-        finish_reason="stop",
-        policy_version=(policy_version, policy_version),
-        action_text=action,
-        valid=valid,
-        anchor=f"before {action}",
-    )
+    values: dict[str, Any] = {
+        "observation_tokens": np.array([7], np.int32),
+        "action_tokens": np.arange(1, num_tokens + 1, dtype=np.int32),
+        "action_logprobs": np.full(num_tokens, -0.5, np.float32),
+        "finish_reason": "stop",
+        "policy_version": (policy_version, policy_version),
+        "text": action,
+        "action_text": action,
+        "valid": valid,
+        "anchor": f"before {action}",
+    }
+    return Turn(**(values | changes))
 
 
 def make_trajectory(

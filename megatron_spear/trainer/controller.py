@@ -9,18 +9,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_spear.algorithms.advantages import turn_advantages
-from megatron_spear.algorithms.filters import keep_groups
+from megatron_spear.algorithms.filters import counted_groups, keep_groups, reward_spread
 from megatron_spear.algorithms.official.rows import official_rows
 from megatron_spear.algorithms.samples import make_samples
 from megatron_spear.config.method import AlgorithmSection, RewardSection
 from megatron_spear.config.schema import RolloutSection
 from megatron_spear.data.prompts import PromptCursor
 from megatron_spear.rewards.compose import score
+from megatron_spear.rewards.row_marks import mark_rows
 from megatron_spear.rewards.summary import reward_metrics
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.rollout.summary import rollout_metrics
 from megatron_spear.trainer.hooks.calls import HookCalls
-from megatron_spear.types import StepContext, TrainSample, TrajectoryGroup
+from megatron_spear.types import RowKey, ScoredGroup, StepContext, TrainSample, TrajectoryGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +37,90 @@ class Controller:
 
     def collect(
         self, ctx: StepContext, progress: Callable[[int], None] | None = None
-    ) -> tuple[list[TrajectoryGroup], dict[str, float]]:
-        """Roll out the next prompts; returns the groups and their metrics."""
-        prompts = self.cursor.take(self.rollout.prompts_per_step)
-        groups = self.rollouter.collect_sync(
-            prompts,
-            group_size=self.rollout.group_size,
-            seed=(ctx.seed, ctx.step),
-            temperature=self.rollout.temperature,
-            progress=progress,
-        )
-        return groups, rollout_metrics(groups)
+    ) -> tuple[tuple[ScoredGroup, ...], dict[str, float]]:
+        """Roll out and score the next prompts; returns the groups to go on with, and metrics.
+
+        In up to ``dynamic_sampling_rounds`` further rounds, groups of equal rewards, which teach
+        nothing, make room for groups of further prompts; those of the last round stay, whatever
+        they are. Prompts are consumed once, replaced groups are gone for good. Metrics are over the
+        groups of all rounds; what comes after this, the hooks too, sees those that stay.
+        """
+        played, scored = self._play(ctx, 0, self.rollout.prompts_per_step, 0, progress)
+        groups, rounds = list(scored), 0
+        for number in range(1, 1 + self.algorithm.dynamic_sampling_rounds):
+            seats = self._equal(ctx, groups)
+            if not seats:
+                break
+            rounds = number
+            finished = len(played) * self.rollout.group_size
+            more, fresh = self._play(ctx, number, len(seats), finished, progress)
+            for seat, group in zip(seats, fresh, strict=True):
+                groups[seat] = group
+            played, scored = played + more, scored + fresh
+        metrics = rollout_metrics(played)
+        metrics |= reward_metrics(scored, ctx.coefficients.intrinsic_weight)
+        if self.algorithm.dynamic_sampling_rounds:
+            metrics["filter/num_sampling_rounds"] = float(rounds)
+            metrics["filter/num_resampled_groups"] = float(len(scored) - len(groups))
+        return tuple(groups), metrics
 
     def samples(
-        self, ctx: StepContext, groups: Sequence[TrajectoryGroup]
+        self, ctx: StepContext, scored: tuple[ScoredGroup, ...]
     ) -> tuple[list[TrainSample], dict[str, float]]:
-        """Score, filter, compare: the step's samples with their advantages, and metrics."""
-        weight = ctx.coefficients.intrinsic_weight
-        scored = tuple(score(group, self.reward) for group in groups)
-        metrics = reward_metrics(scored, weight)
+        """Mark, filter, compare: the step's samples with their advantages, and metrics."""
         scored = self.hooks.on_scored(ctx, scored)
+        marked, counted, metrics = self._marked(scored)
         if self.algorithm.compat == "official":
-            rows, filtered = official_rows(ctx, scored, self.algorithm, self.rollout.group_size)
+            size = self.rollout.group_size
+            rows, filtered = official_rows(ctx, scored, marked, self.algorithm, size)
             return rows, metrics | filtered
-        kept, filtered = keep_groups(scored, self.algorithm.keep_groups_fraction, weight)
-        samples = make_samples(kept, turn_advantages(kept, self.algorithm, weight))
-        return samples, metrics | filtered
+        weight = ctx.coefficients.intrinsic_weight
+        kept, filtered = keep_groups(counted, self.algorithm.keep_groups_fraction, weight)
+        advantages = turn_advantages(kept, self.algorithm, weight)
+        names = {group.group_id for group in kept}
+        whole = [group for group in scored if group.group_id in names]
+        return make_samples(whole, advantages, marked), metrics | filtered
+
+    def _play(
+        self,
+        ctx: StepContext,
+        number: int,
+        num_prompts: int,
+        finished: int,
+        progress: Callable[[int], None] | None,
+    ) -> tuple[list[TrajectoryGroup], list[ScoredGroup]]:
+        """Round ``number``: the groups of the next prompts, as played and as scored.
+
+        Group ids and draws of a further round are keyed by its number too. Such a round may be of
+        one prompt, so it may fail as a whole without ending the run. ``finished`` attempts of the
+        step came before.
+        """
+        groups = self.rollouter.collect_sync(
+            self.cursor.take(num_prompts),
+            group_size=self.rollout.group_size,
+            seed=(ctx.seed, ctx.step, number) if number else (ctx.seed, ctx.step),
+            temperature=self.rollout.temperature,
+            progress=progress and (lambda count: progress(finished + count)),
+            all_may_fail=number > 0,
+        )
+        return groups, [score(group, self.reward) for group in groups]
+
+    def _equal(self, ctx: StepContext, groups: Sequence[ScoredGroup]) -> list[int]:
+        """Places of the groups whose rewards, of the members that count, are all equal."""
+        _, counted, _ = self._marked(groups)
+        weight = ctx.coefficients.intrinsic_weight
+        return [seat for seat, group in enumerate(counted) if not reward_spread(group, weight)]
+
+    def _marked(
+        self, groups: Sequence[ScoredGroup]
+    ) -> tuple[frozenset[RowKey], Sequence[ScoredGroup], dict[str, float]]:
+        """The rows to learn nothing from, the groups as statistics count them, and metrics."""
+        section, official = self.algorithm.row_filters, self.algorithm.compat == "official"
+        if official and self.algorithm.official.tree == "math":
+            section = section.model_copy(update={"void": False})  # it never fires there (defect 7)
+        marked, metrics = mark_rows(groups, section)
+        everyone = official or section.in_group_statistics
+        return marked, groups if everyone else counted_groups(groups, marked), metrics
 
 
 def with_gradient(samples: Sequence[TrainSample]) -> list[TrainSample]:

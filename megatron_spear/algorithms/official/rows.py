@@ -8,6 +8,10 @@
 A row's sample carries its own score: the ``format`` part of its reward is the row's. Advantages are
 those of ``official.advantages`` and ``official.gigpo``. The agent tree cuts the rows that are left
 to a power of two, drawn.
+
+Marked rows count in all group statistics (defect 20); only their advantage is 0. The math tree
+clears their response mask, the agent tree rebuilds it (defect 21), so there they go on counting in
+means over tokens and get KL and entropy bonus.
 """
 
 from collections.abc import Sequence
@@ -33,7 +37,7 @@ from megatron_spear.algorithms.official.filters import (
 from megatron_spear.algorithms.official.gigpo import gigpo_advantage, gigpo_step_returns
 from megatron_spear.algorithms.samples import make_samples
 from megatron_spear.config.method import AlgorithmSection
-from megatron_spear.types import ScoredGroup, ScoredTrajectory, StepContext, TrainSample
+from megatron_spear.types import RowKey, ScoredGroup, ScoredTrajectory, StepContext, TrainSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,15 @@ class _Row:
     sample: TrainSample
     score: float
     step_return: float
+    marked: bool
 
 
 def official_rows(
-    ctx: StepContext, groups: Sequence[ScoredGroup], section: AlgorithmSection, group_size: int
+    ctx: StepContext,
+    groups: Sequence[ScoredGroup],
+    marked: frozenset[RowKey],
+    section: AlgorithmSection,
+    group_size: int,
 ) -> tuple[list[TrainSample], dict[str, float]]:
     """The rows a step goes on with, with their advantages, and the filter's metrics.
 
@@ -54,7 +63,8 @@ def official_rows(
     """
     agent = section.official.tree == "agent"
     complete = [g for g in groups if g.members and (agent or len(g.members) == group_size)]
-    rows = [row for group in complete for m in group.members for row in _rows(ctx, m, section)]
+    members = [member for group in complete for member in group.members]
+    rows = [row for member in members for row in _rows(ctx, member, marked, section)]
     metrics = {
         "filter/num_groups": float(len(groups)),
         "filter/num_incomplete_groups": float(len(groups) - len(complete)),
@@ -64,11 +74,17 @@ def official_rows(
     kept, found = _filtered(ctx, rows, section, group_size)
     advantages = _advantages(kept, section)
     return [
-        _with_advantage(row.sample, value) for row, value in zip(kept, advantages, strict=True)
+        _finished(row, value, clear=row.marked and not agent)
+        for row, value in zip(kept, advantages, strict=True)
     ], metrics | found
 
 
-def _rows(ctx: StepContext, member: ScoredTrajectory, section: AlgorithmSection) -> list[_Row]:
+def _rows(
+    ctx: StepContext,
+    member: ScoredTrajectory,
+    marked: frozenset[RowKey],
+    section: AlgorithmSection,
+) -> list[_Row]:
     """The rows of one trajectory, advantages still 0."""
     trajectory, weight = member.trajectory, ctx.coefficients.intrinsic_weight
     none: TurnAdvantages = {trajectory.id: np.zeros(len(trajectory.turns))}
@@ -91,6 +107,7 @@ def _rows(ctx: StepContext, member: ScoredTrajectory, section: AlgorithmSection)
                 sample=replace(sample, reward=reward),
                 score=reward.total(weight),
                 step_return=float(returns[first]) + charge,
+                marked=(trajectory.id, sample.segment) in marked,
             )
         )
         first = turns.stop
@@ -114,10 +131,10 @@ def _filtered(
 
 
 def _advantages(rows: Sequence[_Row], section: AlgorithmSection) -> RewardArray:
-    """float64 ``[N]``: each row's advantage (0 for a row without sampled tokens)."""
+    """float64 ``[N]``: each row's advantage (0 for a marked row and one without sampled tokens)."""
     if not rows:
         return np.zeros(0)
-    counts = np.array([int(row.sample.response_mask.sum()) for row in rows])
+    counts = np.array([int(r.sample.response_mask.sum()) * (not r.marked) for r in rows])
     mask = np.arange(max(counts.max(), 1))[None, :] < counts[:, None]
     rewards = np.zeros(mask.shape, np.float64)
     rewards[:, 0] = [row.score for row in rows]
@@ -172,6 +189,7 @@ _METHODS = {
 }
 
 
-def _with_advantage(sample: TrainSample, value: float) -> TrainSample:
-    advantages = np.where(sample.response_mask, value, 0.0).astype(np.float32)
-    return replace(sample, advantages=advantages)
+def _finished(row: _Row, value: float, *, clear: bool) -> TrainSample:
+    mask = row.sample.response_mask & (not clear)
+    advantages = np.where(mask, value, 0.0).astype(np.float32)
+    return replace(row.sample, response_mask=mask, advantages=advantages)

@@ -3,7 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from megatron_spear.envs.views import AgentView, HistoryStep, ParsedAction, has_cjk, last_between
+from megatron_spear.envs.views import (
+    AgentView,
+    HistoryStep,
+    ParsedAction,
+    has_cjk,
+    last_between,
+    void_action,
+)
 
 _TASK_MARK = "Your task is to:"
 
@@ -53,6 +60,10 @@ class CompactView(AgentView):
         """The text, stripped; only an empty one is invalid."""
         action = text.strip()
         return ParsedAction(action, bool(action))
+
+    def void(self, text: str) -> bool:
+        """True for an empty text."""
+        return not text.strip()
 
     def demonstrate(self, action: str) -> str:
         """The action itself."""
@@ -113,6 +124,10 @@ class OfficialView(AgentView):
             and not has_cjk(text)
         )
         return ParsedAction(" ".join((action or "").lower().split()), valid)
+
+    def void(self, text: str) -> bool:
+        """True without a complete action after the thought."""
+        return void_action(text)
 
     def demonstrate(self, action: str) -> str:
         """The action behind a thought that names it."""

@@ -11,13 +11,14 @@ from megatron_spear.algorithms.official.filters import (
     keep_spread_prompts,
     power_of_two_cut,
 )
+from megatron_spear.envs.views import void_action
 from megatron_spear.rewards.graders import official_minerva, official_strict
 from megatron_spear.rewards.official_shaping import (
     official_turn_rewards,
     on_last_token,
     penalize_invalid,
 )
-from megatron_spear.rewards.row_filters import overlong, repetitive, void_action
+from megatron_spear.rewards.row_filters import overlong, repetitive
 from megatron_spear.rewards.tool_calls import (
     official_retool_reward,
     official_tool_reward,

@@ -34,7 +34,8 @@ class Hook:
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
     ) -> tuple[ScoredGroup, ...]:
-        """All groups of the step, scored; returns those to go on with."""
+        """The step's groups, scored, without those that dynamic sampling replaced; returns those to
+        go on with."""
         return groups
 
     def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:

@@ -93,9 +93,12 @@ class SelfImitationHook(Hook):
         return groups
 
     def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:
-        """Remember the admitted trajectories that did better than their group (advantage > 0)."""
+        """Remember the admitted trajectories that did better than their group (advantage > 0).
+
+        Rows without a response mask (those the row filters marked) are left out of them.
+        """
         self._pending = [
-            rows
+            [row for row in rows if row.response_mask.any()]
             for rows in _by_trajectory(samples)
             if rows[0].trajectory_id in self._admitted
             and _mean_advantage(rows) > 0.0

@@ -3,10 +3,13 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_spear.algorithms.filters import keep_groups
-from megatron_spear.testing.hand_made import make_group
-from megatron_spear.types import ScoredGroup
+from megatron_spear.algorithms.filters import counted_groups, keep_groups, reward_spread
+from megatron_spear.errors import DataError
+from megatron_spear.testing.hand_made import make_group, make_trajectory, make_turn
+from megatron_spear.types import Reward, ScoredGroup, ScoredTrajectory
 
 
 def _ids(groups: tuple[ScoredGroup, ...]) -> list[str]:
@@ -50,3 +53,42 @@ def test_empty_groups_never_count() -> None:
     assert _ids(kept) == ["b"]
     assert metrics["filter/num_empty_groups"] == 1
     assert keep_groups([], 0.75, 0.0)[0] == ()
+
+
+_REWARDS = st.lists(st.sampled_from([0.0, 1.0, 0.1, 1e6 + 0.1, -1e6, 1e6]), max_size=5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(_REWARDS, max_size=6), st.floats(0.01, 1.0), st.randoms(use_true_random=False))
+def test_any_groups(rewards: list[list[float]], fraction: float, order: random.Random) -> None:
+    """Whatever order groups and members come in, the same are kept, and none spreads less than one
+    that was left out; equal rewards and groups of one have no spread."""
+    groups = [make_group(f"{i}", row) for i, row in enumerate(rewards)]
+    kept, metrics = keep_groups(groups, fraction, 0.0)
+    names = {group.group_id for group in kept}
+    left = [group for group in groups if group.members and group.group_id not in names]
+    lowest = min((reward_spread(group, 0.0) for group in kept), default=0.0)
+    assert all(reward_spread(group, 0.0) <= lowest for group in left)
+    assert len(kept) == metrics["filter/num_kept_groups"] >= bool(any(rewards))
+    for group, row in zip(groups, rewards, strict=True):
+        assert (reward_spread(group, 0.0) == 0.0) is (len(set(row)) < 2)
+    shuffled = [make_group(f"{i}", order.sample(row, len(row))) for i, row in enumerate(rewards)]
+    order.shuffle(shuffled)
+    assert {group.group_id for group in keep_groups(shuffled, fraction, 0.0)[0]} == names
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_refused(reward: float) -> None:
+    with pytest.raises(DataError, match=r"trajectory b/1: got a reward of .*finite number"):
+        keep_groups([make_group("a", [0.0, 1.0]), make_group("b", [0.0, reward])], 1.0, 0.0)
+
+
+def test_a_member_counts_while_one_of_its_rows_does() -> None:
+    trajectories = [make_trajectory("g", i, [[make_turn()], [make_turn()]]) for i in range(3)]
+    members = [ScoredTrajectory(trajectory=t, reward=Reward(outcome=1.0)) for t in trajectories]
+    group = ScoredGroup(group_id="g", prompt=trajectories[0].prompt, members=tuple(members))
+    ids = [t.id for t in trajectories]
+    marked = frozenset({(ids[0], 0), (ids[0], 1), (ids[1], 1)})
+    (counted,) = counted_groups([group], marked)
+    assert counted.members == (members[1], members[2])
+    assert counted_groups([group], frozenset()) == (group,)

@@ -12,6 +12,7 @@ from megatron_spear.testing.hand_made import make_group, make_prompt, make_traje
 from megatron_spear.types import (
     Coefficients,
     Reward,
+    RowKey,
     ScoredGroup,
     ScoredTrajectory,
     StepContext,
@@ -24,6 +25,9 @@ CTX = StepContext(
     coefficients=Coefficients(intrinsic_weight=0.5, replay_weight=1.0),
     seed=7,
 )
+
+NONE: frozenset[RowKey] = frozenset()
+"""No row is marked by a filter."""
 
 
 def _section(tree: str = "agent", **changes: Any) -> AlgorithmSection:
@@ -54,7 +58,7 @@ def _numbers(samples: list[TrainSample]) -> dict[tuple[str, int], float]:
 def test_agent_rows_are_turns_and_each_moves_the_mean() -> None:
     """Defect 18: one win of one turn beside a loss of three has the mean 1/4, not 1/2."""
     group = _windowed("g", [(1, Reward(outcome=1.0), None), (3, Reward(outcome=0.0), None)])
-    rows, metrics = official_rows(CTX, [group], _section(), 2)
+    rows, metrics = official_rows(CTX, [group], NONE, _section(), 2)
     assert _numbers(rows) == {("g/0", 0): 0.75, **{("g/1", i): -0.25 for i in range(3)}}
     assert metrics["filter/num_groups"] == 1 and metrics["filter/num_incomplete_groups"] == 0
     corrected = turn_advantages([group], AlgorithmSection(), 0.5)
@@ -65,7 +69,7 @@ def test_a_row_is_charged_its_own_invalid_action_in_full() -> None:
     """Penalty 0.4 on one of two turns: format is -0.2 of the trajectory, -0.4 of the row."""
     reward = Reward(outcome=1.0, intrinsic=0.2, format=-0.2)
     group = _windowed("g", [(2, reward, 1), (2, Reward(outcome=0.0), None)])
-    rows, _ = official_rows(CTX, [group], _section(), 2)
+    rows, _ = official_rows(CTX, [group], NONE, _section(), 2)
     scores = {(str(r.trajectory_id), r.segment): r.reward.total(0.5) for r in rows}
     assert scores == pytest.approx(
         {("g/0", 0): 1.1, ("g/0", 1): 0.7, ("g/1", 0): 0.0, ("g/1", 1): 0.0}
@@ -77,11 +81,11 @@ def test_a_row_is_charged_its_own_invalid_action_in_full() -> None:
 def test_the_agent_tree_wastes_what_a_power_of_two_leaves() -> None:
     """Defect 10's cut, of fresh rows: 7 rows become 4, the same ones for a step."""
     group = _windowed("g", [(3, Reward(outcome=1.0), None), (4, Reward(outcome=0.0), None)])
-    rows, _ = official_rows(CTX, [group], _section(), 2)
-    again, _ = official_rows(CTX, [group], _section(), 2)
+    rows, _ = official_rows(CTX, [group], NONE, _section(), 2)
+    again, _ = official_rows(CTX, [group], NONE, _section(), 2)
     assert len(rows) == 4 and list(_numbers(rows)) == list(_numbers(again))
     others = {
-        tuple(_numbers(official_rows(ctx, [group], _section(), 2)[0]))
+        tuple(_numbers(official_rows(ctx, [group], NONE, _section(), 2)[0]))
         for ctx in (
             StepContext(step=s, policy_version=0, coefficients=CTX.coefficients, seed=7)
             for s in range(20)
@@ -98,7 +102,7 @@ def test_math_rows_are_trajectories_in_blocks() -> None:
         make_group("c", [1.0]),
         make_group("d", [0.0, 3.0]),
     ]
-    rows, metrics = official_rows(CTX, groups, _section("math", keep_groups_fraction=0.67), 2)
+    rows, metrics = official_rows(CTX, groups, NONE, _section("math", keep_groups_fraction=0.67), 2)
     assert _numbers(rows) == {("a/0", 0): 0.5, ("a/1", 0): -0.5, ("d/0", 0): -1.5, ("d/1", 0): 1.5}
     assert metrics["filter/num_groups"] == 4 and metrics["filter/num_incomplete_groups"] == 1
 
@@ -116,7 +120,7 @@ def test_math_advantages(advantage: str, expected: list[float]) -> None:
     if advantage == "reinforce_pp_baseline":
         expected = [value / 0.866 * 0.5 / (2 / 7) ** 0.5 for value in expected]
     section = _section("math", advantage=advantage)
-    rows, _ = official_rows(CTX, [make_group("g", [1.0, 0.0, 0.0, 1.0])], section, 4)
+    rows, _ = official_rows(CTX, [make_group("g", [1.0, 0.0, 0.0, 1.0])], NONE, section, 4)
     assert list(_numbers(rows).values()) == pytest.approx(expected, rel=1e-4)
 
 
@@ -125,7 +129,7 @@ def test_gigpo_adds_the_turn_in_its_step_group() -> None:
     seen once."""
     first = _windowed("g", [(2, Reward(outcome=1.0), None), (2, Reward(outcome=0.0), None)])
     section = _section(advantage="gigpo", gigpo={"discount": 0.5})
-    rows, _ = official_rows(CTX, [first], section, 2)
+    rows, _ = official_rows(CTX, [first], NONE, section, 2)
     # episode part +-0.5; "act 0": returns 0.5, 0 -> +-0.25; "act 1": returns 1, 0 -> +-0.5
     assert _numbers(rows) == pytest.approx(
         {("g/0", 0): 0.75, ("g/0", 1): 1.0, ("g/1", 0): -0.75, ("g/1", 1): -1.0}
@@ -134,16 +138,16 @@ def test_gigpo_adds_the_turn_in_its_step_group() -> None:
 
 @pytest.mark.parametrize("tree", ["agent", "math"])
 def test_nothing_to_train_on(tree: str) -> None:
-    assert official_rows(CTX, [], _section(tree), 2)[0] == []
+    assert official_rows(CTX, [], NONE, _section(tree), 2)[0] == []
     empty = ScoredGroup(group_id="g", prompt=make_prompt("g"), members=())
-    rows, metrics = official_rows(CTX, [empty], _section(tree), 2)
+    rows, metrics = official_rows(CTX, [empty], NONE, _section(tree), 2)
     assert rows == [] and metrics["filter/num_incomplete_groups"] == 1
 
 
 def test_a_group_of_one_keeps_its_reward() -> None:
     """Defect 17, to the end of the stage; the corrected advantage is 0."""
     group = make_group("g", [3.0])
-    rows, _ = official_rows(CTX, [group], _section("math"), 1)
+    rows, _ = official_rows(CTX, [group], NONE, _section("math"), 1)
     assert _numbers(rows) == {("g/0", 0): 3.0}
     (values,) = turn_advantages([group], AlgorithmSection(), 0.5).values()
     assert not np.any(values)

@@ -122,6 +122,16 @@ def test_the_defaults_work_on_one_rank() -> None:
         (["algorithm.advantage=gigpo", "algorithm.normalize_std=true"], 1, "algorithm.gigpo.mode"),
         (["replay.capacity=8"], 1, "rows_per_step=24 is above"),
         (["replay.decay=0.5"], 1, "read with replay.baseline=decay only, and it is p50"),
+        (
+            [
+                "algorithm.compat=official",
+                "algorithm.official.tree=math",
+                "replay.enabled=false",
+                "algorithm.aggregation=group-mean-token-mean",
+            ],
+            1,
+            "has no algorithm.aggregation=group-mean-token-mean",
+        ),
         (["replay.gradient_norms=true", "replay.combine=separate_step"], 1, "its own norm"),
         (
             ["algorithm.old_logprobs=engine", "algorithm.off_policy_correction.mode=token-mask"],

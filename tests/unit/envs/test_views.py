@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_spear.envs.alfworld.prompts import alfworld_view, task_of
-from megatron_spear.envs.views import last_between
+from megatron_spear.envs.views import last_between, void_action
 
 FIRST = (
     "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a shelf 1."
@@ -87,6 +87,27 @@ def test_official_parse(text, action, valid):
     assert alfworld_view("official").parse(text) == (action, valid)
 
 
+@pytest.mark.parametrize(
+    ("text", "void"),
+    [
+        ("<think>a</think><action>go</action>", False),
+        ("<action>\ngo\n</action>", False),
+        ("<think>a</think><think>b</think> <action></action>", False),
+        ("<think><action>go</action></think>", True),
+        ("</action>go<action>", True),
+        ("<action>go", True),
+        ("", True),
+    ],
+)
+def test_official_void(text, void):
+    assert void_action(text) is alfworld_view("official").void(text) is void
+
+
+@pytest.mark.parametrize(("text", "void"), [("look", False), (" \n", True), ("", True)])
+def test_compact_void_is_an_empty_answer(text, void):
+    assert alfworld_view("compact").void(text) is void
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.text(), st.text(alphabet=st.characters(exclude_characters="<>")), st.text())
 def test_last_between_finds_the_last_pair(before, inside, after):
@@ -97,7 +118,8 @@ def test_last_between_finds_the_last_pair(before, inside, after):
 @pytest.mark.parametrize("style", ["compact", "official"])
 def test_a_demonstration_parses_to_its_action(style):
     view = alfworld_view(style)
-    assert view.parse(view.demonstrate("go to desk 1")) == ("go to desk 1", True)
+    text = view.demonstrate("go to desk 1")
+    assert view.parse(text) == ("go to desk 1", True) and not view.void(text)
 
 
 def test_task_of():

@@ -10,29 +10,12 @@ from megatron_spear.rewards.row_filters import (
     overlong,
     repetitive,
     unreadable,
-    void_action,
     void_answer,
 )
 
 
 def test_overlong_includes_the_limit() -> None:
     assert [overlong(n, 10) for n in (9, 10, 11)] == [False, True, True]
-
-
-@pytest.mark.parametrize(
-    ("text", "void"),
-    [
-        ("<think>a</think><action>go</action>", False),
-        ("<action>\ngo\n</action>", False),
-        ("<think>a</think><think>b</think> <action></action>", False),
-        ("<think><action>go</action></think>", True),
-        ("</action>go<action>", True),
-        ("<action>go", True),
-        ("", True),
-    ],
-)
-def test_void_action(text: str, void: bool) -> None:
-    assert void_action(text) is void
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,16 @@ def test_each_prompt_starts_with_the_turn_before(rollouter):
     assert turns[2].observation_tokens[0] == TOKENIZER.eos_token_id
 
 
+def test_a_turn_keeps_its_text_and_whether_that_is_void(rollouter):
+    end = RIGHT[-1:]
+    answers = [RIGHT, end, [*LEFT[:-1], *RIGHT], RIGHT]
+    engine = ScriptedEngine(lambda request: answers[request.seed[-1]])
+    (group,) = _collect(rollouter(engine, max_turns=4), _prompts())
+    turns = group.members[0].turns
+    assert [turn.text.split() for turn in turns[:3]] == [["right"], [], ["left", "right"]]
+    assert [turn.void for turn in turns[:3]] == [False, True, False]
+
+
 def test_window_mode_renders_each_turn_anew(rollouter):
     engine = ScriptedEngine(lambda request: RIGHT)
     make = rollouter(engine, history=WindowHistory(window=1))
@@ -205,6 +215,18 @@ def test_a_failure_costs_one_trajectory(rollouter, failing, status):
     assert finished == [1, 2, 3]
     metrics = rollout_metrics([group])
     assert metrics["rollout/failed"] == 1 and metrics["rollout/success"] == 1.0
+
+
+def test_where_all_may_fail_the_failures_come_back(rollouter):
+    def answer(request):
+        raise EngineError("out of luck")
+
+    play, settings = rollouter(ScriptedEngine(answer)), {"seed": (0, 1, 1), "temperature": 1.0}
+    with pytest.raises(EngineError, match="out of luck"):
+        play.collect_sync(_prompts(), group_size=2, **settings)
+    (group,) = play.collect_sync(_prompts(), group_size=2, all_may_fail=True, **settings)
+    assert group.group_id == "0.1.1/p0" and not group.members
+    assert [failure.status for failure in group.failures] == [Status.FAILED_ENGINE] * 2
 
 
 def _contents(groups):

@@ -10,6 +10,7 @@ import pytest
 from megatron_spear.config.method import AlgorithmSection, RewardSection
 from megatron_spear.config.schema import RolloutSection
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
+from megatron_spear.rewards.compose import score
 from megatron_spear.testing.hand_made import make_prompt, make_sample, make_trajectory
 from megatron_spear.trainer.controller import (
     Controller,
@@ -40,12 +41,12 @@ class _Rollouter:
     """Answers with ready groups; keeps how it was called."""
 
     def __init__(self, groups: Sequence[TrajectoryGroup] = ()) -> None:
-        self._groups = list(groups)
+        self.groups = list(groups)
         self.calls: list[dict[str, Any]] = []
 
     def collect_sync(self, prompts: Any, **settings: Any) -> list[TrajectoryGroup]:
         self.calls.append({"prompts": prompts, **settings})
-        return self._groups
+        return self.groups
 
 
 class _Drop(Hook):
@@ -83,6 +84,10 @@ def _controller(
     )
 
 
+def _scored(controller: Controller, *groups: TrajectoryGroup) -> tuple[ScoredGroup, ...]:
+    return tuple(score(group, controller.reward) for group in groups)
+
+
 def _replay(count: int, weight: float = 0.5) -> Update:
     samples = tuple(make_sample("old", i) for i in range(count))
     return Update(samples=samples, origin=Origin.REPLAY, weight=weight)
@@ -107,22 +112,26 @@ def test_collect_takes_the_next_prompts_and_keys_the_draws_by_seed_and_step() ->
     controller = _controller(rollouter=rollouter)
     seen: list[int] = []
     groups, metrics = controller.collect(CTX, seen.append)
-    assert [group.group_id for group in groups] == ["a"]
+    assert groups == _scored(controller, *rollouter.groups)
     assert metrics["rollout/success"] == 0.5 and metrics["rollout/failed"] == 1
-    assert rollouter.calls == [
-        {
-            "prompts": [make_prompt("0"), make_prompt("1")],
-            "group_size": 3,
-            "seed": (7, 3),
-            "temperature": 0.9,
-            "progress": seen.append,
-        }
-    ]
+    assert not {name for name in metrics if name.startswith("filter")}
+    (call,) = rollouter.calls
+    call.pop("progress")(5)
+    assert seen == [5]
+    assert call == {
+        "prompts": [make_prompt("0"), make_prompt("1")],
+        "group_size": 3,
+        "seed": (7, 3),
+        "temperature": 0.9,
+        "all_may_fail": False,
+    }
     assert controller.cursor.state_dict() == {"consumed": 2}
 
 
 def test_failures_are_never_scored() -> None:
-    samples, metrics = _controller().samples(CTX, [_group("a", [True, False], failed=2)])
+    controller = _controller(rollouter=_Rollouter([_group("a", [True, False], failed=2)]))
+    groups, metrics = controller.collect(CTX)
+    samples, _ = controller.samples(CTX, groups)
     assert [str(s.trajectory_id) for s in samples] == ["a/0", "a/1"]
     assert [s.advantages.tolist() for s in samples] == [[0, 0.5, 0.5], [0, -0.5, -0.5]]
     # Shaped: (1 + 0.5 * 0.2 + 0 + 0.5 * 0.2) / 2, the two failed wins left out.
@@ -130,7 +139,8 @@ def test_failures_are_never_scored() -> None:
 
 
 def test_a_step_in_which_everything_failed_has_no_samples() -> None:
-    samples, metrics = _controller().samples(CTX, [_group("a", [], failed=2)])
+    controller = _controller()
+    samples, metrics = controller.samples(CTX, _scored(controller, _group("a", [], failed=2)))
     assert samples == [] and metrics["filter/num_empty_groups"] == 1
 
 
@@ -139,10 +149,10 @@ def test_hooks_choose_among_the_scored_groups_in_turn_and_add_updates() -> None:
     hooks = [_Drop(update), _Drop(update)]
     controller = _controller(hooks=hooks)
     won = {"a": [True, True], "b": [True, False], "c": [True, False]}
-    samples, metrics = controller.samples(CTX, [_group(g, w) for g, w in won.items()])
+    scored = _scored(controller, *(_group(g, w) for g, w in won.items()))
+    samples, metrics = controller.samples(CTX, scored)
     assert [hook.seen for hook in hooks] == [[["a", "b", "c"]], [["b", "c"]]]
     assert {s.trajectory_id.group for s in samples} == {"c"}
-    assert metrics["reward/outcome"] == pytest.approx(4 / 6), "of all, before the hooks"
     assert metrics["filter/num_groups"] == 1
     assert controller.hooks.extra_updates(CTX) == [update, update]
 

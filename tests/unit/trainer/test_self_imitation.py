@@ -309,6 +309,26 @@ def test_large_rewards_are_replayed(tmp_path: Path) -> None:
     assert update.samples[0].advantages.tolist() == [0.0, 1.5e6, 1.5e6]
 
 
+def test_marked_rows_never_enter(tmp_path: Path) -> None:
+    """Of a good trajectory its other rows do; one of marked rows alone stays out, reward or not."""
+    rows = [[make_turn()], [make_turn()]]
+    trajectories = [make_trajectory("g", member, rows) for member in range(3)]
+    members = tuple(
+        ScoredTrajectory(trajectory=trajectory, reward=reward)
+        for trajectory, reward in zip(trajectories, (WIN, WIN, LOSS), strict=True)
+    )
+    group = ScoredGroup(group_id="g", prompt=make_prompt("g"), members=members)
+    marked = frozenset({(trajectories[0].id, 1), (trajectories[1].id, 0), (trajectories[1].id, 1)})
+    hook, ctx = _hook(tmp_path), _ctx(1)
+    hook.on_scored(ctx, (group,))
+    advantages = turn_advantages([group], AlgorithmSection(), 0.0)
+    hook.on_samples(ctx, make_samples([group], advantages, marked))
+    assert hook.metrics()["replay/inserted"] == 1
+    hook.on_step_end(ctx, StepReport(step=1, policy_version=1, metrics={}))
+    (update,), _ = _run_step(hook, 2, (make_group("low", [LOSS, LOSS], policy_version=1),))
+    assert [(str(s.trajectory_id), s.segment) for s in update.samples] == [("g/0", 0)]
+
+
 def test_without_weight_nothing_is_spent(tmp_path: Path) -> None:
     hook = _hook(tmp_path)
     _run_step(hook, 1)
