@@ -278,9 +278,8 @@ def group_statistics(rows: OfficialRows, rules: OfficialReplayRules) -> tuple[Ar
             [rewards[index][own].mean() for own in groups(rows.traj_uid[index])]
             for index in groups(rows.uid)
         ]
-        return np.array([np.mean(group) for group in scores]), np.array(
-            [np.std(group) for group in scores]
-        )
+        means, stds = (np.array([f(group) for group in scores]) for f in (np.mean, np.std))
+        return means, stds
     if num_rows % rules.group_size:
         raise ValueError(
             f"official replay: got {num_rows} rows, expected whole groups of "

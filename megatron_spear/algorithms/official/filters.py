@@ -55,8 +55,8 @@ def keep_spread_prompts(
         members.setdefault(prompt, {}).setdefault(trajectory, []).append(float(value))
     groups = [np.array([np.mean(rows) for rows in group.values()]) for group in members.values()]
     spreads = np.array([group.std() for group in groups])
-    ranked = np.argsort(-spreads if keep == "highest" else spreads, kind="stable")
-    chosen = np.sort(ranked[: _count(spreads, fraction)])
+    ranked = sorted(range(len(spreads)), key=spreads.__getitem__, reverse=keep == "highest")
+    chosen = np.array(sorted(ranked[: _count(spreads, fraction)]), np.int64)
     names = tuple(members)
     prompts = tuple(names[index] for index in chosen)
     kept = frozenset(prompts)
