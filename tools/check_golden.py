@@ -5,7 +5,8 @@
 Each ``*.json`` of the folder is ``{"cases": [{name, inputs, params, expected}]}``; other files are
 left out, and so is JSON without cases under a name that has no check. A file with cases and no
 check counts as not matched. The last line is ``golden: M matched, T total`` (a unit is a case);
-exit status 0 only when M == T > 0, 1 when something did not match, 2 when something is unreadable.
+exit status 0 only when M == T > 0, 1 when something did not match, 2 when something is unreadable
+or the folder holds no vector file.
 """
 
 import argparse
@@ -25,7 +26,13 @@ def vector_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with recorded vector files.")
     paths = sorted(folder.glob("*.json"))
-    return [path for path in paths if path.stem in CHECKS or has_cases(path)]
+    found = [path for path in paths if path.stem in CHECKS or has_cases(path)]
+    if not found:
+        raise DataError(
+            f"{folder}: got {len(paths)} JSON files, none with recorded cases; expected names like "
+            "agg_loss.json."
+        )
+    return found
 
 
 def has_cases(path: Path) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megatron_spear.algorithms.group_baselines import RewardArray
 from megatron_spear.algorithms.official.advantages import groups, recalibrated_advantage
@@ -68,14 +69,16 @@ class OfficialReplayRules:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfficialRows:
-    """Rows of one step: ``row_ids``, ``uid``, ``rewards``, ``has_tool_call`` ``[N]``; ``mask``,
-    ``advantages`` ``[N, T]``, T the same in every step. ``row_ids`` are the caller's, who keeps the
-    tokens; rewards are shaped totals, in the precision comparisons are made in. ValueError where
-    the columns differ in length or rewards are no floats.
+    """Rows of one step: ``row_ids``, ``uid`` and ``traj_uid`` (prompt and trajectory of a row),
+    ``rewards``, ``has_tool_call`` ``[N]``; ``mask``, ``advantages`` ``[N, T]``, T the same in every
+    step. ``row_ids`` are the caller's, who keeps the tokens; rewards are shaped totals, in the
+    precision comparisons are made in. ValueError where the columns differ in length or rewards are
+    no floats.
     """
 
     row_ids: Array
     uid: Array
+    traj_uid: Array
     rewards: Array
     has_tool_call: npt.NDArray[np.bool_]
     mask: Array
@@ -115,7 +118,7 @@ class OfficialRelease:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _History:
-    """Group means and stds ``[groups]`` of one step."""
+    """Group means and stds, float64 ``[groups]``, of one step."""
 
     step: int
     means: Array
@@ -258,26 +261,30 @@ class OfficialReplayBuffer:
 
 
 def group_statistics(rows: OfficialRows, rules: OfficialReplayRules) -> tuple[Array, Array]:
-    """(means, stds) ``[groups]`` of the rewards, masked rows included.
+    """(means, stds) float64 ``[groups]`` of the rewards, masked rows included.
 
-    math: consecutive blocks of ``group_size`` rows, whatever their prompt, with unbiased std.
-    agent: the rows of each uid in order of first appearance, with biased std.
+    math: consecutive blocks of ``group_size`` rows, whatever their prompt, with unbiased std, all
+    in the rewards' precision. agent: the trajectories of each uid in order of first appearance,
+    with biased std, in float64; a trajectory counts once, with the mean of its rows.
     """
     num_rows = len(rows.rewards)
-    if rules.tree == "agent":
-        members, ddof = list(groups(rows.uid)), 0
-    else:
-        if num_rows % rules.group_size:
-            raise ValueError(
-                f"official replay: got {num_rows} rows, expected whole groups of "
-                f"{rules.group_size}; pass every row of the step, filtered ones with mask 0"
-            )
-        members, ddof = list(np.arange(num_rows).reshape(-1, rules.group_size)), 1
-    if not members:
+    if not num_rows:
         raise ValueError("official replay: got a step without rows, expected at least one group")
-    means = np.array([rows.rewards[index].mean() for index in members], rows.rewards.dtype)
-    stds = np.array([rows.rewards[index].std(ddof=ddof) for index in members], rows.rewards.dtype)
-    return means, stds
+    if rules.tree == "agent":
+        rewards = rows.rewards.astype(np.float64)
+        scores = [
+            [rewards[index][own].mean() for own in groups(rows.traj_uid[index])]
+            for index in groups(rows.uid)
+        ]
+        means, stds = (np.array([f(group) for group in scores]) for f in (np.mean, np.std))
+        return means, stds
+    if num_rows % rules.group_size:
+        raise ValueError(
+            f"official replay: got {num_rows} rows, expected whole groups of "
+            f"{rules.group_size}; pass every row of the step, filtered ones with mask 0"
+        )
+    blocks = torch.from_numpy(rows.rewards).view(-1, rules.group_size)
+    return blocks.mean(-1).double().numpy(), blocks.std(-1).double().numpy()
 
 
 def power_of_two_cut(num_kept: int, capacity: int, permute: Permute) -> IndexArray:

@@ -16,7 +16,7 @@ _REPLACED = (
     ("\\text{m}", "\\text{}"),
 )
 _WORDS = r"""
-square ways integers dollars mph inches ft hours km units \ldots sue points feet minutes digits
+square ways integers dollars mph inches hours km units \ldots sue points feet minutes digits
 cents degrees cm gm pounds meters meals edges students childrentickets multiples
 """
 # Removed in this order: units, layout, and what is left of both.
@@ -25,13 +25,12 @@ _REMOVED = (
     *("\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}"),
     *("\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots"),
 )
-# Patterns whose one kept group is named ``kept`` (the formula between dollars, wrapped texts).
-_UNWRAPPED = (
-    re.compile(r"^.*?\$(?P<kept>.*?)\$.*$", re.DOTALL),
-    *(
-        re.compile(rf"\\{name}\{{(?P<kept>.*?)\}}")
-        for name in ("text", "textbf", "overline", "boxed")
-    ),
+# A line's first formula between dollars, which stay until the end, and what wrappers hold: up to
+# the first closing brace, or the last one of the line where it is a box.
+_FORMULA = re.compile(r".*?\$(.*?)\$.*")
+_WRAPPERS = tuple(
+    re.compile(rf"\\{name}\{{({inside})\}}")
+    for name, inside in (("text", ".*?"), ("textbf", ".*?"), ("overline", ".*?"), ("boxed", ".*"))
 )
 _FRACTION_SHORT = re.compile(r"frac([^{])(.)")
 _ROOT_SHORT = re.compile(r"sqrt([^{])")
@@ -46,8 +45,9 @@ def minerva_normal_form(answer: str) -> str:
     answer = answer.split("=")[-1]
     for old, new in (*_REPLACED, *((word, "") for word in _REMOVED)):
         answer = answer.replace(old, new)
-    for pattern in _UNWRAPPED:
-        answer = pattern.sub(lambda found: found["kept"], answer)
+    answer = _FORMULA.sub(r"$\1$", answer)
+    for wrapper in _WRAPPERS:
+        answer = wrapper.sub(r"\1", answer)
     answer = _FRACTION_SHORT.sub(r"frac{\1}{\2}", answer)
     answer = _ROOT_SHORT.sub(r"sqrt{\1}", answer).replace("$", "")
     digits = answer.replace(",", "")

@@ -40,10 +40,11 @@ def official_turn_rewards(
 def on_last_token(values: FloatArray, num_tokens: TokenArray, width: int) -> FloatArray:
     """float32 ``[B, width]``: ``values[b]`` on token ``num_tokens[b] - 1``, 0 elsewhere.
 
+    A row without response tokens has it on the last column of the padding, as an index of -1 says.
     Example: values [2, 3], tokens [1, 3], width 3 give [[2, 0, 0], [0, 0, 3]].
     """
     num_tokens = np.asarray(num_tokens)
-    assert ((num_tokens > 0) & (num_tokens <= width)).all(), "a row has 1 to width response tokens"
+    assert ((num_tokens >= 0) & (num_tokens <= width)).all(), "a row has 0 to width response tokens"
     rows = np.zeros((len(values), width), np.float32)
     rows[np.arange(len(values)), num_tokens - 1] = values
     return rows

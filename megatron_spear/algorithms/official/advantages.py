@@ -5,6 +5,9 @@ the two differ. Shapes: ``token_level_rewards`` and ``mask`` ``[N, T]``, ``uid``
 ``[N]`` (prompt and trajectory of a row). All give float64 ``[N, T]``, each row's number on its
 masked tokens.
 
+All arithmetic is torch's, in the precision of the scores and in the official order: where a group
+hardly spreads, a rounding is divided by a std as small and seen in the result.
+
 - A group of one keeps its raw score as advantage (defect 17; the default gives 0).
 - Where a row is a turn, the group's statistics count a trajectory once a turn, so long ones move
   the mean (defect 18; the default counts each trajectory once).
@@ -17,14 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from megatron_spear.algorithms.group_baselines import (
-    STD_EPSILON,
-    RewardArray,
-    leave_one_out,
-    mean_and_variance,
-    whitened,
-)
+from megatron_spear.algorithms.group_baselines import STD_EPSILON, RewardArray
+from megatron_spear.algorithms.official.masked import masked_whiten
 
 Array = npt.NDArray[Any]
 
@@ -61,21 +60,31 @@ def grpo_step_sample_advantage(
 
 def rloo_advantage(token_level_rewards: Array, mask: Array, uid: Array) -> RewardArray:
     """Score minus the mean of the other rows of its group; a group of one keeps its score."""
-    values = row_scores(token_level_rewards).astype(np.float64)
+    values = row_scores(token_level_rewards)
     for rows in groups(uid):
-        if len(rows) > 1:
-            values[rows] = leave_one_out(values[rows])
+        count = len(rows)
+        if count > 1:
+            scores = values[rows]
+            values[rows] = scores * count / (count - 1) - scores.mean() * count / (count - 1)
     return on_tokens(values, mask)
 
 
 def reinforce_pp_baseline_advantage(
     token_level_rewards: Array, mask: Array, uid: Array
 ) -> RewardArray:
-    """Score minus the group's mean, whitened over all masked tokens of all rows."""
+    """Score minus the group's mean, whitened over all masked tokens of all rows.
+
+    Fewer than two masked tokens, which the official code refuses, give 0.
+    """
     every_row = np.ones(len(uid), np.bool_)
     scores = row_scores(token_level_rewards)
     values = grouped_scores(scores, uid, every_row, normalize_std=False)
-    return on_tokens(whitened(values, np.asarray(mask, np.float64).sum(1)), mask)
+    trained = torch.from_numpy(np.asarray(mask)).to(values.dtype)
+    if trained.sum() < 2:
+        return np.zeros(trained.shape)
+    tokens = masked_whiten(values[:, None] * trained, trained) * trained
+    found: RewardArray = tokens.double().numpy()
+    return found
 
 
 def pass_at_k_advantage(
@@ -85,16 +94,14 @@ def pass_at_k_advantage(
 
     (arXiv 2503.19595.) Raises ValueError for a group of one, which has no second best.
     """
-    scores = row_scores(token_level_rewards).astype(np.float64)
-    values = np.zeros_like(scores)
+    scores = row_scores(token_level_rewards)
+    values = torch.zeros_like(scores)
     for rows in groups(uid):
         if len(rows) < 2:
             raise ValueError(f"pass@k: group {uid[rows[0]]} has one row; at least two are needed")
-        order = np.argsort(scores[rows], kind="stable")
-        lead = scores[rows[order[-1]]] - scores[rows[order[-2]]]
-        variance = mean_and_variance(scores[rows])[1]
-        scale = variance**0.5 + STD_EPSILON if normalize_std else 1.0
-        values[rows[order[-1]]] = lead / scale
+        (best, second), order = scores[rows].topk(2)
+        scale = scores[rows].std() + STD_EPSILON if normalize_std else 1.0
+        values[rows[order[0]]] = (best - second) / scale
     return on_tokens(values, mask)
 
 
@@ -124,14 +131,15 @@ def recalibrated_advantage(
 ) -> Recalibrated:
     """Score minus the median of past group means, optionally over the median std (SPEAR Eq. 2).
 
-    The medians are rounded to the precision of the rewards, in which a score may tie with them.
+    The medians are taken in float64 and act in the precision of the rewards, in which a score may
+    tie with them.
     """
-    exact = np.asarray(token_level_rewards).dtype.type
     mean = float(np.percentile(np.asarray(group_mean_history, np.float64), percentile))
     std = float(np.percentile(np.asarray(group_std_history, np.float64), percentile))
-    centred = row_scores(token_level_rewards).astype(np.float64) - float(exact(mean))
-    scale = float(exact(std)) + STD_EPSILON if normalize_std else 1.0
-    advantages = on_tokens(centred / scale, mask)
+    values = row_scores(token_level_rewards) - mean
+    if normalize_std:
+        values = values / (std + STD_EPSILON)
+    advantages = on_tokens(values, mask)
     average = advantages.mean(1)
     return Recalibrated(
         mean=mean, std=std, advantages=advantages, keep=average > 0, keep_ge=average >= 0
@@ -139,20 +147,26 @@ def recalibrated_advantage(
 
 
 def grouped_scores(
-    scores: Array, uid: Array, counted: npt.NDArray[np.bool_], *, normalize_std: bool
-) -> RewardArray:
-    """float64 ``[N]``: scores against their group; the statistics read the ``counted`` rows.
+    scores: Tensor,
+    uid: Array,
+    counted: npt.NDArray[np.bool_],
+    *,
+    normalize_std: bool,
+    lone_mean: float | None = 0.0,
+) -> Tensor:
+    """``[N]``: scores against their group; the statistics read the ``counted`` rows.
 
-    Where one row of a group is counted, its mean is taken as 0 and its std as 1 (defect 17). The
-    statistics are torch's, in the precision of the scores: equal float32 scores may miss their mean
-    by a rounding, which is divided by a std as small and seen in the result.
+    Where one row of a group is counted, its std is taken as 1 and its mean as ``lone_mean``
+    (defect 17), None being the row's own score. Equal scores may miss their mean by a rounding.
     """
-    values = np.empty(len(scores), np.float64)
+    values = torch.empty_like(scores)
     for rows in groups(uid):
-        known = torch.from_numpy(scores[rows][counted[rows]])
-        mean, std = (float(known.mean()), float(known.std())) if len(known) > 1 else (0.0, 1.0)
-        scale = std + STD_EPSILON if normalize_std else 1.0
-        values[rows] = (scores[rows].astype(np.float64) - mean) / scale
+        known = scores[rows][counted[rows]]
+        lone = len(known) == 1
+        mean = lone_mean if lone and lone_mean is not None else known.mean()
+        centred = scores[rows] - mean
+        std = 1.0 if lone else known.std()
+        values[rows] = centred / (std + STD_EPSILON) if normalize_std else centred
     return values
 
 
@@ -163,15 +177,15 @@ def counted_rows(uid: Array, traj_uid: Array, *, cross: bool) -> npt.NDArray[np.
     return np.array([cross or first[pair] == row for row, pair in enumerate(pairs)], np.bool_)
 
 
-def row_scores(token_level_rewards: Array) -> Array:
+def row_scores(token_level_rewards: Array) -> Tensor:
     """``[N]``: each row's sum, in the rewards' own precision."""
-    scores: Array = np.asarray(token_level_rewards).sum(1)
-    return scores
+    return torch.from_numpy(np.asarray(token_level_rewards)).sum(-1)
 
 
-def on_tokens(values: RewardArray, mask: Array) -> RewardArray:
+def on_tokens(values: Tensor, mask: Array) -> RewardArray:
     """float64 ``[N, T]``: each row's number on its masked tokens."""
-    return values[:, None] * np.asarray(mask, np.float64)
+    found: RewardArray = (values[:, None] * torch.from_numpy(np.asarray(mask))).double().numpy()
+    return found
 
 
 def groups(uid: Array) -> Iterator[npt.NDArray[np.intp]]:

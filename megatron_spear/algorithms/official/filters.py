@@ -1,15 +1,17 @@
 """Group filters of ``algorithm.compat: official``: by spread (RAGEN) and by equal rewards (DAPO).
 
 They work on rows and return row numbers. ``keep="highest"`` keeps the groups that spread most,
-``"lowest"`` those that spread least; ties go to the earlier group.
+``"lowest"`` those that spread least. Ties, which groups of equal rewards make often, go to the
+earlier group of prompts, and among blocks to those that ``torch.topk`` names.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megatron_spear.algorithms.draws import raw_draws
 
@@ -23,14 +25,16 @@ def keep_spread_blocks(
 ) -> tuple[RowArray, dict[str, float]]:
     """Rows of floor(fraction * groups) groups by unbiased std, in row order, and metrics.
 
-    ``scores`` is ``[groups * group_size]``; a group is a block of consecutive rows, whatever its
-    prompt. Example: [0, 1, 5, 5] in twos with fraction 0.5 keeps rows 0 and 1.
+    ``scores`` is ``[groups * group_size]``, taken in float32; a group is a block of consecutive
+    rows, whatever its prompt. Example: [0, 1, 5, 5] in twos with fraction 0.5 keeps rows 0 and 1.
     """
-    blocks = np.asarray(scores, np.float64).reshape(-1, group_size)
-    spreads = blocks.std(axis=1, ddof=1) if group_size > 1 else np.zeros(len(blocks))
-    chosen = _chosen(spreads, fraction, keep)
+    blocks = torch.from_numpy(np.asarray(scores, np.float32)).view(-1, group_size)
+    spreads = blocks.std(-1) if group_size > 1 else torch.zeros(len(blocks))
+    ranked = (spreads if keep == "highest" else -spreads).topk(_count(spreads, fraction))
+    chosen = ranked.indices.sort().values.numpy()
     rows = (chosen[:, None] * group_size + np.arange(group_size)).ravel()
-    return rows, _metrics(list(blocks), spreads, chosen)
+    found = [group.numpy() for group in blocks.double()]
+    return rows, _metrics(found, spreads.double().numpy(), chosen)
 
 
 def keep_spread_prompts(
@@ -51,7 +55,8 @@ def keep_spread_prompts(
         members.setdefault(prompt, {}).setdefault(trajectory, []).append(float(value))
     groups = [np.array([np.mean(rows) for rows in group.values()]) for group in members.values()]
     spreads = np.array([group.std() for group in groups])
-    chosen = _chosen(spreads, fraction, keep)
+    ranked = sorted(range(len(spreads)), key=spreads.__getitem__, reverse=keep == "highest")
+    chosen = np.array(sorted(ranked[: _count(spreads, fraction)]), np.int64)
     names = tuple(members)
     prompts = tuple(names[index] for index in chosen)
     kept = frozenset(prompts)
@@ -66,12 +71,12 @@ def shuffled(rows: npt.ArrayLike, *key: int | str) -> RowArray:
 
 
 def power_of_two_cut(shuffled_rows: npt.ArrayLike) -> RowArray:
-    """The first 2^k of the shuffled rows, k as large as possible, back in row order.
+    """The first 2^k of the shuffled rows, k as large as possible but not 0, back in row order.
 
-    Example: [6, 7, 5, 9, 8, 10, 4] keeps the first four: [5, 6, 7, 9]. No rows stay no rows.
+    Example: [6, 7, 5, 9, 8, 10, 4] keeps the first four: [5, 6, 7, 9]. A single row is not kept.
     """
     rows = np.asarray(shuffled_rows, np.int64)
-    count = 1 << (len(rows).bit_length() - 1) if len(rows) else 0
+    count = 1 << (len(rows).bit_length() - 1) if len(rows) > 1 else 0
     return np.sort(rows[:count])
 
 
@@ -88,11 +93,9 @@ def drop_equal_blocks(
     return np.flatnonzero(np.repeat(useful, group_size))
 
 
-def _chosen(spreads: ScoreArray, fraction: float, keep: Keep) -> RowArray:
-    """Group numbers in ascending order; the product is floored as floating point has it."""
-    count = math.floor(fraction * len(spreads))
-    ranked = np.argsort(-spreads if keep == "highest" else spreads, kind="stable")
-    return np.sort(ranked[:count])
+def _count(groups: Sized, fraction: float) -> int:
+    """How many groups stay; the product is floored as floating point has it."""
+    return math.floor(fraction * len(groups))
 
 
 def _metrics(

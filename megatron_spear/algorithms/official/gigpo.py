@@ -1,7 +1,8 @@
 """GiGPO of the official code (arXiv 2505.10978) on padded rows; a row is a turn.
 
-Shapes as in ``official.advantages``. The step-level part is that of ``gigpo``; the episode-level
-part has defects 17 and 18 (raw score for a group of one row; every turn weighs the group's mean).
+Shapes as in ``official.advantages``. The episode-level part has defects 17 and 18 (raw
+score for a group of one row; every turn weighs the group's mean); in the step-level part a group of
+one gives 0.
 """
 
 from collections.abc import Hashable
@@ -10,13 +11,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_spear.algorithms.gigpo import discounted_returns, step_advantages, step_group_labels
+from megatron_spear.algorithms.gigpo import discounted_returns, step_group_labels
 from megatron_spear.algorithms.group_baselines import RewardArray
 from megatron_spear.algorithms.official.advantages import (
     Array,
+    grouped_scores,
     groups,
     grpo_step_sample_advantage,
     on_tokens,
+    row_scores,
 )
 
 Mode = Literal["mean_norm", "mean_std_norm"]
@@ -64,10 +67,12 @@ def gigpo_step_advantage(
     step_rewards: Array, mask: Array, anchor_obs: Array, uid: Array, *, mode: Mode
 ) -> RewardArray:
     """float64 ``[N, T]``: the turn's return in its step group; 0 in a step group of one."""
-    values = step_advantages(
-        np.asarray(step_rewards, np.float64),
+    values = grouped_scores(
+        row_scores(np.asarray(step_rewards)[:, None]),
         gigpo_step_labels(anchor_obs, uid),
+        np.ones(len(uid), np.bool_),
         normalize_std=mode == "mean_std_norm",
+        lone_mean=None,
     )
     return on_tokens(values, mask)
 
@@ -90,7 +95,5 @@ def gigpo_advantage(
 
 
 def _anchor_key(anchor: Any) -> Hashable:
-    if isinstance(anchor, str):
-        return anchor
-    values = np.asarray(anchor)
-    return values.shape, values.dtype.str, values.tobytes()
+    """A text, or an array's values: equal by number (0.0 is -0.0), whatever the shape."""
+    return anchor if isinstance(anchor, str) else tuple(np.asarray(anchor).ravel().tolist())

@@ -57,11 +57,10 @@ def sil_loss(
 ) -> SilLoss:
     """The replay loss of rows ``[B, T]`` at ``weight`` gamma.
 
-    ``permutation`` orders the eligible tokens of the kept rows (see ``clip_cov``). At least one row
-    must be kept: the official buffer releases nothing else.
+    ``permutation`` orders the eligible tokens of the kept rows (see ``clip_cov``). Where no row is
+    kept, which the official buffer never releases, the loss is that of an empty micro-batch.
     """
     baseline, advantages, keep = recalibrate(rewards, mask, group_means)
-    assert keep.any(), "a released replay batch holds rows with a positive advantage"
     unscaled, _ = clip_cov(
         logprobs[keep],
         old_logprobs[keep],

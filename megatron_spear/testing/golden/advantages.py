@@ -18,6 +18,7 @@ from megatron_spear.testing.golden.compare import (
 )
 
 ROWS = ("token_level_rewards", "mask", "uid", "traj_uid")
+IN_PRECISION = ("token_level_rewards", "mask", "step_rewards")
 MODES: tuple[gigpo.Mode, ...] = ("mean_norm", "mean_std_norm")
 # Where float32 numbers of (nearly) no spread were divided by their std, rounding decides.
 FLAT_TOLERANCE, FLAT_SPREAD = 2e-2, 1e-5
@@ -27,7 +28,7 @@ def _arrays(case: Case, *names: str) -> list[npt.NDArray[Any]]:
     """Inputs by name; what is a number in the case's precision."""
     dtype = case["params"]["dtype"]
     return [
-        np.array(value, dtype) if name in ("token_level_rewards", "mask") else np.array(value)
+        np.array(value, dtype if name in IN_PRECISION else None)
         for name, value in ((name, case["inputs"][name]) for name in names)
     ]
 

@@ -24,9 +24,9 @@ from megatron_spear.testing.golden.compare import (
 
 
 def tensors(case: Case) -> dict[str, Tensor]:
-    """The inputs in the case's dtype; ``log_prob`` asks for its gradient."""
-    dtype = getattr(torch, case["params"]["dtype"])
-    found = {k: torch.tensor(v, dtype=dtype) for k, v in case["inputs"].items() if k != "perm"}
+    """The inputs in the case's dtype ("nan" is a number); ``log_prob`` asks for its gradient."""
+    inputs = {k: v for k, v in case["inputs"].items() if k != "perm"}
+    found = {k: torch.from_numpy(np.array(v, case["params"]["dtype"])) for k, v in inputs.items()}
     if "log_prob" in found:
         found["log_prob"].requires_grad_()
     return found
@@ -168,7 +168,7 @@ def check_sil(case: Case) -> Iterator[str]:
         t["old_log_prob"],
         t["mask"],
         t["rewards"],
-        np.array(case["inputs"]["group_mean_history"]),
+        np.array(case["inputs"]["group_mean_history"], np.float64),
         _clip(params),
         aggregation=params["agg"],
         mini_batch_rows=params["mini_batch_size"],

@@ -53,6 +53,7 @@ def _step_differences(
     rows = OfficialRows(
         row_ids=np.array(given["rows"]),
         uid=np.array(given["uid"]),
+        traj_uid=np.array(given["traj_uid"]),
         rewards=np.array(given["final_rewards"], dtype),
         has_tool_call=np.array(given["has_tool_call"]),
         mask=np.array(given["mask"], dtype),

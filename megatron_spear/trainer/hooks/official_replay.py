@@ -96,6 +96,7 @@ class OfficialReplayHook(Hook):
             OfficialRows(
                 row_ids=ids,
                 uid=np.array([row.trajectory_id.group for row in rows]),
+                traj_uid=np.array([str(row.trajectory_id) for row in rows]),
                 rewards=np.array([row.reward.total(weight) for row in rows]),
                 has_tool_call=np.array([row.tool_calls > 0 for row in rows]),
                 mask=np.array([[float(row.response_mask.any())] for row in rows]),

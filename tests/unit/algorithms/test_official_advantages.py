@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_spear.algorithms.advantages import turn_advantages
 from megatron_spear.algorithms.official import advantages as official
 from megatron_spear.algorithms.official.gigpo import (
     gigpo_advantage,
     gigpo_episode_advantage,
+    gigpo_step_advantage,
     gigpo_step_labels,
 )
 from megatron_spear.config.method import AlgorithmSection
@@ -96,3 +98,52 @@ def test_recalibration_keeps_positive_rows_and_by_ge_empty_ones_too() -> None:
 def test_numeric_anchors_are_equal_by_value_and_prompt() -> None:
     anchors, uid = np.array([[4, 0], [4, 1], [4, 0], [4, 0]]), np.array(["a", "a", "a", "b"])
     assert gigpo_step_labels(anchors, uid).tolist() == [0, 1, 0, 2]
+    signed = np.array([[0.0, 1.0], [-0.0, 1.0], [np.nan, 1.0], [np.nan, 1.0]])
+    assert gigpo_step_labels(signed, np.array(["a"] * 4)).tolist() == [0, 0, 1, 2]
+
+
+def test_equal_float32_scores_miss_their_mean_and_the_std_shows_it() -> None:
+    """0.9 + 0.9 + 0.9 rounds up, so the mean is 2^-24 too low; the std is as small.
+
+    off / (off * sqrt(3 / 2) + 1e-6) = 0.0555, of scores and of step returns.
+    """
+    off = 2.0**-24
+    seen = off / (off * 1.5**0.5 + 1e-6)
+    scores = np.full(3, 0.9, np.float32)
+    rewards = np.stack([np.zeros(3, np.float32), scores], 1)
+    mask, uid = np.ones((3, 2)), np.array(["a"] * 3)
+    grpo = official.grpo_advantage(rewards, mask, uid, normalize_std=True)
+    assert grpo == pytest.approx(np.full((3, 2), seen), rel=1e-4)
+    anchors = np.array(["x"] * 3)
+    step = gigpo_step_advantage(scores, mask, anchors, uid, mode="mean_std_norm")
+    assert step.tolist() == grpo.tolist()
+    assert official.grpo_advantage(rewards, mask, uid, normalize_std=False) == pytest.approx(off)
+
+
+def test_the_std_of_pass_at_k_is_taken_in_float32() -> None:
+    scores = np.float32([[0.9], [0.9], [0.9 + 2.0**-24]])  # the last one is the next number
+    best = official.pass_at_k_advantage(
+        scores, np.ones((3, 1)), np.array(["a"] * 3), normalize_std=True
+    )
+    std = torch.from_numpy(scores).std().item()
+    assert best.ravel().tolist() == [0.0, 0.0, pytest.approx(2.0**-24 / (std + 1e-6), rel=1e-6)]
+
+
+def test_a_step_group_of_one_gives_zero() -> None:
+    args = (
+        np.array([0.7, 1.0, 0.0]),
+        np.ones((3, 1)),
+        np.array(["x", "y", "y"]),
+        np.array(["a"] * 3),
+    )
+    assert gigpo_step_advantage(*args, mode="mean_norm").ravel().tolist() == [0.0, 0.5, -0.5]
+    assert gigpo_step_advantage(*args, mode="mean_std_norm")[0, 0] == 0.0
+
+
+def test_whitening_divides_by_the_tokens_and_a_rounding() -> None:
+    # centred scores 0.5, -0.5 on tokens 3 and 1: mean 0.25, variance (3 * 0.0625 + 0.5625) / 3
+    rewards, mask = np.array([[1.0, 0, 0], [0, 0, 0]]), np.array([[1, 1, 1], [1, 0, 0]])
+    values = official.reinforce_pp_baseline_advantage(rewards, mask, np.array(["a", "a"]))
+    assert values == pytest.approx(np.array([[0.5, 0.5, 0.5], [-1.5, 0, 0]]))
+    none = official.reinforce_pp_baseline_advantage(rewards, mask * 0, np.array(["a", "a"]))
+    assert not none.any()

@@ -112,6 +112,27 @@ def test_recalibration() -> None:
     assert keep.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("mode", "value"),
+    [("token-mean", 0.0), ("seq-mean-token-sum-norm", 0.0), ("seq-mean-token-sum", math.nan)],
+)
+def test_sil_loss_without_a_kept_row_is_that_of_no_rows(mode: str, value: float) -> None:
+    logprobs = torch.full((1, 2), -1.0, requires_grad=True)
+    result = sil_loss(
+        logprobs,
+        logprobs.detach(),
+        torch.ones(1, 2),
+        torch.tensor([0.5]),  # ties with P50
+        np.array([0.5]),
+        CLIP,
+        aggregation=mode,
+        mini_batch_rows=4,
+        weight=0.1,
+    )
+    assert result.keep.tolist() == [False]
+    assert result.scaled.item() == pytest.approx(value, nan_ok=True)
+
+
 def test_sil_loss_is_scaled_by_the_kept_share_and_gamma() -> None:
     logprobs = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]], requires_grad=True)
     result = sil_loss(

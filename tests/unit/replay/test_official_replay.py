@@ -1,6 +1,7 @@
 """The official replay buffer: its rules and its defects on hand-made rows."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def pairs(step: int, *rewards: float, **changes: Any) -> OfficialRows:
     columns: dict[str, Any] = {
         "row_ids": np.arange(len(values)) + 10 * step,
         "uid": np.repeat(np.arange(len(values) // 2), 2),
+        "traj_uid": np.arange(len(values)),
         "rewards": values,
         "has_tool_call": np.ones(len(values), np.bool_),
         "mask": mask,
@@ -166,6 +168,46 @@ def test_groups_are_blocks_with_unbiased_std_or_uids_with_biased_std() -> None:
     root = 0.5**0.5
     assert found["math"] == ([(1, [0.5, 0.5])], [(1, pytest.approx([root, root]))])
     assert found["agent"] == ([(1, [1.0, 0.0])], [(1, [0.0, 0.0])])
+
+
+def test_the_agents_history_counts_a_trajectory_once() -> None:
+    """Prompt a: a long trajectory of mean 0 and a short one of 1; b: a single one of mean 2."""
+    rows = pairs(1, 0, 0, 0, 1, 1, 3, uid=np.array(list("aaaabb")))
+    rows = replace(rows, traj_uid=np.array(["a0", "a0", "a0", "a1", "b0", "b0"]))
+    buffer = OfficialReplayBuffer(rules(tree="agent"))
+    buffer.add(1, rows)
+    assert buffer.group_means == [(1, [0.5, 2.0])]
+    assert buffer.group_stds == [(1, [0.5, 0.0])]
+
+
+def test_p50_of_float32_rewards_is_taken_in_float64() -> None:
+    """Between -0.9 and 1.3 lies the float32 below 0.2; in float32 it would be the third above."""
+    values = [-0.9, -0.9, 1.3, 1.3, 0.2, -5, 9, 9]
+    buffer = OfficialReplayBuffer(rules(capacity=100))
+    buffer.add(1, pairs(1, *values, rewards=np.array(values, np.float32)))
+    assert buffer.row_ids == [14]
+    assert buffer.count() == 1
+
+
+@pytest.mark.parametrize(("tree", "tied"), [("math", False), ("agent", True)])
+def test_equal_float32_rewards_tie_with_their_mean_where_it_is_taken_in_float64(
+    tree: str, tied: bool
+) -> None:
+    """Three rewards of 0.9 have a float32 mean 2^-24 below them, a float64 mean that ties."""
+    rewards = np.array([0.9, 0.9, 0.9, 0.9, -5, -5, 9, 9, 9], np.float32)
+    columns: dict[str, Any] = {
+        "row_ids": np.arange(9),
+        "uid": np.repeat(np.arange(3), 3),
+        "traj_uid": np.arange(9),
+        "rewards": rewards,
+        "has_tool_call": np.ones(9, np.bool_),
+        "mask": np.ones((9, 1)),
+        "advantages": (np.arange(9) == 3).astype(float)[:, None],
+    }
+    buffer = OfficialReplayBuffer(rules(tree=tree, group_size=3))
+    buffer.add(1, OfficialRows(**columns))
+    assert buffer.row_ids == [3]
+    assert buffer.count() == int(not tied)
 
 
 def test_the_history_drops_whole_steps_and_may_exceed_its_limit_by_one() -> None:

@@ -87,6 +87,18 @@ def test_official_minerva_by_hand() -> None:
         ("a 12 inches", "12"),
         ("1,2", "12"),
         ("(1,2)", "(1,2)"),
+        ("\\left(1,2\\right)", "\\left(1,2\\right)"),
+        ("10 ft", "10ft"),
+        ("10 feet", "10"),
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{42} and \\boxed{41}", "42}and\\boxed{41"),
+        ("\\textbf{\\overline{AB}}", "AB"),
+        ("\\text{{a}b}", "{ab}"),
+        ("cost $4$ or $2$", "4"),
+        ("$\\sqrt$", "\\sqrt{}"),
+        ("$\\frac1$", "\\frac{1}{}"),
+        ("x\n$4$ y", "x\n4"),
+        ("42 dollars \\text{ m}", "42"),
     ],
 )
 def test_minerva_normal_form(answer: str, normal: str) -> None:

@@ -22,8 +22,14 @@ def test_surviving_is_paid_won_or_not() -> None:
 def test_on_last_token() -> None:
     rows = on_last_token(np.array([2.0, 3.0]), np.array([1, 3]), 3)
     assert rows.tolist() == [[2, 0, 0], [0, 0, 3]] and rows.dtype == np.float32
-    with pytest.raises(AssertionError, match="1 to width"):
-        on_last_token(np.array([2.0]), np.array([0]), 3)
+    with pytest.raises(AssertionError, match="0 to width"):
+        on_last_token(np.array([2.0]), np.array([4]), 3)
+
+
+def test_a_row_without_response_tokens_is_paid_and_charged_on_its_last_column() -> None:
+    assert on_last_token(np.array([2.0]), np.array([0]), 3).tolist() == [[0, 0, 2]]
+    rewards, _, _ = penalize_invalid(np.zeros((1, 3)), np.array([0]), np.array([False]), 0.5)
+    assert rewards.tolist() == [[0, 0, -0.5]]
 
 
 def test_penalty_leaves_its_inputs_alone() -> None:

@@ -3,12 +3,14 @@
 import copy
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_spear.testing.golden import case_differences
 from megatron_spear.testing.golden.advantages import flat_rows
@@ -88,8 +90,106 @@ def test_case_without_a_field_is_not_matched(tool: ModuleType) -> None:
     assert line == "could not be checked: KeyError: 'uid'"
 
 
-def test_nothing_to_check_is_no_success(tool: ModuleType, tmp_path: Path) -> None:
+def test_nothing_to_check_is_no_success(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "about.json").write_text('{"seed": 1}')
+    assert tool.main([str(tmp_path)]) == 2
+    assert "got 1 JSON files, none with recorded cases" in capsys.readouterr().err
+    _write(tmp_path, "grpo_advantage")
     assert tool.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out == "grpo_advantage  0/0\ngolden: 0 matched, 0 total\n"
+
+
+def _read_aloud(value: Any) -> Any:
+    """The value with each non-finite number as a word."""
+    if isinstance(value, dict):
+        return {key: _read_aloud(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_aloud(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+NAN, INF = float("nan"), float("inf")
+ROOT = 0.5**0.5
+WORDS: dict[str, dict[str, Any]] = {
+    "masked_ops": {  # the second token of each row is not trained, so only whitening shows it
+        "inputs": {"values": [[1.0, NAN], [3.0, -INF]], "mask": [[1.0, 0.0], [1.0, 0.0]]},
+        "expected": {
+            "masked_sum": 4.0,
+            "masked_mean": 2.0,
+            "masked_mean_axis1": [1.0, 3.0],
+            "masked_var": 2.0,
+            "masked_whiten": [[-ROOT, NAN], [ROOT, -INF]],
+            "masked_whiten_noshift": [[2 - ROOT, NAN], [2 + ROOT, -INF]],
+        },
+    },
+    "recalibrated_advantage": {
+        "inputs": {
+            "token_level_rewards": [[0.0, 1.0], [0.0, -INF]],
+            "mask": [[1.0, 0.0], [1.0, 1.0]],
+            "group_mean_history": [0.5, 0.5, 0.5, 0.5, INF],
+            "group_std_history": [1.0],
+        },
+        "expected": {
+            "mean_p50": 0.5,
+            "std_p50": 1.0,
+            "no_std": [[0.5, 0.0], [-INF, -INF]],
+            "norm_std": [[0.5, 0.0], [-INF, -INF]],
+            "keep_no_std": [True, False],
+            "keep_norm_std": [True, False],
+            "keep_ge_no_std": [True, False],
+            "keep_ge_norm_std": [True, False],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("stem", WORDS)
+def test_numbers_may_be_the_words_nan_and_inf(tool: ModuleType, stem: str) -> None:
+    params = {"dtype": "float32", "percentile": 50}
+    case = _read_aloud({"name": stem, "params": params} | WORDS[stem])
+    assert '"-inf"' in json.dumps(case) and "Infinity" not in json.dumps(case)
+    assert case_differences(tool.CHECKS[stem], case) == []
+
+
+def test_a_recorded_permutation_is_replayed_never_drawn(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of two tokens are eligible (covariance 1 each), one is dropped: the first of ``perm``."""
+
+    def drawn(*_: Any) -> None:
+        raise AssertionError("a permutation was drawn")
+
+    monkeypatch.setattr(torch, "randperm", drawn)
+    params = {"dtype": "float32", "agg": "seq-mean-token-sum", "clip_low": 0.2, "clip_high": 0.2}
+    params |= {"cov_ratio": 0.5, "cov_lb": 0.5, "cov_ub": 5.0}
+    for first in (0, 1):
+        case = {
+            "inputs": {
+                "log_prob": [[-1.0, -3.0]],
+                "old_log_prob": [[-1.0, -3.0]],
+                "advantages": [[1.0, -1.0]],
+                "mask": [[1.0, 1.0]],
+                "perm": [first, 1 - first],
+            },
+            "params": params,
+            "expected": {
+                "pg_loss": [1.0, -1.0][first],
+                "pg_clipfrac": 0.5,
+                "ppo_kl": 0.0,
+                "pg_clipfrac_lower": 0.0,
+                "grad_log_prob": [[[0.0, 1.0]], [[-1.0, 0.0]]][first],
+                "covariance": [[1.0, 1.0]],
+                "eligible": [[0, 0], [0, 1]],
+                "dropped": [[0, first]],
+                "n_clip": 1,
+            },
+        }
+        assert case_differences(tool.CHECKS["policy_loss_clip_cov"], case) == []
+        case["inputs"]["perm"] = [first]
+        (line,) = case_differences(tool.CHECKS["policy_loss_clip_cov"], case)
+        assert "one place in the draw for each eligible token" in line
 
 
 @pytest.mark.parametrize(
@@ -136,6 +236,8 @@ def test_missing_folder(
         (float("inf"), "-inf", "float64", False),
         (1.0, "inf", "float64", False),
         ([1.0, 1.0], 1.0, "float64", False),
+        (np.zeros((0, 3)), [], "float64", True),
+        (np.zeros((0, 3)), [1.0], "float64", False),
     ],
 )
 def test_what_matches(got: Any, recorded: Any, dtype: str, matches: bool) -> None:

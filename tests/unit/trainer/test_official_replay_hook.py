@@ -114,6 +114,7 @@ def test_replays_what_the_buffer_releases(tree: str, tmp_path: Path) -> None:
             OfficialRows(
                 row_ids=np.array([str(r.trajectory_id) for r in rows]),
                 uid=np.array([r.trajectory_id.group for r in rows]),
+                traj_uid=np.array([str(r.trajectory_id) for r in rows]),
                 rewards=np.array([r.reward.total(1.0 / step) for r in rows]),
                 has_tool_call=np.array([r.tool_calls > 0 for r in rows]),
                 mask=np.ones((len(rows), 2)),
