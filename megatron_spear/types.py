@@ -81,6 +81,19 @@ class TrajectoryId:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """One call: the tool, its arguments as the model wrote them (JSON or plain text), its end.
+
+    ``succeeded`` is False when the call could not be parsed, raised, or ran out of time. In a game
+    every action is a call.
+    """
+
+    name: str
+    arguments: str
+    succeeded: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One generation and what came before it.
 
@@ -103,7 +116,7 @@ class Turn:
     time_s: float = 0.0
     action_text: str = ""
     valid: bool = True
-    tool_calls: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
     anchor: str = ""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ class StepResult(NamedTuple):
     """What one action led to.
 
     ``info`` carries plain picklable values: ``admissible`` (list of str), ``won`` (bool), ``valid``
-    (was the action understood and possible), ``anchor`` (state text for step-level grouping).
+    (was the action understood and possible), ``anchor`` (state text for step-level grouping),
+    ``tool_calls`` (tuple of `ToolCall`: what the action called, in order; a game reports the action
+    itself, and nothing when absent). Calls with equal names and arguments count as the same one.
     """
 
     observation: str

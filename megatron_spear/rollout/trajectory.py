@@ -130,7 +130,7 @@ class _Player:
                 time_s=time.perf_counter() - started,
                 action_text=action,
                 valid=valid,
-                tool_calls=0 if cut else 1,
+                tool_calls=() if cut else tuple(self._info.get("tool_calls", ())),
                 anchor=anchor,
             )
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_spear.envs.protocol import StepResult, TextEnvironment
 from megatron_spear.testing.contract import ContractViolation, fail
+from megatron_spear.types import ToolCall
 
 WEIRD_TEXTS = (
     "",
@@ -31,7 +32,13 @@ WEIRD_TEXTS = (
 """Texts a model may well produce; an environment answers each with ``info["valid"] = False``."""
 
 Make = Callable[[], TextEnvironment]
-_INFO_TYPES: Mapping[str, type] = {"won": bool, "valid": bool, "anchor": str, "admissible": list}
+_INFO_TYPES: Mapping[str, type] = {
+    "won": bool,
+    "valid": bool,
+    "anchor": str,
+    "admissible": list,
+    "tool_calls": tuple,
+}
 
 
 def check_environment(
@@ -132,6 +139,8 @@ def _check_texts(observation: Any, info: Any) -> None:
     for name, kind in _INFO_TYPES.items():
         if name in info and type(info[name]) is not kind:
             fail(f"info[{name!r}] is", repr(info[name]), f"a {kind.__name__}")
+    if not all(isinstance(call, ToolCall) for call in info.get("tool_calls", ())):
+        fail("info['tool_calls'] has", repr(info["tool_calls"]), "ToolCall records")
     try:
         same = pickle.loads(pickle.dumps(info)) == info
     except Exception as error:

@@ -12,6 +12,7 @@ from megatron_spear.types import (
     ScoredTrajectory,
     Segment,
     Status,
+    ToolCall,
     TrainSample,
     Trajectory,
     TrajectoryId,
@@ -22,7 +23,10 @@ from megatron_spear.types import (
 def make_turn(
     action: str = "look", *, valid: bool = True, num_tokens: int = 2, policy_version: int = 0
 ) -> Turn:
-    """A turn of one observation token and ``num_tokens`` action tokens with log-prob -0.5."""
+    """A turn of one observation token and ``num_tokens`` action tokens with log-prob -0.5.
+
+    The action is its one tool call, which succeeds if valid.
+    """
     return Turn(
         observation_tokens=np.array([7], np.int32),
         action_tokens=np.arange(1, num_tokens + 1, dtype=np.int32),
@@ -31,6 +35,7 @@ def make_turn(
         policy_version=(policy_version, policy_version),
         action_text=action,
         valid=valid,
+        tool_calls=(ToolCall(name="act", arguments=action, succeeded=valid),),
         anchor=f"before {action}",
     )
 

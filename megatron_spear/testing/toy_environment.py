@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_spear.envs.protocol import StepResult, TextEnvironment
+from megatron_spear.types import ToolCall
 
 
 class CorridorEnvironment(TextEnvironment):
@@ -36,7 +37,9 @@ class CorridorEnvironment(TextEnvironment):
             self._place = target
         won = self._place == self._goal
         observation = self._where() if valid else "nothing happens"
-        return StepResult(observation, float(won), won, False, self._info(valid=valid))
+        call = ToolCall(name="walk", arguments=action.strip().lower(), succeeded=valid)
+        info = {**self._info(valid=valid), "tool_calls": (call,)}
+        return StepResult(observation, float(won), won, False, info)
 
     def close(self) -> None:
         """Nothing is held."""

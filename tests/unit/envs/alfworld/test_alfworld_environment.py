@@ -7,6 +7,7 @@ import pytest
 from megatron_spear.envs.alfworld.engine import admissible_actions
 from megatron_spear.envs.alfworld.environment import AlfworldEnvironment
 from megatron_spear.errors import DataError, EnvironmentFault
+from megatron_spear.types import ToolCall
 
 
 @pytest.fixture
@@ -47,6 +48,15 @@ def test_invalid_action_is_answered_and_marked(options):
     result = environment.step("<think> \ud800 ")
     assert result.observation == "Nothing happens."
     assert result.info["valid"] is False and not result.terminated
+
+
+def test_an_action_is_one_call(options):
+    environment = AlfworldEnvironment()
+    _, info = environment.reset(seed=0, options=options)
+    assert "tool_calls" not in info
+    for action, valid in ((" look\n", True), ("fly to the moon", False)):
+        call = ToolCall(name="act", arguments=action.strip(), succeeded=valid)
+        assert environment.step(action).info["tool_calls"] == (call,)
 
 
 def test_anchor_tells_place_and_hand_apart(options):
