@@ -13,7 +13,8 @@ TASKS = (
     "run.steps=3",
     "checkpoint.every=1",
     "curriculum.tasks={enabled: true, decay: 0.5, min_share: 0.1}",
-    "rollout.prompts_per_step=4",
+    "rollout.prompts_per_step=1",  # so that one kind of task is known before the other
+    "algorithm.keep_groups_fraction=1",
     "policy.optimizer.lr=0.002",
 )
 KINDS = ("pick_and_place_simple", "look_at_obj_in_light")
@@ -37,7 +38,7 @@ def test_a_resumed_run_draws_the_same_tasks(
     shares = [
         [record[f"curriculum/share_{kind}"] for kind in KINDS] for record in expected.values()
     ]
-    assert shares[0] == [0.5, 0.5] and shares[1:] != [[0.5, 0.5]] * 2, "something was measured"
+    assert shares[0] == [0.5, 0.5] and shares[1] != [0.5, 0.5], "the first step was measured"
     assert all(sum(step) == pytest.approx(1.0) and min(step) >= 0.1 for step in shares)
 
 

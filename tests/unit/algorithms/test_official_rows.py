@@ -163,10 +163,11 @@ def test_surviving_is_paid_on_every_row() -> None:
     )
     group = ScoredGroup(group_id="g", prompt=make_prompt("g"), members=members)
     rows, _ = official_rows(CTX, [group], _section(), 3)
-    found = {str(row.trajectory_id): row.reward.total(0.5) for row in rows}
+    found = [row.reward.total(0.5) for row in rows]
+    member = [row.trajectory_id.member for row in rows]
+    assert len(rows) == 16
+    assert found == pytest.approx([[10.5, 0.15, 10.05][m] for m in member])
     shaped = official_turn_rewards([10.0, 0.0, 10.0], [12, 3, 1], 0.5)
-    assert len(rows) == 16 and found == pytest.approx({"g/0": 10.5, "g/1": 0.15, "g/2": 10.05})
-    assert list(found.values()) == pytest.approx(shaped.tolist(), rel=1e-6)
-    mean = float(np.mean([row.reward.total(0.5) for row in rows]))
-    for (name, _), advantage in _numbers(rows).items():
-        assert advantage == pytest.approx(found[name] - mean, rel=1e-5)
+    assert found == pytest.approx(shaped[member].tolist(), rel=1e-6)
+    expected = np.array(found) - np.mean(found)
+    assert list(_numbers(rows).values()) == pytest.approx(expected.tolist(), rel=1e-5)

@@ -17,12 +17,7 @@ from megatron_spear.rewards.intrinsic import intrinsic_reward
 from megatron_spear.testing.hand_made import make_trajectory, make_turn
 from megatron_spear.types import ToolCall, Turn
 
-GAME = [
-    make_turn("look"),
-    make_turn("look"),
-    make_turn("take pen 1"),
-    make_turn("fly", valid=False),
-]
+GAME = [*map(make_turn, ["look", "look", "take pen 1"]), make_turn("fly", valid=False)]
 
 
 def _plain(kind: Any) -> PlainIntrinsicSection:

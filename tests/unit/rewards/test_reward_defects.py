@@ -50,7 +50,7 @@ def test_defect_08_a_warmup_that_is_not_passed_on_is_twice_as_long() -> None:
     """
     meant, default = 100, 200
     assert cosine_warmup(meant, default) == pytest.approx(0.5)
-    with pytest.raises(ConfigError, match="curriculum.max_replay_loss_steps: no such key"):
+    with pytest.raises(ConfigError, match=r"curriculum\.max_replay_loss_steps: no such key"):
         load_config(None, [f"curriculum.max_replay_loss_steps={meant}"])
     config = load_config(None, [f"curriculum.replay_warmup_steps={meant}"])
     assert coefficients(meant, config.curriculum).replay_weight == 1.0
