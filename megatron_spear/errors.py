@@ -1,5 +1,7 @@
 """The few exceptions of the package. Each message says what, got, expected and what to do."""
 
+import os
+
 
 class SpearError(Exception):
     """Base of every error this package raises on purpose; the command line prints it without a
@@ -32,5 +34,20 @@ class EnvironmentsLost(SpearError, RuntimeError):
     """Environment workers that cannot be kept alive; ends the run."""
 
 
+class HookError(SpearError, RuntimeError):
+    """A hook that raised, or gave what its point does not take; ends the run."""
+
+
 class StopRequested(SpearError):
     """A clean stop was asked for (Ctrl-C, SIGTERM, SIGUSR1); the run can be resumed."""
+
+
+def describe(error: BaseException) -> str:
+    """``Type: message (file:line)`` of the innermost frame, without Python's import machinery."""
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith("<frozen importlib"):
+            where = f" ({os.path.basename(file)}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {error}{where}"

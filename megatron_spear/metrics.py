@@ -3,6 +3,26 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+RUN_PREFIXES = frozenset(
+    (
+        "curriculum",
+        "eval",
+        "filter",
+        "loss",
+        "mismatch",
+        "optimizer",
+        "policy",
+        "replay",
+        "reward",
+        "rollout",
+        "sft",
+        "time",
+        "train",
+        "weight_sync",
+    )
+)
+"""First parts of the names that a run reports itself; a user's hook takes another."""
+
 
 def merge(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Merge metric records of parts of one step into one record.

@@ -59,10 +59,12 @@ def run(arguments: Sequence[str]) -> int:
 
     config = load_config(options.config, settings)
     if options.command == "check-config":
+        from megatron_spear.trainer.hooks.user import user_hooks
         from megatron_spear.trainer.jobs import require_possible
 
         policy = config.policy
         require_possible(config, policy.tensor_parallel * policy.pipeline_parallel)
+        user_hooks(config.hooks)
         print(dump_config(config), end="")
         return 0
     from megatron_spear.deadlines import install_stop_signals

@@ -32,7 +32,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
             _length(config),
         ]
     if use == "train":
-        checks.append(_games(config))
+        checks += [_games(config), _hooks(config)]
     return [line for check in checks for line in check]
 
 
@@ -199,3 +199,10 @@ def _games(config: RunConfig) -> Iterator[str]:
             f"that are trained on; give a folder with {env.train_split}.jsonl[.xz] and "
             f"{env.eval_split}.jsonl[.xz] (sft and evaluate take a file)"
         )
+
+
+def _hooks(config: RunConfig) -> Iterator[str]:
+    names = [hook.name for hook in config.hooks]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        entries = ", ".join(f"hooks[{i}]" for i, own in enumerate(names) if own == name)
+        yield f"hooks: {entries} have the same name {name!r}; give each another one"

@@ -1,24 +1,45 @@
 """What is wrong with a set of settings: one line a mistake, with what to write instead."""
 
 import math
+import re
 from collections.abc import Mapping
 from difflib import SequenceMatcher, get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_spear.config.knobs import LIST_OF, Knob, known_paths
+from megatron_spear.config.knobs import ITEM, LIST_OF, Knob, known_paths
 from megatron_spear.config.sources import Settings, leaves
 
 _VALUE_ERROR = "Value error, "
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def complaints(errors: list[ErrorDetails], settings: Settings) -> list[str]:
+def validated(
+    model: type[Model], tree: Mapping[str, Any], settings: Settings
+) -> tuple[Model | None, list[str]]:
+    """(The model made of ``tree``, or None; one line for each mistake).
+
+    ``settings`` are those of the tree that were written down, with the lines known already.
+    """
+    knobs = known_paths(model)
+    lines = [*settings.problems, *wrong_kinds(settings, knobs)]
+    told = {line.partition(":")[0] for line in lines}
+    try:
+        return model.model_validate(tree), lines
+    except ValidationError as error:
+        found = complaints(error.errors(include_url=False), settings, knobs)
+    return None, [*lines, *(line for line in found if line.partition(":")[0] not in told)]
+
+
+def complaints(
+    errors: list[ErrorDetails], settings: Settings, knobs: Mapping[str, Knob]
+) -> list[str]:
     """One line for each mistake pydantic found, alternatives of a union told once.
 
     Example: ``rollout.group_sise: no such key; did you mean rollout.group_size? (a.yaml line 3)``.
     """
-    knobs = known_paths()
     located = [(_path(error, knobs), error) for error in errors]
     paths = {path for path, _ in located}
     lines: dict[str, str] = {}
@@ -30,9 +51,8 @@ def complaints(errors: list[ErrorDetails], settings: Settings) -> list[str]:
     return list(lines.values())
 
 
-def wrong_kinds(settings: Settings) -> list[str]:
+def wrong_kinds(settings: Settings, knobs: Mapping[str, Knob]) -> list[str]:
     """Values pydantic would bend in silence: true for a number (it reads 1), not-a-number."""
-    knobs = known_paths()
     lines = []
     for path, value in leaves(settings.tree):
         knob = knobs.get(path)
@@ -46,14 +66,14 @@ def wrong_kinds(settings: Settings) -> list[str]:
 
 def suggestion(path: str, knobs: Mapping[str, Knob]) -> str:
     """The known path a misspelt or misplaced one most likely means; empty when nothing is near."""
-    parent, _, name = path.rpartition(".")
-    siblings = {k.name: k.path for k in knobs.values() if k.path.rpartition(".")[0] == parent}
-    likely = [siblings[near] for near in get_close_matches(name, siblings, n=1, cutoff=0.7)]
+    parent, dot, name = path.rpartition(".")
+    siblings = get_close_matches(name, _keys_of(parent, knobs), n=1, cutoff=0.7)
+    likely = [f"{parent}{dot}{near}" for near in siblings]
     namesakes = [knob.path for knob in knobs.values() if knob.name == name]
     likely += sorted(namesakes, key=lambda p: -SequenceMatcher(a=p, b=path).ratio())[:2]
     if likely:
         return " or ".join(likely)
-    near = get_close_matches(path, knobs, n=1, cutoff=0.75)
+    near = get_close_matches(path, [p for p in knobs if ITEM not in p], n=1, cutoff=0.75)
     if near:
         return near[0]
     names = get_close_matches(name, {knob.name for knob in knobs.values()}, n=1, cutoff=0.8)
@@ -70,16 +90,16 @@ def _line(path: str, error: ErrorDetails, knobs: Mapping[str, Knob], settings: S
         return f"{path}: {parent}.type={kind} has no such key{_from(path, settings)}"
     if error["type"] == "extra_forbidden":
         near = suggestion(path, knobs)
-        parent = path.rpartition(".")[0]
-        known = ", ".join(k.name for k in knobs.values() if k.path.rpartition(".")[0] == parent)
+        known = ", ".join(_keys_of(path.rpartition(".")[0], knobs))
         hint = f"did you mean {near}?" if near else f"expected one of {known}"
         return f"{path}: no such key; {hint}{_from(path, settings)}"
     if error["type"] == "value_error":
         return f"{path}: {error['msg'].removeprefix(_VALUE_ERROR)}{_from(path, settings)}"
-    knob = knobs.get(path.partition("[")[0])
-    expected = knob.expected if knob else error["msg"]
-    if path.endswith("]"):
-        expected = expected.removeprefix(LIST_OF)
+    knob = knobs.get(_schema_path(path))
+    if knob is None and path.endswith("]"):
+        expected = knobs[path.partition("[")[0]].expected.removeprefix(LIST_OF)
+    else:
+        expected = knob.expected if knob else error["msg"]
     if error["type"] == "missing":
         return f"{path}: missing, expected {expected}{_from(path, settings)}"
     return _got(path, error["input"], expected, settings)
@@ -107,9 +127,22 @@ def _path(error: ErrorDetails, knobs: Mapping[str, Knob]) -> str:
         longer = f"{path}.{part}" if path else str(part)
         if isinstance(part, int):
             path = f"{path}[{part}]"
-        elif longer in knobs or (error["type"] == "extra_forbidden" and index == len(parts) - 1):
+        elif _schema_path(longer) in knobs or (
+            error["type"] == "extra_forbidden" and index == len(parts) - 1
+        ):
             path = longer
     return path
+
+
+def _schema_path(path: str) -> str:
+    """``hooks[2].name`` as the schema has it, ``hooks[].name``."""
+    return re.sub(r"\[\d+\]", ITEM, path)
+
+
+def _keys_of(path: str, knobs: Mapping[str, Knob]) -> list[str]:
+    """The keys that the section at a path may have."""
+    inside = [knob for knob in knobs.values() if knob.parent == _schema_path(path)]
+    return [knob.name for knob in inside if not knob.path.endswith(ITEM)]
 
 
 def _value_at(tree: Any, path: str) -> Any:

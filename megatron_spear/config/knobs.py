@@ -16,6 +16,9 @@ from pydantic.fields import FieldInfo
 
 from megatron_spear.config.schema import RunConfig
 
+ITEM = "[]"
+"""How the path of a list's entry ends, whichever entry it is."""
+
 LIST_OF = "a list, each entry "
 """How the expected value of a list begins."""
 
@@ -34,7 +37,8 @@ class Knob:
     """One setting, or one section, of the run configuration.
 
     Example: ``Knob(path="rollout.group_size", expected="an integer >= 1", is_section=False,
-    types=(int,))``; ``types`` are the plain types a value may have.
+    types=(int,))``; ``types`` are the plain types a value may have. A list of sections is a knob
+    (``hooks``), and its entries are one section (``hooks[]``) with knobs (``hooks[].name``).
     """
 
     path: str
@@ -46,6 +50,13 @@ class Knob:
     def name(self) -> str:
         """The last part of the path."""
         return self.path.rsplit(".", 1)[-1]
+
+    @property
+    def parent(self) -> str:
+        """The path of the section it is in; empty at the top, the list's for an entry."""
+        if self.path.endswith(ITEM):
+            return self.path.removesuffix(ITEM)
+        return self.path.rpartition(".")[0]
 
 
 def schema_paths(model: type[BaseModel] = RunConfig) -> tuple[Knob, ...]:
@@ -62,9 +73,9 @@ def schema_paths(model: type[BaseModel] = RunConfig) -> tuple[Knob, ...]:
     return tuple(found.values())
 
 
-def known_paths() -> dict[str, Knob]:
-    """The knobs of the run configuration by path."""
-    return {knob.path: knob for knob in schema_paths()}
+def known_paths(model: type[BaseModel] = RunConfig) -> dict[str, Knob]:
+    """The knobs of the run configuration (or of another model) by path."""
+    return {knob.path: knob for knob in schema_paths(model)}
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Knob]:
@@ -80,6 +91,15 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Knob]:
         )
         for section in sections:
             yield from _walk(section, path + ".")
+        if (entry := _section_of_list(info.annotation)) is not None:
+            yield Knob(path=path + ITEM, expected=_describe(entry), is_section=True, types=(entry,))
+            yield from _walk(entry, path + ITEM + ".")
+
+
+def _section_of_list(annotation: Any) -> type[BaseModel] | None:
+    """The section that each entry of a list is; None for any other value."""
+    entry = get_args(annotation)[0] if get_origin(annotation) in (tuple, list) else None
+    return entry if isinstance(entry, type) and issubclass(entry, BaseModel) else None
 
 
 def _members(annotation: Any) -> Iterator[Any]:
@@ -108,6 +128,8 @@ def _describe(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
     if origin in (tuple, list):
         return LIST_OF + _describe(args[0])
+    if origin is dict:
+        return "a map"
     if annotation is type(None):
         return "null"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from megatron_spear.config.complaints import complaints, wrong_kinds
+from megatron_spear.config.complaints import validated
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.config.sources import Settings, merged, read_overrides, read_yaml
 from megatron_spear.errors import ConfigError
@@ -56,16 +55,9 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _validated(settings: Settings) -> RunConfig:
-    lines = [*settings.problems, *wrong_kinds(settings)]
-    told = {line.partition(":")[0] for line in lines}
     tree = merged(RunConfig().model_dump(), settings.tree)
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        for line in complaints(error.errors(include_url=False), settings):
-            if line.partition(":")[0] not in told:
-                lines.append(line)
-    if lines:
+    config, lines = validated(RunConfig, tree, settings)
+    if lines or config is None:
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "1 mistake"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {x}" for x in lines))
     if config.resume is not None and config.run.dir != config.resume:

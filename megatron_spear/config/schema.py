@@ -17,6 +17,7 @@ from megatron_spear.config.base import (
     PositiveInt,
     Section,
 )
+from megatron_spear.config.hooks import HookSection
 from megatron_spear.config.method import (
     AlgorithmSection,
     CurriculumSection,
@@ -284,6 +285,8 @@ class RunConfig(Section):
     """Self-imitation replay."""
     curriculum: CurriculumSection = CurriculumSection()
     """Schedules."""
+    hooks: tuple[HookSection, ...] = ()
+    """The user's own hooks, in the order in which they are called."""
     sft: SftSection = SftSection()
     """Warm start."""
     evaluation: EvaluationSection = EvaluationSection()

@@ -167,11 +167,19 @@ def _text_keys(value: Any) -> Any:
     """The same maps with every key a text, so that ``1:`` is told as an unknown key like others."""
     if isinstance(value, dict):
         return {str(key): _text_keys(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_text_keys(inner) for inner in value]
     return value
 
 
 def _keys(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
-    """Every key of a YAML map as a dotted path with its line, counted from 1."""
+    """Every key of a YAML map as a dotted path with its line, counted from 1.
+
+    Maps inside lists too: ``hooks[0].name``.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _keys(item, f"{prefix.removesuffix('.')}[{index}].")
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

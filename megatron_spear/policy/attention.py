@@ -1,11 +1,13 @@
 """Core attention for packed sequences with torch's own kernels, for where TransformerEngine is not.
 
-Linear layers, norms and the MLP run on the packed ``[T, 1, hidden]``. Around the attention kernel
-the T tokens are laid out as ``[S, L]`` (S sequences, longest L) by an index made once per
-micro-batch. Sequences begin at column 0 and attention is causal, so padding to the right is never
-seen by a token and no mask is needed; its own outputs are dropped. Rotary positions are applied
-there too, where the position of a token is its column: cos and sin are ``[L, D]`` and are
-broadcast over the sequences.
+Linear layers, norms and the MLP run on the packed ``[T, 1, hidden]``. In half precision on a GPU
+the attention does too, by torch's flash kernel for sequences of different lengths. Elsewhere,
+around the kernel, the T tokens are laid out as ``[S, L]`` (S sequences, longest L) by an index made
+once per micro-batch. Sequences begin at column 0 and attention is causal, so padding to the right
+is never seen by a token and no mask is needed; its own outputs are dropped. Rotary positions are
+applied in the attention: to the packed tokens, cos and sin being ``[T, D]``, or to the laid-out
+ones, where the position of a token is its column, cos and sin are ``[L, D]`` and are broadcast over
+the sequences.
 """
 
 import math
@@ -26,7 +28,8 @@ class PackedLayout(PackedSeqParams):  # type: ignore[misc]
     """Where each token goes; handed through Megatron as its ``packed_seq_params``.
 
     ``rows`` int64 ``[S * L]``: the token of each padded place (any token where there is none).
-    ``places`` int64 ``[T]``: the padded place of each token. ``cos``, ``sin``: ``[L, 1, D / 2]``.
+    ``places`` int64 ``[T]``: the padded place of each token. Both are None where the tokens stay
+    packed. ``cos``, ``sin``: ``[L, 1, D / 2]``, or ``[T, 1, D / 2]`` of packed tokens.
     """
 
     rows: Tensor | None = None
@@ -55,23 +58,35 @@ class Rotary:
         return self._cos[:length], self._sin[:length]
 
 
-def packed_layout(cu_seqlens: Tensor, max_seqlen: int, rotary: Rotary) -> PackedLayout:
+def stays_packed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a kernel for sequences of different lengths: half precision, on a GPU."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def packed_layout(
+    cu_seqlens: Tensor, max_seqlen: int, rotary: Rotary, *, packed: bool = False
+) -> PackedLayout:
     """The layout of one micro-batch, shared by all layers. ``cu_seqlens`` int32 ``[S + 1]``."""
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    columns = torch.arange(max_seqlen, device=cu_seqlens.device)
-    rows = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)
-    offsets = torch.arange(len(starts), device=cu_seqlens.device) * max_seqlen - starts
     total = int(cu_seqlens[-1])
     tokens = torch.arange(total, device=cu_seqlens.device)
-    places = tokens + torch.repeat_interleave(offsets, lengths, output_size=total)
     cos, sin = rotary.tables(max_seqlen)
+    rows = places = None
+    if packed:
+        positions = tokens - torch.repeat_interleave(starts, lengths, output_size=total)
+        cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
+    else:
+        columns = torch.arange(max_seqlen, device=cu_seqlens.device)
+        rows = (starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)).flatten()
+        offsets = torch.arange(len(starts), device=cu_seqlens.device) * max_seqlen - starts
+        places = tokens + torch.repeat_interleave(offsets, lengths, output_size=total)
     return PackedLayout(
         qkv_format="sbhd",  # Megatron itself then takes its plain path
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
-        rows=rows.flatten(),
+        rows=rows,
         places=places,
         num_sequences=len(starts),
         longest=max_seqlen,
@@ -102,6 +117,8 @@ class PackedAttention(torch.nn.Module):  # type: ignore[misc]
     ) -> Tensor:
         layout = packed_seq_params
         assert isinstance(layout, PackedLayout), "the policy hands every batch with its layout"
+        if layout.rows is None:
+            return self._packed(query.squeeze(1), key.squeeze(1), value.squeeze(1), layout)
         q = _Lay.apply(query.squeeze(1), layout, True)
         k = _Lay.apply(key.squeeze(1), layout, True)
         v = _Lay.apply(value.squeeze(1), layout, False)
@@ -115,13 +132,32 @@ class PackedAttention(torch.nn.Module):  # type: ignore[misc]
         )
         return _Gather.apply(out.transpose(1, 2), layout)
 
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
+        """``[T, heads, D]`` each in, ``[T, 1, heads * D]`` out."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(
+            _Turn.apply(query, layout),
+            _Turn.apply(key, layout),
+            value,
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_kv,
+            layout.longest,
+            layout.longest,
+            scale=self.softmax_scale,
+            window_size=(-1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.flatten(1).unsqueeze(1)
+
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing is stored."""
         return {}
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
-    """``x`` ``[S, L, H, D]`` turned by its column's angles; ``backwards`` turns the other way."""
+    """``x`` ``[..., H, D]`` turned by the angles of its column or token; ``backwards`` turns the
+    other way."""
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -129,6 +165,19 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
     return out
+
+
+class _Turn(torch.autograd.Function):  # type: ignore[misc]
+    """Packed ``[T, H, D]`` turned by the tokens' angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: PackedLayout) -> Tensor:
+        ctx.layout = layout
+        return _rotate(x, layout.cos, layout.sin, False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _rotate(grad, ctx.layout.cos, ctx.layout.sin, True), None
 
 
 class _Lay(torch.autograd.Function):  # type: ignore[misc]

@@ -26,7 +26,12 @@ from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.mapping import padded_vocab
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.data.packing import TrainBatch
-from megatron_spear.policy.attention import PackedAttention, Rotary, packed_layout
+from megatron_spear.policy.attention import (
+    PackedAttention,
+    Rotary,
+    packed_layout,
+    stays_packed,
+)
 from megatron_spear.policy.layers import GatedMlp, RMSNorm
 from megatron_spear.policy.parallel import ParallelContext
 
@@ -129,10 +134,13 @@ class PackedModel(GPTModel):  # type: ignore[misc]
         _mark_split_weights(self)
         self.first_layer = layers * ctx.pipeline_rank
         self.rotary = Rotary(shape, ctx.device, config.params_dtype)
+        self.packed_attention = stays_packed(ctx.device, config.params_dtype)
 
     def forward(self, batch: TrainBatch) -> Tensor:
         """Logits ``[T, V / tp]`` on the last stage, hidden states ``[T, 1, hidden]`` before it."""
-        layout = packed_layout(batch.cu_seqlens, batch.max_seqlen, self.rotary)
+        layout = packed_layout(
+            batch.cu_seqlens, batch.max_seqlen, self.rotary, packed=self.packed_attention
+        )
         output = super().forward(
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_spear.envs.protocol import TextEnvironment
+from megatron_spear.errors import describe
 from megatron_spear.rollout.env_frames import READ_BYTES, FrameReader, pack
 
 HELLO = 0
@@ -123,7 +124,7 @@ def _start(payload: bytes) -> tuple[_Host | None, bytes]:
     try:
         host = _Host(*pickle.loads(payload))
     except Exception as error:  # noqa: BLE001 - reported to the pool, which raises it
-        return None, pack(HELLO, (False, _describe(error)))
+        return None, pack(HELLO, (False, describe(error)))
     return host, pack(HELLO, (True, os.getpid()))
 
 
@@ -132,16 +133,7 @@ def _answer(host: _Host | None, call_id: int, payload: bytes) -> bytes:
         assert host is not None, "the pool sends calls to ready workers only"
         return pack(call_id, (True, host.call(*pickle.loads(payload))))
     except (Exception, SystemExit) as error:  # noqa: BLE001 - costs this one call, reported to it
-        return pack(call_id, (False, _describe(error)))
-
-
-def _describe(error: BaseException) -> str:
-    """``Type: message (file:line)`` of the innermost frame."""
-    trace, where = error.__traceback__, ""
-    while trace is not None:
-        where = f" ({os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return f"{type(error).__name__}: {error}{where}"
+        return pack(call_id, (False, describe(error)))
 
 
 def exit_with_parent(parent: int) -> None:

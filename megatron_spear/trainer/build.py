@@ -30,6 +30,7 @@ from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.trainer import seeds
 from megatron_spear.trainer.controller import Controller
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.hooks.curriculum import CurriculumHook
 from megatron_spear.trainer.hooks.official_replay import OfficialReplayHook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
@@ -122,18 +123,23 @@ def make_policy(config: RunConfig, model: Path, context: ParallelContext) -> Meg
 
 
 def make_step(
-    config: RunConfig, policy: MegatronPolicy, rollout: RolloutStack | None, replay_folder: Path
+    config: RunConfig,
+    policy: MegatronPolicy,
+    rollout: RolloutStack | None,
+    replay_folder: Path,
+    own_hooks: Mapping[str, Hook],
 ) -> SpearStep:
-    """The trainer step; ``rollout`` is None on ranks other than the controller."""
+    """The trainer step; ``rollout`` is None on ranks other than the controller.
+
+    ``own_hooks`` are the user's, by name.
+    """
     controller = None
     if rollout is not None:
-        cursor, hooks = make_cursor(config)
-        if config.replay.enabled:
-            hooks.append(_replay_hook(config, replay_folder))
+        cursor, measuring = make_cursor(config)
         controller = Controller(
             cursor=cursor,
             rollouter=rollout.rollouter,
-            hooks=hooks,
+            hooks=make_hooks(config, replay_folder, {**measuring, **own_hooks}),
             rollout=config.rollout,
             reward=config.reward,
             algorithm=config.algorithm,
@@ -151,25 +157,33 @@ def make_step(
     )
 
 
-def _replay_hook(config: RunConfig, folder: Path) -> Hook:
-    if config.algorithm.compat == "official":
-        return OfficialReplayHook(
-            config.replay, config.algorithm, config.rollout.group_size, folder
+def make_hooks(config: RunConfig, replay_folder: Path, own_hooks: Mapping[str, Hook]) -> HookCalls:
+    """The run's hooks: the user's first, so that replay's baseline learns, and its store keeps, the
+    rewards that are trained on. A dotted name is none that a user can give."""
+    hooks = dict(own_hooks)
+    replay, algorithm = config.replay, config.algorithm
+    if replay.enabled and algorithm.compat == "official":
+        hooks["built_in.official_replay"] = OfficialReplayHook(
+            replay, algorithm, config.rollout.group_size, replay_folder
         )
-    return SelfImitationHook(config.replay, folder)
+    elif replay.enabled:
+        hooks["built_in.self_imitation"] = SelfImitationHook(replay, replay_folder)
+    return HookCalls(hooks)
 
 
-def make_cursor(config: RunConfig) -> tuple[Cursor, list[Hook]]:
-    """What gives the training prompts, and the hook that measures what it draws by, if any.
+def make_cursor(config: RunConfig) -> tuple[Cursor, dict[str, Hook]]:
+    """What gives the training prompts, and by name the hook that measures for it, if there is one.
 
-    Both share the sampler: the hook writes and saves it, the cursor reads it.
+    Both share the sampler: the hook writes and saves it, the cursor reads it. The hook comes before
+    the user's, which may leave groups out.
     """
     if not config.curriculum.tasks.enabled:
-        return PromptCursor(training_prompts(config)), []
+        return PromptCursor(training_prompts(config)), {}
     sources = training_buckets(config)
     sampler = TaskSampler(tuple(sources), config.curriculum.tasks)
+    hook = CurriculumHook(sampler, lambda prompt: task.task_type(prompt.prompt_id))
     cursor = BucketCursor(sources, sampler.pick, config.run.seed)
-    return cursor, [CurriculumHook(sampler, lambda prompt: task.task_type(prompt.prompt_id))]
+    return cursor, {"built_in.curriculum": hook}
 
 
 def training_prompts(config: RunConfig) -> PromptSource:

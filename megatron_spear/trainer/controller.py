@@ -19,8 +19,8 @@ from megatron_spear.rewards.compose import score
 from megatron_spear.rewards.summary import reward_metrics
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.rollout.summary import rollout_metrics
-from megatron_spear.trainer.hooks.base import Hook
-from megatron_spear.types import StepContext, TrainSample, TrajectoryGroup, Update
+from megatron_spear.trainer.hooks.calls import HookCalls
+from megatron_spear.types import StepContext, TrainSample, TrajectoryGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Controller:
 
     cursor: Cursor
     rollouter: Rollouter
-    hooks: Sequence[Hook]
+    hooks: HookCalls
     rollout: RolloutSection
     reward: RewardSection
     algorithm: AlgorithmSection
@@ -55,18 +55,13 @@ class Controller:
         weight = ctx.coefficients.intrinsic_weight
         scored = tuple(score(group, self.reward) for group in groups)
         metrics = reward_metrics(scored, weight)
-        for hook in self.hooks:
-            scored = hook.on_scored(ctx, scored)
+        scored = self.hooks.on_scored(ctx, scored)
         if self.algorithm.compat == "official":
             rows, filtered = official_rows(ctx, scored, self.algorithm, self.rollout.group_size)
             return rows, metrics | filtered
         kept, filtered = keep_groups(scored, self.algorithm.keep_groups_fraction, weight)
         samples = make_samples(kept, turn_advantages(kept, self.algorithm, weight))
         return samples, metrics | filtered
-
-    def updates(self, ctx: StepContext) -> list[Update]:
-        """What the hooks add to this step's optimizer steps."""
-        return [update for hook in self.hooks for update in hook.extra_updates(ctx)]
 
 
 def with_gradient(samples: Sequence[TrainSample]) -> list[TrainSample]:

@@ -15,6 +15,7 @@ from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import build_tracker
 from megatron_spear.tracking.summary import summary_rows, write_summary
+from megatron_spear.trainer.hooks.user import user_hooks
 from megatron_spear.trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, stop: Any) -> dict[str, Any]:
     """The main job: initial model, warm start, SPEAR steps, evaluation, export, summary."""
     console, controller = _start(config, "train")
+    own_hooks = user_hooks(config.hooks) if controller else {}
     with (
         console,
         _run_directory(config, controller) as directory,
@@ -38,7 +40,8 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         tracker = None
         try:
             policy = build.make_policy(config, model, context)
-            step = build.make_step(config, policy, rollout, directory.path / "replay")
+            replay = directory.path / "replay"
+            step = build.make_step(config, policy, rollout, replay, own_hooks)
             console.line(method_text(config))
             run = SpearRun(
                 config,

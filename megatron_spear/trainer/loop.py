@@ -18,6 +18,7 @@ from megatron_spear.metrics import merge
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.trainer.controller import Controller, with_gradient, with_old_logprobs
+from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan, RefLogprobs
 from megatron_spear.trainer.official_mini_batches import OfficialMiniBatches
 from megatron_spear.trainer.ranks import broadcast
@@ -82,9 +83,8 @@ class SpearStep:
     def _extra_updates(self, ctx: StepContext, active: Sequence[TrainSample]) -> list[Update]:
         if self.controller is None:
             return []
-        for hook in self.controller.hooks:
-            hook.on_samples(ctx, active)
-        return self.controller.updates(ctx)
+        self.controller.hooks.on_samples(ctx, active)
+        return self.controller.hooks.extra_updates(ctx)
 
     def _ref_logprobs(self, active: Sequence[TrainSample]) -> RefLogprobs:
         """The reference policy's log-probs of the step's samples, where the loss has a KL."""
@@ -186,15 +186,13 @@ class SpearStep:
 
     def _finish(self, ctx: StepContext, metrics: dict[str, float]) -> StepReport:
         """Add the hooks' metrics, make the report and tell the hooks."""
-        hooks = self.controller.hooks if self.controller else ()
-        for hook in hooks:
-            metrics.update(hook.metrics())
+        hooks = self.controller.hooks if self.controller else HookCalls({})
+        metrics.update(hooks.metrics(ctx))
         coefficients = ctx.coefficients
         metrics["curriculum/intrinsic_weight"] = coefficients.intrinsic_weight
         metrics["curriculum/replay_weight"] = coefficients.replay_weight
         report = StepReport(step=ctx.step, policy_version=ctx.policy_version + 1, metrics=metrics)
-        for hook in hooks:
-            hook.on_step_end(ctx, report)
+        hooks.on_step_end(ctx, report)
         return report
 
 

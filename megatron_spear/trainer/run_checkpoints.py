@@ -82,7 +82,7 @@ class RunCheckpoints:
                 state = {
                     "progress": asdict(progress),
                     "cursor": self._controller.cursor.state_dict(),
-                    "hooks": [hook.state_dict() for hook in self._controller.hooks],
+                    "hooks": self._controller.hooks.state_dict(progress.step),
                     "config_hash": config_hash(self._config),
                     "panel_sha256": self._panel_sha256,
                     "versions": versions(),
@@ -143,8 +143,7 @@ class RunCheckpoints:
         require_keys(state, _KEYS, STATE_FILE)
         self._require_same_run(state, folder)
         controller.cursor.load_state_dict(state["cursor"])
-        for hook, saved in zip(controller.hooks, state["hooks"], strict=True):
-            hook.load_state_dict(saved)
+        controller.hooks.load_state_dict(state["hooks"])
         if state["wandb_id"] and not read_run_id(self._directory.path):
             write_run_id(self._directory.path, state["wandb_id"])
         saved = state["progress"]
@@ -172,5 +171,4 @@ class RunCheckpoints:
             self._directory.checkpoints / f"step_{s}" / STATE_FILE for s in self._store.steps()
         ]
         states = [json.loads(file.read_text())["hooks"] for file in files if file.is_file()]
-        for index, hook in enumerate(controller.hooks):
-            hook.prune([state[index] for state in states])
+        controller.hooks.prune(states)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_spear.config.load import load_config
-from megatron_spear.errors import CheckpointError
+from megatron_spear.errors import CheckpointError, SpearError
 from megatron_spear.testing.ranks import run_ranks
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.calls import HookCalls
 
 
 class _Policy:
@@ -46,7 +47,8 @@ def _save_and_resume(path: Path, refused: tuple[int, ...]) -> tuple[list[str], i
     dist.init_process_group("gloo")
     policy, hook = _Policy(), _Refusing(refused)
     cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
-    controller = SimpleNamespace(cursor=cursor, hooks=[hook]) if dist.get_rank() == 0 else None
+    hooks = HookCalls({"refusing": hook})
+    controller = SimpleNamespace(cursor=cursor, hooks=hooks) if dist.get_rank() == 0 else None
     step: Any = SimpleNamespace(policy=policy, controller=controller)
     run = RunCheckpoints(load_config(), step, RunDirectory(path), "ab" if controller else None)
     for number in (1, 2):
@@ -69,3 +71,36 @@ def test_both_fall_back_to_the_same(tmp_path: Path) -> None:
 def test_both_hear_that_none_is_left(tmp_path: Path) -> None:
     for loaded, told in run_ranks(_save_and_resume, 2, tmp_path, (1, 2), timeout_s=60):
         assert loaded == [] and "none of its checkpoints is whole" in str(told)
+
+
+def _save_with_a_faulty_hook(path: Path) -> str:
+    import torch.distributed as dist
+
+    from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
+    from megatron_spear.trainer.run_directory import RunDirectory
+
+    dist.init_process_group("gloo")
+    hook = _Refusing(())
+    cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    hooks = HookCalls({"faulty": hook})
+    controller = SimpleNamespace(cursor=cursor, hooks=hooks) if dist.get_rank() == 0 else None
+    step: Any = SimpleNamespace(policy=_Policy(), controller=controller)
+    run = RunCheckpoints(load_config(), step, RunDirectory(path), "ab" if controller else None)
+    run.save(Progress(step=1))
+    hook.step = 1j  # type: ignore[assignment]
+    try:
+        run.save(Progress(step=2))
+    except SpearError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return "saved"
+
+
+def test_a_hook_at_fault_in_a_save_ends_all_ranks_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    told = run_ranks(_save_with_a_faulty_hook, 2, tmp_path, timeout_s=60)
+    assert told[0].startswith(
+        "hook 'faulty' (_Refusing): state_dict after step 2 gave {'step': 1j}"
+    )
+    assert "another rank could not write its part" in told[1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]

@@ -214,3 +214,26 @@ def same_weights() -> Callable[[Path, Path, float], None]:
             torch.testing.assert_close(found[name], tensor, rtol=0.0, atol=atol)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def same_run(
+    training_records: Callable[[Path], dict[int, dict[str, Any]]],
+    same_weights: Callable[[Path, Path, float], None],
+) -> Callable[[Path, Path], None]:
+    """Equal training metrics of every step (but times) and equal exported weights."""
+
+    def check(one: Path, other: Path) -> None:
+        expected, found = training_records(one), training_records(other)
+        assert list(found) == list(expected)
+        for step, record in expected.items():
+            assert found[step].keys() == record.keys()
+            for name, value in record.items():
+                # Which contexts share the engine's batch is a matter of timing; it rounds
+                # accordingly.
+                rounding = 1e-5 if name.startswith("mismatch/") else 1e-9
+                told = f"{name} at step {step}"
+                assert found[step][name] == pytest.approx(value, rel=1e-6, abs=rounding), told
+        same_weights(one, other, 1e-7)
+
+    return check

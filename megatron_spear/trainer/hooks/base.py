@@ -8,19 +8,28 @@
 | ``metrics`` | before the step's report is made | numbers for the report |
 | ``on_step_end`` | weights are published, the report is made | nothing |
 
-Hooks live on rank 0 and are called in their order of registration. ``state_dict`` is asked for
-between steps only.
+Hooks live on rank 0 and are called in their order of registration, by ``hooks.calls``, which says
+whose fault it was when one raises or gives something else. ``state_dict`` is asked for between
+steps only. Users switch on their own with ``hooks:`` in the settings (docs/hooks.md).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_spear.config.base import Section
 from megatron_spear.replay.state import require_keys
 from megatron_spear.types import ScoredGroup, StepContext, StepReport, TrainSample, Update
 
 
 class Hook:
-    """Does nothing at every point; override what is needed."""
+    """Does nothing at every point; override what is needed.
+
+    A user's hook that has settings declares them as its own ``Settings`` and is made as
+    ``MyHook(settings)``; one that has none is made as ``MyHook()``.
+    """
+
+    class Settings(Section):
+        """No settings; a hook that has some derives its ``Settings`` from this."""
 
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
@@ -36,7 +45,8 @@ class Hook:
         return []
 
     def metrics(self) -> dict[str, float]:
-        """What to report of the current step; names start with the hook's own prefix."""
+        """What to report of the current step; names start with a prefix of the hook's own, which
+        no other part of the run has: ``rare_types/bonus``."""
         return {}
 
     def on_step_end(self, ctx: StepContext, report: StepReport) -> None:

@@ -79,3 +79,5 @@ def test_the_test_can_fail() -> None:
     assert CLASSES["sft.optimizer"] == {"OptimizerSection"}
     assert CLASSES["env.history"] == {"WindowHistory"}
     assert len(CLASSES["algorithm.loss"]) == 4
+    assert CLASSES["hooks[]"] == {"HookSection"}
+    assert "hooks[].settings" in {knob.path for knob in LEAVES}

@@ -35,6 +35,10 @@ def test_every_knob_is_documented_and_described() -> None:
     assert "env.history.window" in knobs
     kinds_of_loss = "'clipped', or 'clip_cov', or 'kl_cov', or 'gpg'"
     assert knobs["algorithm.loss.type"].expected == kinds_of_loss
+    assert not knobs["hooks"].is_section and knobs["hooks[]"].is_section
+    assert knobs["hooks"].expected == f"a list, each entry {knobs['hooks[]'].expected}"
+    assert (knobs["hooks[].name"].types, knobs["hooks[].settings"].expected) == ((str,), "a map")
+    assert (knobs["hooks[].name"].parent, knobs["hooks[]"].parent) == ("hooks[]", "hooks")
 
 
 def test_free_keys_exist_and_leave_the_hash_alone() -> None:
@@ -53,12 +57,37 @@ def test_free_keys_exist_and_leave_the_hash_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["run.seed=1", "run.steps=41", "env.history={window: 2}", "sft.optimizer.lr=1"]
+    "override",
+    [
+        "run.seed=1",
+        "run.steps=41",
+        "env.history={window: 2}",
+        "sft.optimizer.lr=1",
+        "hooks=[{name: a, path: m:A}]",
+    ],
 )
 def test_everything_else_changes_the_hash(override: str) -> None:
     base, other = load_config(), load_config(None, [override])
     assert config_hash(base) != config_hash(other)
     assert config_differences(base, other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "[]",
+        "[{name: b, path: m:A, settings: {x: 1}}, {name: c, path: m:C}]",
+        "[{name: a, path: m:B, settings: {x: 1}}, {name: c, path: m:C}]",
+        "[{name: a, path: m:A, settings: {x: 2}}, {name: c, path: m:C}]",
+        "[{name: c, path: m:C}, {name: a, path: m:A, settings: {x: 1}}]",
+    ],
+)
+def test_hooks_their_settings_and_their_order_are_what_a_run_is(other: str) -> None:
+    base = "[{name: a, path: m:A, settings: {x: 1}}, {name: c, path: m:C}]"
+    one, two = (load_config(None, [f"hooks={text}"]) for text in (base, other))
+    assert config_hash(one) != config_hash(two)
+    (difference,) = config_differences(one, two)
+    assert str(difference).startswith("hooks: was [{'name': 'a', 'path': 'm:A', 'settings': {'x':")
 
 
 def test_the_hash_is_stable_across_processes() -> None:
@@ -107,6 +136,11 @@ def test_the_defaults_work_on_one_rank() -> None:
         (["sft.optimizer.beta2=1"], 1, "sft.optimizer.beta2=1 never forgets"),
         (["sft.steps=5"], 1, "above the 5 steps"),
         (["run.stop_after=50"], 1, "never happens"),
+        (
+            ["hooks=[{name: a, path: m:A}, {name: b, path: m:A}, {name: a, path: m:B}]"],
+            1,
+            "hooks: hooks[0], hooks[2] have the same name 'a'; give each another one",
+        ),
     ],
 )
 def test_what_cannot_work_is_told(overrides: list[str], world_size: int, told: str) -> None:
@@ -143,7 +177,8 @@ def test_what_the_official_mode_does_not_do_is_told(override: str, told: str) ->
 
 
 def test_an_evaluation_has_no_policy() -> None:
-    training = ["policy.tensor_parallel=2", "rollout.group_size=1", "replay.capacity=8"]
+    same = "hooks=[{name: a, path: m:A}, {name: a, path: m:B}]"
+    training = ["policy.tensor_parallel=2", "rollout.group_size=1", "replay.capacity=8", same]
     config = load_config(None, training)
     assert check_config(config, 1, "evaluate") == []
     assert len(check_config(config, 1, "sft")) == 3

@@ -123,6 +123,22 @@ def test_window_of_the_file_can_be_changed_or_replaced(tmp_path: Path) -> None:
         ("run..steps=1", "expected a.b=value"),
         ("run.steps", "expected key=value or --key value"),
         ("--run.steps", "has no value; write --run.steps=VALUE"),
+        (
+            "hooks=3",
+            "hooks: got 3 (integer), expected a list, each entry a map with keys among name, path",
+        ),
+        ("hooks=[3]", "hooks[0]: got 3 (integer), expected a map with keys among name, path, sett"),
+        ("hooks=[{name: a}]", "hooks[0].path: missing, expected a text"),
+        ("hooks=[{name: a, pth: m:C}]", "hooks[0].pth: no such key; did you mean hooks[0].path?"),
+        ("hooks=[{name: a, of: 3}]", "hooks[0].of: no such key; expected one of name, path, sett"),
+        ("hooks=[{name: 7, path: m:C}]", "hooks[0].name: got 7 (integer), expected a text"),
+        ("hooks=[{name: My, path: m:C}]", "hooks[0].name: got 'My', expected small letters"),
+        ("hooks=[{name: a, path: m.C}]", "hooks[0].path: got 'm.C', expected 'package.module:Cl"),
+        (
+            "hooks=[{name: a, path: m:C, settings: 3}]",
+            "hooks[0].settings: got 3 (integer), expected a map",
+        ),
+        ("hook=[]", "hook: no such key; did you mean hooks?"),
     ],
 )
 def test_each_mistake_names_key_value_and_what_is_expected(override: str, expected: str) -> None:
@@ -198,6 +214,38 @@ def test_resume_with_a_file_takes_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "run: {dir: runs/x, steps: 4}\n")
     config = load_config(path, [f"--resume={tmp_path}"])
     assert (config.run.steps, config.run.dir) == (4, tmp_path)
+
+
+TWO_HOOKS = """
+hooks:
+  - {name: a, path: "m:A"}
+  - name: b
+    path: ./b.py:B
+    settings: {x: {y: [1, two]}, 3: false}
+"""
+
+
+def test_a_list_of_sections_is_read_and_written_back(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, TWO_HOOKS))
+    assert [(hook.name, hook.module, hook.class_name) for hook in config.hooks] == [
+        ("a", "m", "A"),
+        ("b", "./b.py", "B"),
+    ]
+    assert config.hooks[1].settings == {"x": {"y": [1, "two"]}, "3": False}
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_a_list_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, TWO_HOOKS)
+    config = load_config(path, ["hooks=[{name: c, path: m:C}]"])
+    assert [hook.name for hook in config.hooks] == ["c"]
+    assert load_config(path, ["hooks=[]"]).hooks == ()
+
+
+def test_a_key_given_twice_in_an_entry_of_a_list(tmp_path: Path) -> None:
+    text = 'hooks:\n- name: a\n  path: "m:A"\n- name: b\n  path: "m:B"\n  path: "m:C"\n'
+    told = "hooks[1].path: given twice (a.yaml lines 5 and 6)"
+    assert mistakes(write(tmp_path, text)) == [told]
 
 
 def test_another_type_of_loss_forgets_the_default_ones_settings(tmp_path: Path) -> None:

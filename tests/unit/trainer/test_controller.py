@@ -17,6 +17,7 @@ from megatron_spear.trainer.controller import (
     with_old_logprobs,
 )
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.types import (
     Coefficients,
     Origin,
@@ -73,7 +74,7 @@ def _controller(
     return Controller(
         cursor=PromptCursor(FreshPrompts(lambda i: make_prompt(str(i)))),
         rollouter=rollouter or _Rollouter(),
-        hooks=hooks,
+        hooks=HookCalls({str(index): hook for index, hook in enumerate(hooks)}),
         rollout=RolloutSection(prompts_per_step=2, group_size=3, temperature=0.9),
         reward=RewardSection(intrinsic={"type": "distinct_calls", "per_call": 0.2, "max": 1.0}),
         algorithm=AlgorithmSection(
@@ -143,7 +144,7 @@ def test_hooks_choose_among_the_scored_groups_in_turn_and_add_updates() -> None:
     assert {s.trajectory_id.group for s in samples} == {"c"}
     assert metrics["reward/outcome"] == pytest.approx(4 / 6), "of all, before the hooks"
     assert metrics["filter/num_groups"] == 1
-    assert controller.updates(CTX) == [update, update]
+    assert controller.hooks.extra_updates(CTX) == [update, update]
 
 
 def test_with_gradient_keeps_whole_trajectories() -> None:

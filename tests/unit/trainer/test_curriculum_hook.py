@@ -95,19 +95,20 @@ def test_state_of_other_buckets_is_refused() -> None:
 def _run(config: RunConfig, steps: int, state: str = "") -> tuple[list[list[str]], str]:
     """Prompt ids of some steps in which only the first kind is ever lost, and the state after."""
     cursor, hooks = build.make_cursor(config)
+    (hook,) = hooks.values()
     if state:
         saved = json.loads(state)
         cursor.load_state_dict(saved["cursor"])
-        hooks[0].load_state_dict(saved["hook"])
+        hook.load_state_dict(saved["hook"])
     drawn = []
     for _ in range(steps):
         prompts = cursor.take(8)
         drawn.append([prompt.prompt_id for prompt in prompts])
-        hooks[0].on_scored(
+        hook.on_scored(
             CTX,
             tuple(_group(p, True, task_type(p.prompt_id) != KINDS[0]) for p in prompts),
         )
-    return drawn, json.dumps({"cursor": cursor.state_dict(), "hook": hooks[0].state_dict()})
+    return drawn, json.dumps({"cursor": cursor.state_dict(), "hook": hook.state_dict()})
 
 
 def test_a_resumed_run_draws_the_same() -> None:
@@ -126,7 +127,7 @@ def test_off_is_the_order_of_the_source() -> None:
     config = load_config(None, [ON[0]])
     cursor, hooks = build.make_cursor(config)
     source = build.training_prompts(config)
-    assert hooks == [] and cursor.take(3) == [source.at(i) for i in range(3)]
+    assert hooks == {} and cursor.take(3) == [source.at(i) for i in range(3)]
 
 
 def test_generated_games_of_two_kinds_never_share_a_number() -> None:

@@ -17,6 +17,7 @@ from megatron_spear.data.prompts import FreshPrompts, PromptCursor
 from megatron_spear.testing.hand_made import make_prompt, make_sample, make_trajectory
 from megatron_spear.trainer.controller import Controller
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.loop import SpearStep, finish_step_metrics
 from megatron_spear.types import (
     Coefficients,
@@ -172,7 +173,7 @@ def _step(
     controller = Controller(
         cursor=PromptCursor(FreshPrompts(lambda i: make_prompt(str(i)))),
         rollouter=world.rollouter,
-        hooks=[world.hook],
+        hooks=HookCalls({"mine": world.hook}),
         rollout=RolloutSection(prompts_per_step=2, group_size=2),
         reward=RewardSection(),
         algorithm=section,

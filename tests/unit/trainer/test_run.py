@@ -19,6 +19,7 @@ from megatron_spear.envs.alfworld.task import Panel
 from megatron_spear.errors import StopRequested
 from megatron_spear.testing.hand_made import make_prompt, make_trajectory
 from megatron_spear.tracking.progress import Console
+from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.run import SpearRun
 from megatron_spear.trainer.run_directory import RunDirectory
 from megatron_spear.types import Prompt, Status, StepContext, StepReport, TrajectoryGroup
@@ -56,7 +57,7 @@ class _Step:
     def __init__(self, events: list[str], at: Callable[[int], None]) -> None:
         self.policy = _Policy()
         cursor = PromptCursor(FreshPrompts(lambda i: make_prompt(str(i))))
-        self.controller = SimpleNamespace(cursor=cursor, hooks=[])
+        self.controller = SimpleNamespace(cursor=cursor, hooks=HookCalls({}))
         self._events, self._at = events, at
 
     def run(self, ctx: StepContext, progress: Any) -> StepReport:

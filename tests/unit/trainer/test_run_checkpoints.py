@@ -11,10 +11,11 @@ import pytest
 
 from megatron_spear.config.load import load_config
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
-from megatron_spear.errors import CheckpointError, ConfigError
+from megatron_spear.errors import CheckpointError, ConfigError, HookError
 from megatron_spear.testing.hand_made import make_prompt
 from megatron_spear.tracking.wandb_sink import read_run_id, write_run_id
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
 from megatron_spear.trainer.run_directory import RunDirectory
 
@@ -62,13 +63,20 @@ class _Hook(Hook):
 class _Run:
     """One launch of a run in ``path``."""
 
-    def __init__(self, path: Path, *settings: str, panel: str = "ab", refused: Any = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *settings: str,
+        panel: str = "ab",
+        refused: Any = (),
+        name: str = "rows",
+    ) -> None:
         config = load_config(None, ["checkpoint.keep=3", *settings])
         self.directory = RunDirectory(path)
         self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         self.policy, self.hook = _Policy(refused), _Hook(path / "rows")
         self.cursor = PromptCursor(FreshPrompts(lambda i: make_prompt(str(i))))
-        controller = SimpleNamespace(cursor=self.cursor, hooks=[self.hook])
+        controller = SimpleNamespace(cursor=self.cursor, hooks=HookCalls({name: self.hook}))
         step: Any = SimpleNamespace(policy=self.policy, controller=controller)
         self.checkpoints = RunCheckpoints(config, step, self.directory, panel)
 
@@ -174,6 +182,37 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="by a run with other settings"):
         _Run(tmp_path, "run.seed=5").checkpoints.resume()
     assert run.folders() == ["step_1"]
+
+
+def test_states_of_hooks_are_kept_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = _Run(tmp_path)
+    run.save(1)
+    state = json.loads((run.directory.checkpoints / "step_1" / "trainer.json").read_text())
+    assert state["hooks"] == {"rows": {"state": 1}}
+    with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
+        _Run(tmp_path, name="cells").checkpoints.resume()
+    assert "missing ['cells'], unknown ['rows']" in caplog.text
+
+
+def test_a_hook_without_a_state_costs_no_checkpoint(tmp_path: Path) -> None:
+    run = _Run(tmp_path)
+    run.save(1)
+    run.hook.state_dict = lambda: {"state": {1, 2}}
+    with pytest.raises(HookError, match=r"hook 'rows' \(_Hook\): state_dict after step 2 gave"):
+        run.save(2)
+    assert run.folders() == ["step_1"]
+    assert _Run(tmp_path).checkpoints.resume() == _progress(1)
+
+
+def test_a_fault_while_a_hook_takes_its_state_back_ends_the_resume(tmp_path: Path) -> None:
+    """It is no damaged checkpoint: none is set aside."""
+    _Run(tmp_path).save(1, 2)
+    run = _Run(tmp_path)
+    run.hook.write = None
+    run.hook.load_state_dict = lambda state: state["column"]
+    with pytest.raises(HookError, match="load_state_dict at the resume raised KeyError: 'column'"):
+        run.checkpoints.resume()
+    assert run.folders() == ["step_1", "step_2"]
 
 
 def test_state_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""What several folders of tests share."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+HOOKS_PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
+
+
+@dataclass(frozen=True)
+class DocumentedHook:
+    """The example of docs/hooks.md: its files in ``folder``, and its entry in the settings."""
+
+    page: str
+    folder: Path
+    entries: list[dict[str, Any]]
+
+
+@pytest.fixture
+def documented_hook(tmp_path: Path) -> DocumentedHook:
+    """``rare_types.py`` and its test, ``page_test.py``, as they are on the page."""
+    page = HOOKS_PAGE.read_text(encoding="utf-8")
+    hook, test = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (settings,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    folder = tmp_path / "documented"
+    folder.mkdir()
+    (folder / "rare_types.py").write_text(hook)
+    (folder / "page_test.py").write_text(test)
+    return DocumentedHook(page, folder, yaml.safe_load(settings)["hooks"])
