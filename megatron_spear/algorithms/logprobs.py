@@ -1,7 +1,8 @@
 """Log-probability and entropy of tokens from logits that may be split over the vocabulary.
 
 Only ``[T]`` vectors are kept for the backward pass besides the logits themselves: the softmax is
-recomputed there, a few hundred rows at a time, so no ``[T, V]`` copy lives between the passes.
+recomputed there, a few hundred rows at a time (on a GPU by kernels of their own,
+``logprobs_triton``), so no ``[T, V]`` copy lives between the passes.
 """
 
 from typing import Any
@@ -67,7 +68,7 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         with_entropy: bool,
         entropy_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        num_tokens, width = logits.shape
+        width = logits.shape[1]
         offset = width * group.rank() if group is not None else 0
         valid = width if vocab_size is None else min(max(vocab_size - offset, 0), width)
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -75,19 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
         mine = (local >= 0) & (local < valid)
         local = torch.where(mine, local, 0)
 
-        top = logits.new_full((num_tokens,), -torch.inf, dtype=dtype)
-        total = logits.new_zeros(num_tokens, dtype=dtype)
-        weighted = logits.new_zeros(num_tokens if with_entropy else 0, dtype=dtype)
-        for start in range(0, num_tokens if valid else 0, ROWS):
-            rows = slice(start, start + ROWS)
-            z = _scaled(logits[rows], 1.0 / temperature, valid, dtype)
-            top[rows] = z.amax(-1)
-            z -= top[rows, None]
-            p = z.exp() if with_entropy else z.exp_()
-            total[rows] = p.sum(-1)
-            if with_entropy:  # of z - top, so that the sums of several ranks can be shifted
-                weighted[rows] = torch.linalg.vecdot(p, z)
-
+        top, total, weighted = _statistics(logits, valid, 1.0 / temperature, dtype, with_entropy)
         picked = logits.gather(1, local[:, None]).squeeze(1).to(dtype) / temperature
         picked = torch.where(mine, picked, 0.0)
         if group is not None and group.size() > 1:
@@ -113,22 +102,87 @@ class _TokenLogprobs(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Any, ...]:
         """d log p / d z_j = [j = label] - p_j; d entropy / d z_j = -p_j (log p_j + entropy)."""
         logits, local, mine, logsumexp, entropy = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        inverse = 1.0 / ctx.temperature
-        for start in range(0, logits.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
-            z = _scaled(logits[rows], inverse, ctx.valid, logsumexp.dtype)
-            z -= logsumexp[rows, None]
-            if entropy_grad is None:
-                p = z.exp_()
-                p *= grad[rows, None] * -inverse if grad is not None else 0.0
-            else:
-                p = z.exp()
-                factor = (z + entropy[rows, None]) * entropy_grad[rows, None]
-                p *= -inverse * (factor if grad is None else factor + grad[rows, None])
-            result[rows, : ctx.valid] = p
-        result[:, ctx.valid :] = 0.0
-        if grad is not None:
-            hit = (torch.where(mine, grad, 0.0) * inverse).to(result.dtype)
-            result.scatter_add_(1, local[:, None], hit[:, None])
+        result = _gradient(
+            logits,
+            local,
+            mine,
+            logsumexp,
+            entropy,
+            ctx.valid,
+            1.0 / ctx.temperature,
+            grad,
+            entropy_grad,
+        )
         return result, None, None, None, None, None, None
+
+
+def _kernels(logits: Tensor) -> Any:
+    """The module of Triton kernels where it serves these logits: on a GPU, up to float32."""
+    if not logits.is_cuda or logits.dtype is torch.float64:
+        return None
+    from megatron_spear.algorithms import logprobs_triton
+
+    return logprobs_triton
+
+
+def _statistics(
+    logits: Tensor, valid: int, inverse: float, dtype: torch.dtype, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``[T]`` each, over z = logits * inverse: its maximum, the sum of exp(z - maximum), and that
+    sum weighted by z - maximum, so that the sums of several ranks can be shifted."""
+    if kernels := _kernels(logits):
+        found: tuple[Tensor, Tensor, Tensor] = kernels.statistics(
+            logits, valid, inverse, with_entropy=with_entropy
+        )
+        return found
+    num_tokens = logits.shape[0]
+    top = logits.new_full((num_tokens,), -torch.inf, dtype=dtype)
+    total = logits.new_zeros(num_tokens, dtype=dtype)
+    weighted = logits.new_zeros(num_tokens if with_entropy else 0, dtype=dtype)
+    for start in range(0, num_tokens if valid else 0, ROWS):
+        rows = slice(start, start + ROWS)
+        z = _scaled(logits[rows], inverse, valid, dtype)
+        top[rows] = z.amax(-1)
+        z -= top[rows, None]
+        p = z.exp() if with_entropy else z.exp_()
+        total[rows] = p.sum(-1)
+        if with_entropy:
+            weighted[rows] = torch.linalg.vecdot(p, z)
+    return top, total, weighted
+
+
+def _gradient(
+    logits: Tensor,
+    local: Tensor,
+    mine: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    valid: int,
+    inverse: float,
+    grad: Tensor | None,
+    entropy_grad: Tensor | None,
+) -> Tensor:
+    """``[T, V / tp]``: the gradient of the logits, 0 on padding."""
+    if kernels := _kernels(logits):
+        found: Tensor = kernels.gradient(
+            logits, local, mine, logsumexp, entropy, valid, inverse, grad, entropy_grad
+        )
+        return found
+    result = torch.empty_like(logits)
+    for start in range(0, logits.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        z = _scaled(logits[rows], inverse, valid, logsumexp.dtype)
+        z -= logsumexp[rows, None]
+        if entropy_grad is None:
+            p = z.exp_()
+            p *= grad[rows, None] * -inverse if grad is not None else 0.0
+        else:
+            p = z.exp()
+            factor = (z + entropy[rows, None]) * entropy_grad[rows, None]
+            p *= -inverse * (factor if grad is None else factor + grad[rows, None])
+        result[rows, :valid] = p
+    result[:, valid:] = 0.0
+    if grad is not None:
+        hit = (torch.where(mine, grad, 0.0) * inverse).to(result.dtype)
+        result.scatter_add_(1, local[:, None], hit[:, None])
+    return result

@@ -113,10 +113,16 @@ def _replay(config: RunConfig) -> Iterator[str]:
     replay = config.replay
     if not replay.enabled:
         return
-    if replay.rows_per_step > replay.capacity:
+    continuous = replay.release == "continuous" and config.algorithm.compat == "corrected"
+    if continuous and replay.rows_per_step > replay.capacity:
         yield (
             f"replay.rows_per_step={replay.rows_per_step} is above "
             f"replay.capacity={replay.capacity}: that many are never there"
+        )
+    if replay.decay != 1.0 and replay.baseline != "decay":
+        yield (
+            f"replay.decay={replay.decay:g} is read with replay.baseline=decay only, and it is "
+            f"{replay.baseline}; change one"
         )
     if replay.gradient_norms and replay.combine != "joint":
         yield (
@@ -168,6 +174,15 @@ def _official(config: RunConfig) -> Iterator[str]:
         )
     if replay.ratio_filter is not None:
         yield "algorithm.compat=official filters no ratios; set replay.ratio_filter=null"
+    if replay.baseline not in ("p50", "decay"):
+        yield (
+            f"algorithm.compat=official has no replay.baseline={replay.baseline}; use p50 or decay"
+        )
+    if replay.require_tool_call:
+        yield (
+            "algorithm.compat=official asks for a tool call in its math tree, always, and never in "
+            "its agent tree; set replay.require_tool_call=false"
+        )
     if algorithm.official.tree == "math" and replay.loss != algorithm.loss:
         yield (
             "algorithm.official.tree=math: its replay reads algorithm.loss, whatever replay.loss "

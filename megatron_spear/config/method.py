@@ -96,7 +96,8 @@ class AlgorithmSection(Section):
     compat: Literal["corrected", "official"] = "corrected"
     """corrected = the method as meant; official = the numbers of the released SPEAR code, its
     defects included, for comparison. Of ``replay`` the official mode reads capacity,
-    baseline_history, max_age and loss."""
+    baseline_history, max_age, loss, baseline (p50 or decay) and decay; it releases in bursts of its
+    own kind, whatever ``replay.release`` says, and what enters is the tree's rule."""
     official: OfficialSection = OfficialSection()
     """Settings of the official mode."""
     advantage: Literal["grpo", "rloo", "reinforce_pp_baseline", "gigpo"] = "grpo"
@@ -132,20 +133,33 @@ class AlgorithmSection(Section):
 
 
 class ReplaySection(Section):
-    """Self-imitation replay (Eq. 2-5)."""
+    """Self-imitation replay (Eq. 1-5)."""
 
     enabled: bool = True
     """Replay at all; False = plain on-policy training."""
     capacity: PositiveInt = 512
-    """Most trajectories kept; the oldest go first."""
+    """Most trajectories kept; the oldest go first. With ``release: burst`` the most replayed at
+    once."""
     max_age: NonNegativeInt = 5
     """Oldest replayed trajectory, in policy versions."""
+    release: Literal["continuous", "burst"] = "continuous"
+    """continuous = some trajectories every step; burst = none until more than 1.5 x capacity of
+    them would be kept, then at most capacity at once, and the rest is forgotten (when the official
+    code replays; between bursts only age bounds what is stored)."""
     rows_per_step: PositiveInt = 24
-    """Most trajectories replayed in one trainer step; each is replayed once."""
-    baseline: Literal["p50"] = "p50"
-    """Recalibration: reward minus the median of recent group means (Eq. 2)."""
+    """Most trajectories replayed in one trainer step (``release: continuous``); each is replayed
+    once."""
+    baseline: Literal["p50", "batch_mean", "per_prompt", "decay", "none"] = "p50"
+    """Recalibration. A trajectory's new advantage is its reward minus p50: the median of recent
+    group means (Eq. 2); batch_mean: the mean reward of this step's trajectories; per_prompt: the
+    mean of its own prompt's recent group means (p50 once these have left the history). It is one
+    number for all its tokens, with GiGPO too, whose turn-level part is dropped. Without
+    recalibration: decay = the stored advantages, token by token, times ``decay``; none = the stored
+    advantages (vanilla self-imitation, Eq. 1). Kept are trajectories with a positive advantage."""
+    decay: PositiveFraction = 1.0
+    """Factor of stored advantages, once, whatever their age; with ``baseline: decay`` only."""
     baseline_history: PositiveInt = 80
-    """Group means in that history."""
+    """Group means in the history of recent ones."""
     loss: Annotated[LossSection, Field(discriminator="type")] = ClipCovLossSection()
     """Loss of the replayed tokens: ``type`` is clipped, clip_cov, kl_cov or gpg."""
     combine: Literal["joint", "separate_step"] = "joint"
@@ -159,6 +173,8 @@ class ReplaySection(Section):
     gradient in memory."""
     require_valid_action: bool = True
     """Only trajectories with at least one valid action enter."""
+    require_tool_call: bool = False
+    """Only trajectories with at least one tool call enter; for tasks with tools."""
 
 
 class TaskSamplingSection(Section):

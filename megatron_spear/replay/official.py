@@ -28,15 +28,13 @@ import numpy.typing as npt
 from megatron_spear.algorithms.group_baselines import RewardArray
 from megatron_spear.algorithms.official.advantages import groups, recalibrated_advantage
 from megatron_spear.algorithms.official.filters import shuffled
+from megatron_spear.replay.selection import FULL_FACTOR
 from megatron_spear.replay.state import require_keys
 
 Array = npt.NDArray[Any]
 IndexArray = npt.NDArray[np.intp]
 Permute = Callable[[int], IndexArray]
 """From a count n to a permutation of 0..n-1."""
-
-FULL_FACTOR = 1.5
-"""The buffer is full beyond this multiple of its capacity."""
 
 MAX_TOLERATED_STEPS = 10
 """Larger staleness limits act as this one."""

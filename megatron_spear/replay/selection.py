@@ -1,76 +1,84 @@
-"""Which stored trajectories are replayed in a step, and with what advantage (SPEAR Eq. 2-4)."""
+"""Which stored trajectories are replayed in a step, and with what advantage (SPEAR Eq. 1-4).
 
-from collections.abc import Callable, Sequence
+    advantage   reward minus baseline (``replay.baseline``: p50, batch_mean, per_prompt), one number
+                for all sampled tokens; or the stored advantages (decay, none)
+    kept        advantage > 0 and age <= ``replay.max_age``
+    released    a uniform draw of the kept rows: at most ``replay.rows_per_step`` each step
+                (continuous), or ``replay.capacity`` at once when there are enough (burst)
+
+All of it works on columns: nothing here costs Python time by row.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_spear.algorithms.draws import raw_draws
-from megatron_spear.replay.baseline import BaselineHistory
-from megatron_spear.replay.store import ReplayRow
+from megatron_spear.algorithms.draws import raw_draws, stream_draws
+from megatron_spear.config.method import ReplaySection
+from megatron_spear.replay.index import IntArray, ReplayIndex, RewardColumn
 from megatron_spear.types import StepContext, TrainSample
+
+FULL_FACTOR = 1.5
+"""A burst takes more kept rows than this multiple of the capacity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """The rows to take, in the store's order, each with its recalibrated advantage, and metrics."""
+    """The rows to take ``[K]``, in the store's order, each with its advantage, and metrics."""
 
-    row_ids: tuple[int, ...]
-    advantages: tuple[float, ...]
+    row_ids: IntArray
+    advantages: RewardColumn
     metrics: dict[str, float]
 
 
-def baseline_values(
-    kind: str, history: BaselineHistory, rows: Sequence[ReplayRow], intrinsic_weight: float
-) -> list[float]:
-    """What each row's reward is compared with; ``p50`` is the same number for all rows."""
-    return _BASELINES[kind](history, rows, intrinsic_weight)
+def stored_scale(section: ReplaySection) -> float | None:
+    """What stored advantages are multiplied by; None where rewards are compared anew.
+
+    ``none`` leaves them as they are (vanilla self-imitation, Eq. 1). ``decay`` multiplies once by a
+    constant, whatever a row's age, as the official code's Mode B does.
+    """
+    return {"none": 1.0, "decay": section.decay}.get(section.baseline)
 
 
 def select(
-    rows: Sequence[ReplayRow],
-    baselines: Sequence[float],
-    ctx: StepContext,
-    *,
-    max_age: int,
-    max_rows: int,
+    index: ReplayIndex, advantages: RewardColumn, ctx: StepContext, section: ReplaySection
 ) -> Selection:
-    """Recalibrate, keep what is still good and young enough, and draw at most ``max_rows``.
+    """Keep what is good and young enough, and draw from it.
 
-    A row's advantage is its reward at the *current* intrinsic weight minus its baseline; it is kept
-    when this is positive and its age, ``ctx.policy_version`` minus its own version, is at most
-    ``max_age``. The draw is without replacement and keyed by (seed, step, trajectory), so it
-    depends neither on the order of the rows nor on earlier draws.
+    ``advantages`` ``[N]`` are those at replay; a row is kept where its own is positive (so never
+    where it is not a number) and its age, ``ctx.policy_version`` minus its version, is at most
+    ``max_age``. The draw is without replacement and keyed by (seed, step, trajectory): it depends
+    neither on the order of the rows, nor on other rows, nor on earlier draws.
 
-    Example: rewards 1, 1, 0 with baseline 0.5 keep the first two at advantage 0.5; with max_rows 1
-    one of these is drawn.
+    Example: rewards 1, 1, 0 with baseline 0.5 keep the first two at advantage 0.5; with
+    rows_per_step 1 one of these is drawn.
     """
-    weight = ctx.coefficients.intrinsic_weight
-    advantages = [
-        row.reward.total(weight) - value for row, value in zip(rows, baselines, strict=True)
-    ]
-    ages = [ctx.policy_version - row.policy_version for row in rows]
-    young = [i for i in range(len(rows)) if ages[i] <= max_age]
-    kept = [i for i in young if advantages[i] > 0.0]
-    chosen = sorted(sorted(kept, key=lambda i: _draw(rows[i], ctx))[:max_rows])
+    ages = ctx.policy_version - index.policy_versions
+    young = ages <= section.max_age
+    kept = np.flatnonzero(young & (advantages > 0.0))
+    limit = _release_size(len(kept), section)
+    chosen = np.sort(kept[_drawn(index.pick(kept), ctx, limit)])
     metrics = {
-        "replay/num_candidates": float(len(young)),
+        "replay/num_candidates": float(young.sum()),
         "replay/rows": float(len(chosen)),
     }
-    if young:
-        metrics["replay/kept_fraction"] = len(kept) / len(young)
-    if chosen:
-        metrics["replay/age_mean"] = float(np.mean([ages[i] for i in chosen]))
-        metrics["replay/advantage_mean"] = float(np.mean([advantages[i] for i in chosen]))
-    return Selection(
-        row_ids=tuple(rows[i].row_id for i in chosen),
-        advantages=tuple(advantages[i] for i in chosen),
-        metrics=metrics,
-    )
+    if young.any():
+        metrics["replay/kept_fraction"] = len(kept) / int(young.sum())
+    if len(chosen):
+        metrics["replay/age_mean"] = float(ages[chosen].mean())
+        metrics["replay/age_max"] = float(ages[chosen].max())
+        metrics["replay/advantage_mean"] = float(advantages[chosen].mean())
+    return Selection(row_ids=index.row_ids[chosen], advantages=advantages[chosen], metrics=metrics)
 
 
 def recalibrated(samples: Sequence[TrainSample], advantage: float) -> list[TrainSample]:
-    """The samples with ``advantage`` on every masked token; old_logprobs stay those stored."""
+    """The samples with ``advantage`` on every masked token; old_logprobs stay those stored.
+
+    What turns differed by at collection (GiGPO's step part, format penalties) is gone: the stored
+    comparison is replaced by another.
+    """
     return [
         replace(
             sample,
@@ -80,16 +88,35 @@ def recalibrated(samples: Sequence[TrainSample], advantage: float) -> list[Train
     ]
 
 
-def _draw(row: ReplayRow, ctx: StepContext) -> tuple[int, int]:
-    draw = raw_draws(1, ctx.seed, ctx.step, "replay", str(row.trajectory_id))
-    return int(draw[0]), row.row_id
+def scaled(samples: Sequence[TrainSample], scale: float) -> list[TrainSample]:
+    """The samples with their stored advantages, token by token, times ``scale``."""
+    return [replace(s, advantages=s.advantages * np.float32(scale)) for s in samples]
 
 
-def _p50(
-    history: BaselineHistory, rows: Sequence[ReplayRow], intrinsic_weight: float
-) -> list[float]:
-    return [history.p50(intrinsic_weight)] * len(rows) if rows else []
+def _release_size(num_kept: int, section: ReplaySection) -> int:
+    """The most rows to draw.
+
+    Example: a burst at capacity 8 takes nothing of 12 kept rows, and 8 of 13.
+    """
+    if section.release == "continuous":
+        return section.rows_per_step
+    return section.capacity if num_kept > FULL_FACTOR * section.capacity else 0
 
 
-_Baseline = Callable[[BaselineHistory, Sequence[ReplayRow], float], list[float]]
-_BASELINES: dict[str, _Baseline] = {"p50": _p50}
+def _drawn(rows: ReplayIndex, ctx: StepContext, count: int) -> npt.NDArray[np.intp]:
+    """Positions of the ``count`` rows with the smallest draws; all of fewer rows.
+
+    A row's draw is a 64-bit mix of its trajectory's key and a key of (seed, step); the smaller row
+    id decides between equal ones.
+    """
+    if count >= len(rows):
+        return np.arange(len(rows))
+    if count == 0:
+        return np.zeros(0, np.intp)
+    step_key = raw_draws(1, ctx.seed, ctx.step, "replay")
+    draws = stream_draws(rows.trajectory_keys, np.repeat(step_key, len(rows)))
+    bound = np.partition(draws, count - 1)[count - 1]
+    few = np.flatnonzero(draws <= bound)
+    order = np.lexsort((rows.row_ids[few], draws[few]))
+    chosen: npt.NDArray[np.intp] = few[order[:count]]
+    return chosen

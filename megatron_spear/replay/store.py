@@ -15,8 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_spear.errors import CheckpointError
 from megatron_spear.files import write_whole
+from megatron_spear.replay.index import ReplayIndex, key_of
 from megatron_spear.replay.records import MAGIC, RESTORE, decode, encode, split_records
 from megatron_spear.replay.state import require_keys
 from megatron_spear.types import Reward, TrainSample, TrajectoryId
@@ -32,7 +36,10 @@ class ReplayRow:
 
     row_id: int
     trajectory_id: TrajectoryId
+    prompt_id: str
     reward: Reward
+    advantage: float
+    num_tokens: int
     policy_version: int
     file: int
     offset: int
@@ -50,12 +57,12 @@ class _SegmentFile:
 
 
 class ReplayStore:
-    """At most ``capacity`` trajectories, the oldest leaving first (FIFO).
+    """At most ``capacity`` trajectories, the oldest leaving first (FIFO); None: no limit.
 
     Example: with capacity 2, adding a, b and then c leaves b and c as candidates, in that order.
     """
 
-    def __init__(self, folder: Path, capacity: int) -> None:
+    def __init__(self, folder: Path, capacity: int | None) -> None:
         self._folder = folder
         self._capacity = capacity
         self._rows: dict[int, ReplayRow] = {}  # by row id, so oldest first
@@ -93,22 +100,37 @@ class ReplayStore:
         self._rows.update((row.row_id, row) for row in rows)
         self._next_row += len(trajectories)
         self._next_file += 1
-        return self._remove(list(self._rows)[: max(0, len(self._rows) - self._capacity)])
+        return self._evict_beyond_capacity()
+
+    def index(self) -> ReplayIndex:
+        """What selection may know of the rows that may still be taken, oldest first."""
+        rows = self.candidates()
+        return ReplayIndex(
+            row_ids=np.array([row.row_id for row in rows], np.int64),
+            policy_versions=np.array([row.policy_version for row in rows], np.int64),
+            outcome=np.array([row.reward.outcome for row in rows], np.float64),
+            intrinsic=np.array([row.reward.intrinsic for row in rows], np.float64),
+            format=np.array([row.reward.format for row in rows], np.float64),
+            advantages=np.array([row.advantage for row in rows], np.float64),
+            num_tokens=np.array([row.num_tokens for row in rows], np.int64),
+            prompt_keys=np.array([key_of(row.prompt_id) for row in rows], np.uint64),
+            trajectory_keys=np.array([key_of(str(row.trajectory_id)) for row in rows], np.uint64),
+        )
 
     def candidates(self) -> tuple[ReplayRow, ...]:
         """All rows that may still be taken, oldest first."""
         return tuple(self._rows.values())
 
-    def take(self, row_ids: Sequence[int]) -> list[list[TrainSample]]:
+    def take(self, row_ids: npt.ArrayLike) -> list[list[TrainSample]]:
         """Read rows and remove them, in the order asked for: all segments of each.
 
         Raises CheckpointError naming the file where a record is gone or fails its checksum.
         """
-        taken = [self._read(self._rows[row_id]) for row_id in row_ids]
+        taken = [self._read(self._rows[row_id]) for row_id in np.asarray(row_ids).tolist()]
         self._remove(row_ids)
         return taken
 
-    def discard(self, row_ids: Sequence[int]) -> int:
+    def discard(self, row_ids: npt.ArrayLike) -> int:
         """Remove rows without reading them; returns how many."""
         return self._remove(row_ids)
 
@@ -158,7 +180,7 @@ class ReplayStore:
         self._rows = {row_id: found[row_id] for row_id in state["rows"]}
         self._files = files
         self._next_row, self._next_file = state["next_row"], state["next_file"]
-        self._remove(list(self._rows)[: max(0, len(self._rows) - self._capacity)])
+        self._evict_beyond_capacity()
 
     def _load(self, file: _SegmentFile) -> list[ReplayRow]:
         path = self._path(file.number)
@@ -190,13 +212,19 @@ class ReplayStore:
             ) from error
         return decode(record, str(path))
 
-    def _remove(self, row_ids: Sequence[int]) -> int:
-        for row_id in row_ids:
+    def _evict_beyond_capacity(self) -> int:
+        if self._capacity is None:
+            return 0
+        return self._remove(list(self._rows)[: max(0, len(self._rows) - self._capacity)])
+
+    def _remove(self, row_ids: npt.ArrayLike) -> int:
+        doomed = np.asarray(row_ids).tolist()
+        for row_id in doomed:
             del self._rows[row_id]
-        if row_ids:
+        if doomed:
             used = {row.file for row in self._rows.values()}
             self._files = {number: f for number, f in self._files.items() if number in used}
-        return len(row_ids)
+        return len(doomed)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"segment-{number:08d}.bin"
@@ -214,7 +242,10 @@ def _index(
         ReplayRow(
             row_id=file.first_row + index,
             trajectory_id=samples[0].trajectory_id,
+            prompt_id=samples[0].prompt_id,
             reward=samples[0].reward,
+            advantage=_mean_advantage(samples),
+            num_tokens=sum(len(sample.token_ids) for sample in samples),
             policy_version=min(sample.policy_version for sample in samples),
             file=file.number,
             offset=offset,
@@ -222,3 +253,8 @@ def _index(
         )
         for index, (samples, (offset, size)) in enumerate(zip(trajectories, spans, strict=True))
     ]
+
+
+def _mean_advantage(samples: Sequence[TrainSample]) -> float:
+    values = np.concatenate([s.advantages[s.response_mask] for s in samples]).astype(np.float64)
+    return float(values.mean()) if len(values) else 0.0

@@ -20,13 +20,14 @@ from megatron_spear.algorithms.official.gigpo import gigpo_step_returns
 from megatron_spear.algorithms.policy_loss import finish_metrics
 from megatron_spear.algorithms.surrogates import Clipped
 from megatron_spear.config.losses import ClipCovLossSection
+from megatron_spear.config.method import ReplaySection
 from megatron_spear.curriculum.schedules import cosine_decay
 from megatron_spear.replay.baseline import BaselineHistory
-from megatron_spear.replay.selection import baseline_values, recalibrated, select
-from megatron_spear.replay.store import ReplayRow
+from megatron_spear.replay.index import ReplayIndex
+from megatron_spear.replay.selection import recalibrated, select
 from megatron_spear.testing.hand_made import make_group, make_sample
 from megatron_spear.testing.loss_batch import LossFields, one_loss
-from megatron_spear.types import Coefficients, Reward, StepContext, TrajectoryId
+from megatron_spear.types import Coefficients, Reward, StepContext
 
 
 def _loss_and_gradient(case: dict[str, Any]) -> tuple[float, np.ndarray, dict[str, float]]:
@@ -175,13 +176,13 @@ def test_recalibrated_advantage(case: dict[str, Any]) -> None:
     history = BaselineHistory(len(means))
     history.extend(1, [make_group(str(i), [mean]) for i, mean in enumerate(means)])
     assert_match(history.p50(0.0), expected["mean_p50"], dtype)
-    rows = [_row(i, reward) for i, reward in enumerate(rewards)]
+    index = _index(rewards)
     coefficients = Coefficients(intrinsic_weight=0.0, replay_weight=1.0)
     ctx = StepContext(step=1, policy_version=0, coefficients=coefficients, seed=0)
-    baselines = baseline_values("p50", history, rows, 0.0)
-    selection = select(rows, baselines, ctx, max_age=0, max_rows=len(rows))
+    section = ReplaySection(max_age=0, rows_per_step=len(rewards))
+    selection = select(index, index.rewards(0.0) - history.p50(0.0), ctx, section)
     # a row without trained tokens has no advantage at collection, so it never enters our store
-    kept = [i in selection.row_ids and bool(masks[i].any()) for i in range(len(rows))]
+    kept = [i in selection.row_ids and bool(masks[i].any()) for i in range(len(rewards))]
     assert kept == expected["keep_no_std"]
     for row_id, advantage in zip(selection.row_ids, selection.advantages, strict=True):
         (sample,) = recalibrated([make_sample(mask=masks[row_id])], advantage)
@@ -203,13 +204,16 @@ def test_group_filter(case: dict[str, Any]) -> None:
     assert_match(metrics["filter/kept_spread_mean"], chosen, "float32")
 
 
-def _row(row_id: int, reward: float) -> ReplayRow:
-    return ReplayRow(
-        row_id=row_id,
-        trajectory_id=TrajectoryId(group="g", member=row_id),
-        reward=Reward(outcome=reward),
-        policy_version=0,
-        file=0,
-        offset=0,
-        size=0,
+def _index(rewards: np.ndarray) -> ReplayIndex:
+    """Stored rows with these outcomes and nothing else."""
+    rows = np.arange(len(rewards))
+    numbers = {name: np.zeros(len(rows)) for name in ("intrinsic", "format", "advantages")}
+    return ReplayIndex(
+        row_ids=rows,
+        policy_versions=np.zeros_like(rows),
+        outcome=rewards,
+        num_tokens=np.ones_like(rows),
+        prompt_keys=rows.astype(np.uint64),
+        trajectory_keys=rows.astype(np.uint64),
+        **numbers,
     )

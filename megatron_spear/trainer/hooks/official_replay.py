@@ -44,6 +44,7 @@ class OfficialReplayHook(Hook):
                 max_history_groups=replay.baseline_history,
                 tolerate_steps=replay.max_age,
                 group_size=group_size,
+                weight_decay=replay.decay if replay.baseline == "decay" else -1.0,
                 normalize_std=algorithm.normalize_std,
                 min_released_rows=algorithm.official.min_released_rows,
             )

@@ -2,7 +2,21 @@
 
 Equation numbers are those of the SPEAR paper (arXiv 2509.22601). Order inside one step: the
 baseline learns this step's groups, then rows of *earlier* steps are released, and only at the end
-this step's own rows are inserted.
+this step's own rows are inserted and old ones evicted.
+
+| metric ``replay/...`` | what |
+|---|---|
+| ``stored``, ``num_candidates`` | rows after the release; rows young enough before it |
+| ``rows``, ``num_releases`` | rows replayed in this step; steps so far that replayed some |
+| ``kept_fraction`` | share of the candidates with a positive advantage |
+| ``p50``, ``weight`` | median of the recorded group means; gamma(t) |
+| ``baseline_mean``, ``num_compared_with_p50`` | see ``replay.baseline`` |
+| ``age_mean``, ``age_max``, ``advantage_mean``, ``tool_calls_mean`` | of what is replayed |
+| ``inserted``, ``cleared`` | rows that enter at the end of this step; rows a burst forgets |
+| ``evicted_by_age``, ``evicted_by_capacity`` | rows that left at the end of the *last* step |
+
+What comes from the loss (``replay/ratio_mean``, ``clip_fraction``, ``zero_gradient_fraction``,
+``cov_dropped_fraction``, ...) is added by ``algorithms.policy_loss`` and ``trainer.mini_batches``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from megatron_spear.config.method import ReplaySection
-from megatron_spear.replay.baseline import BaselineHistory
-from megatron_spear.replay.selection import baseline_values, recalibrated, select
+from megatron_spear.replay.baseline import BaselineHistory, baseline_values, batch_mean
+from megatron_spear.replay.index import ReplayIndex, RewardColumn
+from megatron_spear.replay.selection import recalibrated, scaled, select, stored_scale
 from megatron_spear.replay.state import require_keys
 from megatron_spear.replay.store import ReplayStore
 from megatron_spear.trainer.hooks.base import Hook
@@ -33,17 +48,23 @@ class SelfImitationHook(Hook):
     """Keeps the replay store and its baseline; adds at most one replay ``Update`` a step.
 
     ``folder`` holds the store's files. ``section.enabled`` is the builder's to read: no hook, no
-    replay. Draws are keyed by the context's seed and step. Covariance clipping is not done here: it
-    needs current log-probs, which the loop has (``algorithms.covariance``).
+    replay. Draws are keyed by the context's seed and step. Between bursts (``release: burst``) the
+    store is bounded by age alone. Covariance clipping is not done here: it needs current log-probs,
+    which the loop has (``algorithms.covariance``).
     """
 
     def __init__(self, section: ReplaySection, folder: Path) -> None:
         self._section = section
-        self._store = ReplayStore(folder, section.capacity)
+        bursts = section.release == "burst"
+        self._store = ReplayStore(folder, None if bursts else section.capacity)
         self._history = BaselineHistory(section.baseline_history)
         self._admitted: frozenset[TrajectoryId] = frozenset()
         self._pending: list[list[TrainSample]] = []
         self._metrics: dict[str, float] = {}
+        self._step_mean: float | None = None
+        self._num_releases = 0
+        self._evicted_by_age = 0
+        self._evicted_by_capacity = 0
         self._inside_step = False
 
     def on_scored(
@@ -51,7 +72,9 @@ class SelfImitationHook(Hook):
     ) -> tuple[ScoredGroup, ...]:
         """Learn this step's group means and which trajectories may enter the store."""
         self._inside_step = True
+        weight = ctx.coefficients.intrinsic_weight
         self._history.extend(ctx.step, groups)
+        self._step_mean = batch_mean(groups, weight)
         self._admitted = frozenset(
             member.trajectory.id
             for group in groups
@@ -60,9 +83,13 @@ class SelfImitationHook(Hook):
             or any(turn.valid for turn in member.trajectory.turns)
         )
         self._pending = []
-        self._metrics = {"replay/weight": ctx.coefficients.replay_weight}
+        self._metrics = {
+            "replay/weight": ctx.coefficients.replay_weight,
+            "replay/evicted_by_age": float(self._evicted_by_age),
+            "replay/evicted_by_capacity": float(self._evicted_by_capacity),
+        }
         if len(self._history):
-            self._metrics["replay/p50"] = self._history.p50(ctx.coefficients.intrinsic_weight)
+            self._metrics["replay/p50"] = self._history.p50(weight)
         return groups
 
     def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:
@@ -70,12 +97,14 @@ class SelfImitationHook(Hook):
         self._pending = [
             rows
             for rows in _by_trajectory(samples)
-            if rows[0].trajectory_id in self._admitted and _mean_advantage(rows) > 0.0
+            if rows[0].trajectory_id in self._admitted
+            and _mean_advantage(rows) > 0.0
+            and (not self._section.require_tool_call or _num_tool_calls(rows) > 0)
         ]
         self._metrics["replay/inserted"] = float(len(self._pending))
 
     def extra_updates(self, ctx: StepContext) -> list[Update]:
-        """One update of recalibrated rows of earlier steps, weighted with gamma(t); or none.
+        """One update of good rows of earlier steps, weighted with gamma(t); or none.
 
         With gamma = 0 nothing is released, so no row is spent without effect.
         """
@@ -84,33 +113,46 @@ class SelfImitationHook(Hook):
         if weight > 0.0:
             samples = self._release(ctx)
             if samples:
+                self._num_releases += 1
                 updates.append(Update(samples=samples, origin=Origin.REPLAY, weight=weight))
         else:
             self._metrics["replay/rows"] = 0.0
+        self._metrics["replay/num_releases"] = float(self._num_releases)
         self._metrics["replay/stored"] = float(len(self._store))
         return updates
 
     def metrics(self) -> dict[str, float]:
-        """``replay/*`` of the current step; ``replay/stored`` counts the rows after the release."""
+        """``replay/*`` of the current step."""
         return dict(self._metrics)
 
     def on_step_end(self, ctx: StepContext, report: StepReport) -> None:
         """Insert this step's rows; evict beyond capacity and beyond the age limit."""
-        self._store.add(self._pending)
-        self._store.evict_older_than(report.policy_version - self._section.max_age)
+        self._evicted_by_capacity = self._store.add(self._pending)
+        oldest = report.policy_version - self._section.max_age
+        self._evicted_by_age = self._store.evict_older_than(oldest)
         self._pending = []
         self._inside_step = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The store's position and the baseline's entries; only between steps."""
+        """The store's position, the baseline's entries and what was counted; only between steps."""
         assert not self._inside_step, "state is saved between steps, after every hook's on_step_end"
-        return {"store": self._store.state_dict(), "baseline": self._history.state_dict()}
+        return {
+            "store": self._store.state_dict(),
+            "baseline": self._history.state_dict(),
+            "num_releases": self._num_releases,
+            "evicted_by_age": self._evicted_by_age,
+            "evicted_by_capacity": self._evicted_by_capacity,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; CheckpointError on other keys or damaged store files."""
-        require_keys(state, ("store", "baseline"), type(self).__name__)
+        counts = ("num_releases", "evicted_by_age", "evicted_by_capacity")
+        require_keys(state, ("store", "baseline", *counts), type(self).__name__)
         self._store.load_state_dict(state["store"])
         self._history.load_state_dict(state["baseline"])
+        self._num_releases, self._evicted_by_age, self._evicted_by_capacity = (
+            state[name] for name in counts
+        )
         self._admitted, self._pending, self._metrics = frozenset(), [], {}
         self._inside_step = False
 
@@ -119,24 +161,42 @@ class SelfImitationHook(Hook):
         self._store.prune([state["store"] for state in kept])
 
     def _release(self, ctx: StepContext) -> tuple[TrainSample, ...]:
-        rows = self._store.candidates()
-        baselines = baseline_values(
-            self._section.baseline, self._history, rows, ctx.coefficients.intrinsic_weight
+        """Take the step's draw out of the store; a burst clears what it leaves."""
+        index, scale = self._store.index(), stored_scale(self._section)
+        advantages = (
+            self._compared(index, ctx.coefficients.intrinsic_weight)
+            if scale is None
+            else scale * index.advantages
         )
-        selection = select(
-            rows,
-            baselines,
-            ctx,
-            max_age=self._section.max_age,
-            max_rows=self._section.rows_per_step,
-        )
-        self._metrics.update(selection.metrics)
+        selection = select(index, advantages, ctx, self._section)
+        self._metrics |= selection.metrics
+        if not len(selection.row_ids):
+            return ()
         taken = self._store.take(selection.row_ids)
+        calls = [_num_tool_calls(samples) for samples in taken]
+        self._metrics["replay/tool_calls_mean"] = float(np.mean(calls))
+        if self._section.release == "burst":
+            cleared = self._store.discard(self._store.index().row_ids)
+            self._metrics["replay/cleared"] = float(cleared)
         return tuple(
             sample
-            for samples, advantage in zip(taken, selection.advantages, strict=True)
-            for sample in recalibrated(samples, advantage)
+            for samples, advantage in zip(taken, selection.advantages.tolist(), strict=True)
+            for sample in (
+                recalibrated(samples, advantage) if scale is None else scaled(samples, scale)
+            )
         )
+
+    def _compared(self, index: ReplayIndex, intrinsic_weight: float) -> RewardColumn:
+        """float64 ``[N]``: rewards minus baselines."""
+        baselines, metrics = baseline_values(
+            self._section.baseline,
+            index,
+            self._history,
+            step_mean=self._step_mean,
+            intrinsic_weight=intrinsic_weight,
+        )
+        self._metrics |= metrics
+        return index.rewards(intrinsic_weight) - baselines
 
 
 def _by_trajectory(samples: Iterable[TrainSample]) -> list[list[TrainSample]]:
@@ -154,3 +214,7 @@ def _mean_advantage(rows: Sequence[TrainSample]) -> float:
     """Mean advantage over the trajectory's masked tokens; 0 where there are none."""
     values = np.concatenate([row.advantages[row.response_mask] for row in rows])
     return float(values.mean()) if len(values) else 0.0
+
+
+def _num_tool_calls(rows: Iterable[TrainSample]) -> int:
+    return sum(row.tool_calls for row in rows)

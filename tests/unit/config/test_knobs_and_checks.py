@@ -16,6 +16,7 @@ from megatron_spear.config.fingerprint import (
 from megatron_spear.config.knobs import schema_paths
 from megatron_spear.config.load import load_config
 from megatron_spear.config.schema import RunConfig
+from megatron_spear.errors import ConfigError
 
 
 def test_every_knob_is_documented_and_described() -> None:
@@ -120,6 +121,7 @@ def test_the_defaults_work_on_one_rank() -> None:
         (["algorithm.mini_batches=65"], 1, "above the 64 trajectories"),
         (["algorithm.advantage=gigpo", "algorithm.normalize_std=true"], 1, "algorithm.gigpo.mode"),
         (["replay.capacity=8"], 1, "rows_per_step=24 is above"),
+        (["replay.decay=0.5"], 1, "read with replay.baseline=decay only, and it is p50"),
         (["replay.gradient_norms=true", "replay.combine=separate_step"], 1, "its own norm"),
         (
             ["algorithm.old_logprobs=engine", "algorithm.off_policy_correction.mode=token-mask"],
@@ -166,6 +168,10 @@ OFFICIAL = (
         ("algorithm.off_policy_correction.mode=token-mask", "corrects no mismatch"),
         ("replay.combine=joint", "set replay.combine=separate_step"),
         ("replay.ratio_filter={low: 0.1}", "set replay.ratio_filter=null"),
+        ("replay.baseline=batch_mean", "has no replay.baseline=batch_mean; use p50 or decay"),
+        ("replay.baseline=per_prompt", "has no replay.baseline=per_prompt"),
+        ("replay.baseline=none", "has no replay.baseline=none"),
+        ("replay.require_tool_call=true", "set replay.require_tool_call=false"),
     ],
 )
 def test_what_the_official_mode_does_not_do_is_told(override: str, told: str) -> None:
@@ -174,6 +180,27 @@ def test_what_the_official_mode_does_not_do_is_told(override: str, told: str) ->
     assert told in line
     off = [*OFFICIAL, "replay.enabled=false", override]
     assert len(check_config(load_config(None, off), 1)) == (0 if "replay." in override else 1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["replay.release=burst", "replay.capacity=8"],  # rows_per_step (24) is not read
+        [*OFFICIAL, "replay.capacity=8"],
+        [*OFFICIAL, "replay.baseline=decay", "replay.decay=0.5"],
+        ["replay.baseline=decay"],
+        ["replay.baseline=decay", "replay.decay=0.5"],
+        ["replay.baseline=none", "replay.release=burst", "replay.require_tool_call=true"],
+    ],
+)
+def test_replay_settings_that_work(overrides: list[str]) -> None:
+    assert check_config(load_config(None, overrides), 1) == []
+
+
+@pytest.mark.parametrize("value", ["0", "1.1", "-1"])
+def test_decay_is_above_zero_and_at_most_one(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"replay\.decay: got .*expected a number > 0 and <= 1"):
+        load_config(None, ["replay.baseline=decay", f"replay.decay={value}"])
 
 
 def test_an_evaluation_has_no_policy() -> None:

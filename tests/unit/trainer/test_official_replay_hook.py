@@ -178,3 +178,23 @@ def test_rows_without_sampled_tokens_never_enter(tmp_path: Path) -> None:
     hook.on_samples(ctx, [replace(r, advantages=np.zeros(4, np.float32)) for r in empty])
     hook.on_step_end(ctx, StepReport(step=1, policy_version=1, metrics={}))
     assert hook.state_dict()["buffer"]["chunks"] == []
+
+
+def test_decay_is_the_official_mode_b(tmp_path: Path) -> None:
+    """Every stored row may be drawn, its advantage times the factor; the baseline is not read."""
+    hook = _hook(tmp_path, baseline="decay", decay=0.25)
+    seen = {str(s.trajectory_id): s for step in range(1, STEPS + 1) for s in _rows(step)}
+    replayed = [s for step in range(1, STEPS + 1) for u in _step(hook, step)[0] for s in u.samples]
+    assert replayed
+    for sample in replayed:
+        stored = seen[str(sample.trajectory_id)]
+        np.testing.assert_allclose(sample.advantages, 0.25 * stored.advantages, rtol=1e-6)
+
+
+def test_the_factor_acts_with_decay_only(tmp_path: Path) -> None:
+    """The default baseline recalibrates: not the stored advantages times the neutral factor."""
+    hook = _hook(tmp_path)
+    stored = {str(s.trajectory_id): s.advantages for t in range(1, STEPS + 1) for s in _rows(t)}
+    replayed = [s for step in range(1, STEPS + 1) for u in _step(hook, step)[0] for s in u.samples]
+    same = [np.allclose(s.advantages, stored[str(s.trajectory_id)]) for s in replayed]
+    assert replayed and not all(same)
