@@ -85,6 +85,19 @@ RowKey = tuple[TrajectoryId, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """One call: the tool, its arguments as the model wrote them (JSON or plain text), its end.
+
+    ``succeeded`` is False when the call could not be parsed, raised, or ran out of time. In a game
+    every action is a call.
+    """
+
+    name: str
+    arguments: str
+    succeeded: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One generation and what came before it.
 
@@ -110,7 +123,7 @@ class Turn:
     action_text: str = ""
     valid: bool = True
     void: bool = False
-    tool_calls: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
     anchor: str = ""
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ def _trajectory_samples(
                 turn_starts=starts,
                 anchors=tuple(turn.anchor for turn in segment.turns),
                 policy_version=min(min(turn.policy_version) for turn in segment.turns),
-                tool_calls=sum(turn.tool_calls for turn in segment.turns),
+                tool_calls=sum(len(turn.tool_calls) for turn in segment.turns),
             )
         )
         first_turn = last_turn

@@ -25,6 +25,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
             _tiny_model(config),
             _groups(config),
             _replay(config),
+            _tasks(config),
             _official(config),
             _optimizer("policy.optimizer", config.policy.optimizer, None),
             _optimizer("sft.optimizer", config.sft.optimizer, config.sft.steps),
@@ -127,6 +128,29 @@ def _replay(config: RunConfig) -> Iterator[str]:
         yield (
             "replay.gradient_norms=true is for replay.combine=joint; with separate_step every "
             "optimizer step already reports its own norm"
+        )
+
+
+def _tasks(config: RunConfig) -> Iterator[str]:
+    """Drawing tasks by difficulty needs several, and room for the smallest share of each."""
+    tasks, count = config.curriculum.tasks, len(set(config.env.task_types))
+    if not tasks.enabled:
+        return
+    if count < 2:
+        yield (
+            "curriculum.tasks.enabled=true draws over task types, and env.task_types has one; "
+            "name more, or set it to false"
+        )
+    elif tasks.min_share * count > 1.0:
+        yield (
+            f"curriculum.tasks.min_share={tasks.min_share:g} times {count} task types is above 1; "
+            f"use at most {1 / count:.3g}"
+        )
+    if config.algorithm.dynamic_sampling_rounds:
+        yield (
+            "curriculum.tasks.enabled=true measures success on the groups that go on, and "
+            "algorithm.dynamic_sampling_rounds takes those of equal rewards out before; set one "
+            "of them off"
         )
 
 

@@ -11,6 +11,7 @@ from megatron_spear.config.base import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFraction,
     PositiveInt,
     Section,
 )
@@ -23,16 +24,44 @@ from megatron_spear.config.losses import (
     RatioFilterSection,
 )
 
+Schedule = Literal["constant", "linear", "cosine"]
+"""Shape of a weight over the trainer steps."""
+
+
+class DistinctCallsSection(Section):
+    """Pays for successful calls of a trajectory, each distinct one once; in games an action is a
+    call."""
+
+    type: Literal["distinct_calls"] = "distinct_calls"
+    """Which intrinsic reward."""
+    per_call: NonNegativeFloat = 0.01
+    """Paid for each successful call unlike all successful ones before (before mu)."""
+    max: NonNegativeFloat = 0.1
+    """Most for one trajectory (before mu)."""
+
+
+class PlainIntrinsicSection(Section):
+    """An intrinsic reward without settings of its own: one of the released code's, or none."""
+
+    type: Literal["official_linear", "official_qwen3", "official_steps", "none"]
+    """official_linear = 0.1 for each turn with calls, at most 1; official_qwen3 = the same where
+    the outcome is 0 or less, else 1 for any call; official_steps = 0.1 for each turn survived, at
+    most 1; none = 0. The released code gives 1 to a solved problem and 10 to a won game (see
+    ``success``)."""
+
+
+IntrinsicSection = DistinctCallsSection | PlainIntrinsicSection
+"""Any of the intrinsic rewards, chosen by ``type``."""
+
 
 class RewardSection(Section):
     """What a trajectory earns."""
 
     success: float = 1.0
     """Outcome of a won game; a lost one gets 0."""
-    intrinsic_per_action: NonNegativeFloat = 0.01
-    """Intrinsic reward per distinct valid action (before mu)."""
-    intrinsic_max: NonNegativeFloat = 0.1
-    """Most intrinsic reward of one trajectory (before mu)."""
+    intrinsic: Annotated[IntrinsicSection, Field(discriminator="type")] = DistinctCallsSection()
+    """The intrinsic part (Eq. 15), weighed with mu: ``type`` is distinct_calls, official_linear,
+    official_qwen3, official_steps or none."""
     invalid_action_penalty: NonNegativeFloat = 0.0
     """Taken off the reward of a turn with an invalid action (paper: 0.1, where a win earns 10)."""
 
@@ -160,7 +189,7 @@ class ReplaySection(Section):
     number for all its tokens, with GiGPO too, whose turn-level part is dropped. Without
     recalibration: decay = the stored advantages, token by token, times ``decay``; none = the stored
     advantages (vanilla self-imitation, Eq. 1). Kept are trajectories with a positive advantage."""
-    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    decay: PositiveFraction = 1.0
     """Factor of stored advantages, once, whatever their age; with ``baseline: decay`` only."""
     baseline_history: PositiveInt = 80
     """Group means in the history of recent ones."""
@@ -181,14 +210,32 @@ class ReplaySection(Section):
     """Only trajectories with at least one tool call enter; for tasks with tools."""
 
 
+class TaskSamplingSection(Section):
+    """Which tasks the next prompts are: drawn over buckets (ALFWorld's task types) by measured
+    difficulty."""
+
+    enabled: bool = False
+    """Draw by difficulty; False = prompts in the order of their source."""
+    decay: PositiveFraction = 0.9
+    """What a step's wins and attempts still count one step later; 1 = all steps count alike."""
+    min_share: Fraction = 0.05
+    """Smallest probability of a bucket, so that none starves; the rest is shared by p (1 - p)."""
+
+
 class CurriculumSection(Section):
-    """SPEAR's schedules (Eq. 13-14)."""
+    """SPEAR's schedules (Eq. 13-14) and the choice of tasks."""
 
     replay_weight: NonNegativeFloat = 1.0
     """gamma at the end of the warm-up."""
+    replay_schedule: Schedule = "cosine"
+    """Shape of gamma's warm-up; constant = the full weight always."""
     replay_warmup_steps: NonNegativeInt = 15
-    """Trainer steps of gamma's cosine warm-up; 0 = full from the start."""
+    """Trainer steps of gamma's warm-up, 0 = full from the start; not read when constant."""
     intrinsic_weight: NonNegativeFloat = 1.0
     """mu at the start."""
+    intrinsic_schedule: Schedule = "cosine"
+    """Shape of mu's decay; constant = the full weight always."""
     intrinsic_decay_steps: NonNegativeInt = 20
-    """Trainer steps of mu's cosine decay; 0 = no intrinsic reward."""
+    """Trainer steps of mu's decay, 0 = no intrinsic reward; not read when constant."""
+    tasks: TaskSamplingSection = TaskSamplingSection()
+    """Task sampling by difficulty."""

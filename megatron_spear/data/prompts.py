@@ -3,7 +3,7 @@ number."""
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_spear.errors import DataError
 from megatron_spear.types import Prompt
@@ -14,6 +14,22 @@ class PromptSource(Protocol):
 
     def at(self, position: int) -> Prompt:
         """The prompt at a 0-based position."""
+        ...
+
+
+class Cursor(Protocol):
+    """Which prompts come next; its state is plain JSON values."""
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts; they count as consumed from now on."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from where it stood."""
         ...
 
 
@@ -88,10 +104,10 @@ class PromptCursor:
         self.consumed += count
         return prompts
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position."""
         return {"consumed": self.consumed}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position."""
         self.consumed = int(state["consumed"])

@@ -8,7 +8,10 @@ class StepResult(NamedTuple):
     """What one action led to.
 
     ``info`` carries plain picklable values: ``admissible`` (list of str), ``won`` (bool), ``valid``
-    (was the action understood and possible), ``anchor`` (state text for step-level grouping).
+    (was the action understood and possible), ``anchor`` (state text for step-level grouping),
+    ``tool_calls`` (what the action called, in order, each a dict of the fields of
+    `types.ToolCall`: ``{"name": "python", "arguments": "print(1)", "succeeded": True}``; a game
+    reports the action itself). Calls with equal names and arguments count as the same one.
     """
 
     observation: str

@@ -5,6 +5,7 @@ the current intrinsic weight.
 """
 
 from megatron_spear.config.method import RewardSection
+from megatron_spear.rewards.intrinsic import intrinsic_reward
 from megatron_spear.types import Reward, ScoredGroup, ScoredTrajectory, Trajectory, TrajectoryGroup
 
 
@@ -26,8 +27,8 @@ def trajectory_reward(trajectory: Trajectory, section: RewardSection) -> Reward:
     """Outcome, intrinsic and format part of one trajectory.
 
     - outcome: ``success`` where the task was won, else 0.
-    - intrinsic: ``intrinsic_per_action`` for each *distinct* valid action, at most
-      ``intrinsic_max``; repeating an action, or surviving another turn, earns nothing.
+    - intrinsic: by ``section.intrinsic``; the default pays for each *distinct* successful call, so
+      repeating an action, or surviving another turn, earns nothing.
     - format: minus ``invalid_action_penalty`` for each invalid turn, averaged over the turns. The
       advantage puts each turn's own part on that turn (`turn_advantages`), as the paper does.
 
@@ -35,23 +36,16 @@ def trajectory_reward(trajectory: Trajectory, section: RewardSection) -> Reward:
     outcome 1, intrinsic 0.03, format 0. ``parts`` records the counts.
     """
     turns = trajectory.turns
-    valid = [_normalized(turn.action_text) for turn in turns if turn.valid]
-    num_distinct = len(set(valid))
-    num_invalid = len(turns) - len(valid)
+    num_invalid = sum(not turn.valid for turn in turns)
+    outcome = section.success if trajectory.won else 0.0
     return Reward(
-        outcome=section.success if trajectory.won else 0.0,
-        intrinsic=min(section.intrinsic_max, section.intrinsic_per_action * num_distinct),
+        outcome=outcome,
+        intrinsic=intrinsic_reward(turns, outcome, section.intrinsic),
         format=0.0 - section.invalid_action_penalty * num_invalid / max(len(turns), 1),
         parts={
             "won": float(trajectory.won),
             "num_turns": float(len(turns)),
-            "num_valid_actions": float(len(valid)),
-            "num_distinct_actions": float(num_distinct),
             "num_invalid_turns": float(num_invalid),
+            "num_calls": float(sum(len(turn.tool_calls) for turn in turns)),
         },
     )
-
-
-def _normalized(action: str) -> str:
-    """The action without differences of case or spacing, which would make it look distinct."""
-    return " ".join(action.casefold().split())

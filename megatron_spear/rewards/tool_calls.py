@@ -1,4 +1,4 @@
-"""The intrinsic reward of tool use (SPEAR Eq. 15), before its weight mu(t).
+"""What tool calls earn (SPEAR Eq. 15), before the weight mu(t).
 
 The default pays for *successful, distinct* calls: a call that failed, or that says again what an
 earlier one said, earns nothing, so calling for the sake of calling does not pay. The two official
@@ -7,28 +7,17 @@ recipes count the messages that carry calls, whatever came of them.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_spear.curriculum.schedules import cosine_decay
+from megatron_spear.config.method import Schedule
+from megatron_spear.curriculum.schedules import DECAYS
+from megatron_spear.types import ToolCall
 
-WeightMode = Literal["none", "constant", "cosine"]
+WeightMode = Schedule | Literal["none"]
 Recipe = Literal["linear", "qwen3"]
 RetoolVariant = Literal["turns", "any_tool", "any_tool_or_turns"]
 
 _TURN_BONUS = 0.1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ToolCall:
-    """One call: the tool, its arguments as the model wrote them (JSON or plain text), its end.
-
-    ``succeeded`` is False when the call could not be parsed, raised, or ran out of time.
-    """
-
-    name: str
-    arguments: str
-    succeeded: bool
 
 
 def tool_reward(calls: Sequence[ToolCall], per_call: float = 0.1, maximum: float = 1.0) -> float:
@@ -71,9 +60,7 @@ def _plain_text(text: str) -> str:
 
 def official_weight(mode: WeightMode, step: int, max_steps: int) -> float:
     """mu at ``step`` (1-based): 0 for ``none``, 1 for ``constant``, Eq. 14 for ``cosine``."""
-    if mode == "cosine":
-        return cosine_decay(step, max_steps)
-    return 1.0 if mode == "constant" else 0.0
+    return 0.0 if mode == "none" else DECAYS[mode](step, max_steps)
 
 
 def official_tool_reward(

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_spear.config.schema import RolloutSection, WindowHistory
 from megatron_spear.envs.views import AgentView, HistoryStep
-from megatron_spear.errors import EngineError
+from megatron_spear.errors import EngineError, EnvironmentFault
 from megatron_spear.rollout.chat import ChatRenderer, next_tokens
 from megatron_spear.rollout.engine import (
     Generation,
@@ -18,7 +18,16 @@ from megatron_spear.rollout.engine import (
     SamplingParams,
 )
 from megatron_spear.rollout.env_pool import EnvironmentPool, Slot
-from megatron_spear.types import Prompt, Segment, Status, TokenArray, Trajectory, TrajectoryId, Turn
+from megatron_spear.types import (
+    Prompt,
+    Segment,
+    Status,
+    TokenArray,
+    ToolCall,
+    Trajectory,
+    TrajectoryId,
+    Turn,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +142,7 @@ class _Player:
                 action_text=action,
                 valid=valid,
                 void=stage.view.void(text),
-                tool_calls=0 if cut else 1,
+                tool_calls=() if cut else _tool_calls(self._info),
                 anchor=anchor,
             )
         )
@@ -219,3 +228,15 @@ class _Player:
             won=bool(self._info.get("won", False)),
             info=plain,
         )
+
+
+def _tool_calls(info: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    """The calls an environment reports, as records; EnvironmentFault where a field is off."""
+    calls = info.get("tool_calls", ())
+    try:
+        return tuple(ToolCall(**call) for call in calls)
+    except TypeError as error:
+        raise EnvironmentFault(
+            f"info['tool_calls'] has {calls!r}, expected dicts of name, arguments and succeeded "
+            f"({error}); mend the environment"
+        ) from error

@@ -31,7 +31,14 @@ WEIRD_TEXTS = (
 """Texts a model may well produce; an environment answers each with ``info["valid"] = False``."""
 
 Make = Callable[[], TextEnvironment]
-_INFO_TYPES: Mapping[str, type] = {"won": bool, "valid": bool, "anchor": str, "admissible": list}
+_INFO_TYPES: Mapping[str, type] = {
+    "won": bool,
+    "valid": bool,
+    "anchor": str,
+    "admissible": list,
+    "tool_calls": list,
+}
+_CALL_TYPES: Mapping[str, type] = {"name": str, "arguments": str, "succeeded": bool}
 
 
 def check_environment(
@@ -132,6 +139,10 @@ def _check_texts(observation: Any, info: Any) -> None:
     for name, kind in _INFO_TYPES.items():
         if name in info and type(info[name]) is not kind:
             fail(f"info[{name!r}] is", repr(info[name]), f"a {kind.__name__}")
+    for call in info.get("tool_calls", ()):
+        found = {key: type(value) for key, value in call.items()} if type(call) is dict else None
+        if found != _CALL_TYPES:
+            fail("info['tool_calls'] has", repr(call), f"dicts of {', '.join(_CALL_TYPES)}")
     try:
         same = pickle.loads(pickle.dumps(info)) == info
     except Exception as error:

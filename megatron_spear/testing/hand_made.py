@@ -12,6 +12,7 @@ from megatron_spear.types import (
     ScoredTrajectory,
     Segment,
     Status,
+    ToolCall,
     TrainSample,
     Trajectory,
     TrajectoryId,
@@ -27,7 +28,10 @@ def make_turn(
     policy_version: int = 0,
     **changes: Any,
 ) -> Turn:
-    """A turn of one observation token and ``num_tokens`` action tokens with log-prob -0.5."""
+    """A turn of one observation token and ``num_tokens`` action tokens with log-prob -0.5.
+
+    The action is its one tool call, which succeeds if valid.
+    """
     values: dict[str, Any] = {
         "observation_tokens": np.array([7], np.int32),
         "action_tokens": np.arange(1, num_tokens + 1, dtype=np.int32),
@@ -37,6 +41,7 @@ def make_turn(
         "text": action,
         "action_text": action,
         "valid": valid,
+        "tool_calls": (ToolCall(name="act", arguments=action, succeeded=valid),),
         "anchor": f"before {action}",
     }
     return Turn(**(values | changes))

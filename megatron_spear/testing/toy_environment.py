@@ -36,7 +36,9 @@ class CorridorEnvironment(TextEnvironment):
             self._place = target
         won = self._place == self._goal
         observation = self._where() if valid else "nothing happens"
-        return StepResult(observation, float(won), won, False, self._info(valid=valid))
+        call = {"name": "walk", "arguments": action.strip().lower(), "succeeded": valid}
+        info = {**self._info(valid=valid), "tool_calls": [call]}
+        return StepResult(observation, float(won), won, False, info)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -57,7 +59,7 @@ class FaultyCorridor(CorridorEnvironment):
     """A corridor that breaks on request, by action; ``options["first"]`` is taken at reset.
 
     ``crash`` raises, ``hang`` sleeps for an hour, ``exit`` ends the worker process, ``lambda``
-    answers with an info that cannot be pickled, ``modules`` with the names of the imported
+    answers with an info that cannot be pickled, ``calls`` with a tool call that is none, ``modules`` with the names of the imported
     modules and the process id as info, ``pid`` with that id as observation.
     """
 
@@ -76,6 +78,8 @@ class FaultyCorridor(CorridorEnvironment):
         if action == "exit":
             os._exit(3)
         result = super().step(action)
+        if action == "calls":
+            return result._replace(info={**result.info, "tool_calls": [1]})
         if action == "lambda":
             return result._replace(info={"hidden": lambda: None})
         if action == "modules":

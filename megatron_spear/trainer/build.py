@@ -1,20 +1,24 @@
 """From a RunConfig to objects that take their own sections: the only place that sees all of it."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_spear.algorithms.policy_loss import PolicyLoss
 from megatron_spear.config.schema import RolloutSection, RunConfig
+from megatron_spear.curriculum.task_sampling import TaskSampler
+from megatron_spear.data.buckets import BucketCursor
 from megatron_spear.data.prompts import (
     CheckedPrompts,
+    Cursor,
     FreshPrompts,
     PoolPrompts,
     PromptCursor,
     PromptSource,
 )
 from megatron_spear.envs.alfworld import task
+from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.alfworld.prompts import alfworld_view
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
@@ -27,9 +31,11 @@ from megatron_spear.trainer import seeds
 from megatron_spear.trainer.controller import Controller
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.calls import HookCalls
+from megatron_spear.trainer.hooks.curriculum import CurriculumHook
 from megatron_spear.trainer.hooks.official_replay import OfficialReplayHook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.trainer.loop import SpearStep
+from megatron_spear.types import TaskType
 
 ENVIRONMENT = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
 
@@ -129,10 +135,11 @@ def make_step(
     """
     controller = None
     if rollout is not None:
+        cursor, measuring = make_cursor(config)
         controller = Controller(
-            cursor=PromptCursor(training_prompts(config)),
+            cursor=cursor,
             rollouter=rollout.rollouter,
-            hooks=make_hooks(config, replay_folder, own_hooks),
+            hooks=make_hooks(config, replay_folder, {**measuring, **own_hooks}),
             rollout=config.rollout,
             reward=config.reward,
             algorithm=config.algorithm,
@@ -164,13 +171,54 @@ def make_hooks(config: RunConfig, replay_folder: Path, own_hooks: Mapping[str, H
     return HookCalls(hooks)
 
 
+def make_cursor(config: RunConfig) -> tuple[Cursor, dict[str, Hook]]:
+    """What gives the training prompts, and by name the hook that measures for it, if there is one.
+
+    Both share the sampler: the hook writes and saves it, the cursor reads it. The hook comes before
+    the user's, which may leave groups out.
+    """
+    if not config.curriculum.tasks.enabled:
+        return PromptCursor(training_prompts(config)), {}
+    sources = training_buckets(config)
+    sampler = TaskSampler(tuple(sources), config.curriculum.tasks)
+    hook = CurriculumHook(sampler, lambda prompt: task.task_type(prompt.prompt_id))
+    cursor = BucketCursor(sources, sampler.pick, config.run.seed)
+    return cursor, {"built_in.curriculum": hook}
+
+
 def training_prompts(config: RunConfig) -> PromptSource:
     """The games to train on: generated fresh, or the loaded ones epoch by epoch."""
-    env, seed = config.env, config.run.seed
+    env = config.env
     if env.games is not None:
-        pool = [task.game_prompt(game) for game in task.training_games(env)]
-        return CheckedPrompts(PoolPrompts(pool, seed), task.check_winnable)
-    games = seeds.training_games(seed)
+        return _loaded(config, task.training_games(env))
+    return _fresh(config, env.task_types)
+
+
+def training_buckets(config: RunConfig) -> dict[str, PromptSource]:
+    """The games to train on by task type, those that have any, in the order of the setting."""
+    kinds = tuple(dict.fromkeys(config.env.task_types))
+    if config.env.games is None:
+        return {
+            kind: _fresh(config, [kind], first=number, stride=len(kinds))
+            for number, kind in enumerate(kinds)
+        }
+    games: dict[str, list[GameFile]] = {kind: [] for kind in kinds}
+    for game in task.training_games(config.env):
+        games[game.task_type].append(game)
+    return {kind: _loaded(config, own) for kind, own in games.items() if own}
+
+
+def _loaded(config: RunConfig, games: Sequence[GameFile]) -> PromptSource:
+    pool = [task.game_prompt(game) for game in games]
+    return CheckedPrompts(PoolPrompts(pool, config.run.seed), task.check_winnable)
+
+
+def _fresh(
+    config: RunConfig, kinds: Sequence[TaskType], first: int = 0, stride: int = 1
+) -> PromptSource:
+    """Generated games ``first``, ``first + stride``, ... of the run's seed: two sources whose games
+    interleave never draw a game from the same number."""
+    seed, size = seeds.training_games(config.run.seed), config.env.generator
     return FreshPrompts(
-        lambda index: task.game_prompt(task.fresh_game(games, index, env.task_types, env.generator))
+        lambda index: task.game_prompt(task.fresh_game(seed, first + index * stride, kinds, size))
     )

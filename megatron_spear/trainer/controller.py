@@ -14,7 +14,7 @@ from megatron_spear.algorithms.official.rows import official_rows
 from megatron_spear.algorithms.samples import make_samples
 from megatron_spear.config.method import AlgorithmSection, RewardSection
 from megatron_spear.config.schema import RolloutSection
-from megatron_spear.data.prompts import PromptCursor
+from megatron_spear.data.prompts import Cursor
 from megatron_spear.rewards.compose import score
 from megatron_spear.rewards.row_marks import mark_rows
 from megatron_spear.rewards.summary import reward_metrics
@@ -28,7 +28,7 @@ from megatron_spear.types import RowKey, ScoredGroup, StepContext, TrainSample, 
 class Controller:
     """Rank 0's stages."""
 
-    cursor: PromptCursor
+    cursor: Cursor
     rollouter: Rollouter
     hooks: HookCalls
     rollout: RolloutSection

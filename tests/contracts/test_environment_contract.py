@@ -89,6 +89,12 @@ class _TakesAnything(CorridorEnvironment):
         return result._replace(info={**result.info, "valid": True})
 
 
+class _HalfACall(CorridorEnvironment):
+    def step(self, action):
+        result = super().step(action)
+        return result._replace(info={**result.info, "tool_calls": [{"name": "walk"}]})
+
+
 @pytest.mark.parametrize(
     ("check", "broken", "message"),
     [
@@ -97,6 +103,7 @@ class _TakesAnything(CorridorEnvironment):
         (check_reset_and_step, _Unpicklable, "pickled"),
         (check_reset_and_step, _FourTuple, "observation"),
         (check_reset_and_step, _WonGoesOn, "terminated"),
+        (check_reset_and_step, _HalfACall, "dicts of name, arguments, succeeded"),
         (check_reset_again, _Forgetful, "second reset"),
         (check_determinism, _Chancy, "equal seeds"),
     ],

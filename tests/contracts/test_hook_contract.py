@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from megatron_spear.config.hooks import HookSection
-from megatron_spear.config.method import AlgorithmSection, ReplaySection
+from megatron_spear.config.method import AlgorithmSection, ReplaySection, TaskSamplingSection
+from megatron_spear.curriculum.task_sampling import TaskSampler
+from megatron_spear.envs.alfworld.task import task_type
 from megatron_spear.replay.state import require_keys
 from megatron_spear.testing.contract import ContractViolation
 from megatron_spear.testing.hand_made import make_sample
@@ -28,10 +30,11 @@ from megatron_spear.testing.hooks import (
     made_up_groups,
 )
 from megatron_spear.trainer.hooks.base import Hook
+from megatron_spear.trainer.hooks.curriculum import CurriculumHook
 from megatron_spear.trainer.hooks.official_replay import OfficialReplayHook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.trainer.hooks.user import user_hooks
-from megatron_spear.types import Origin, StepContext, TrainSample, Update
+from megatron_spear.types import TASK_TYPES, Origin, StepContext, TrainSample, Update
 
 REPLAY = ReplaySection(capacity=12, max_age=3, rows_per_step=2, baseline_history=20)
 
@@ -63,6 +66,14 @@ def test_replay_keeps_the_contract(make: Callable[[Path], Hook]) -> None:
 
     check_updates(watched)
     assert len(replayed) >= 6, "the steps exercise the replay"
+    check_hook(make)
+
+
+def test_the_curriculum_keeps_the_contract() -> None:
+    def make(folder: Path) -> Hook:
+        sampler = TaskSampler(TASK_TYPES, TaskSamplingSection())
+        return CurriculumHook(sampler, lambda prompt: task_type(prompt.prompt_id))
+
     check_hook(make)
 
 

@@ -20,8 +20,9 @@ class AlfworldEnvironment(TextEnvironment):
         admissible: put the sorted possible actions into ``info["admissible"]`` (about 10 us a
         turn).
 
-    ``info`` holds ``won``, ``valid``, ``anchor`` and, when asked for, ``admissible``. The anchor is
-    the observation with the agent's place and hand, so that equal anchors mean equal sights for
+    ``info`` holds ``won``, ``valid``, ``anchor`` and, when asked for, ``admissible``; after a step
+    also ``tool_calls``, the action as one call that succeeded if it was valid. The anchor is the
+    observation with the agent's place and hand, so that equal anchors mean equal sights for
     GiGPO::
 
         On the desk 1, you see a mug 2.
@@ -59,6 +60,8 @@ class AlfworldEnvironment(TextEnvironment):
         reply = act(state, action)
         won = self._finished = state.won
         info = self._info(state, reply.feedback, won=won, valid=reply.valid)
+        call = {"name": "act", "arguments": action.strip(), "succeeded": reply.valid}
+        info["tool_calls"] = [call]
         return StepResult(reply.feedback, float(won), won, False, info)
 
     def close(self) -> None:

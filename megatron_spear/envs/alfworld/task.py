@@ -26,6 +26,11 @@ def game_prompt(game: GameFile) -> Prompt:
     return Prompt(prompt_id=game.id, env="alfworld", metadata={"game": game.to_fields()})
 
 
+def task_type(prompt_id: str) -> str:
+    """The task type of a game's prompt: the part of its id before the first ``-``."""
+    return prompt_id.split("-", 1)[0]
+
+
 def check_winnable(prompt: Prompt) -> None:
     """Raise DataError unless the prompt's game can be won."""
     require_winnable(GameFile(**prompt.metadata["game"]))
@@ -71,7 +76,7 @@ def success_by_type(won: Mapping[str, Sequence[bool]]) -> dict[str, float]:
     """Mean success by task type, from {prompt id: wins}."""
     by_type: dict[str, list[bool]] = {}
     for prompt_id, wins in won.items():
-        by_type.setdefault(prompt_id.split("-")[0], []).extend(wins)
+        by_type.setdefault(task_type(prompt_id), []).extend(wins)
     return {name: sum(w) / len(w) for name, w in sorted(by_type.items())}
 
 

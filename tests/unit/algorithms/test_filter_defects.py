@@ -157,7 +157,7 @@ def test_defect_21_the_agent_actor_rebuilds_the_mask_of_filtered_rows() -> None:
 
 @pytest.mark.parametrize("official", [MATH, AGENT], ids=["math", "agent"])
 def test_marked_rows_enter_no_official_buffer(official: dict[str, Any], tmp_path: Path) -> None:
-    good, long = (replace(turn, tool_calls=1) for turn in (CLEAN, OVERLONG))
+    good, long = CLEAN, OVERLONG
     group = _group([(1.0, good), (1.0, long), (0.0, good), (0.0, good)])
     samples, _ = _samples(group, **official)
     hook = OfficialReplayHook(ReplaySection(), _section(**official), 4, tmp_path)

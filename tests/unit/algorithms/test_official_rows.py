@@ -7,7 +7,9 @@ import pytest
 
 from megatron_spear.algorithms.advantages import turn_advantages
 from megatron_spear.algorithms.official.rows import official_rows
-from megatron_spear.config.method import AlgorithmSection
+from megatron_spear.config.method import AlgorithmSection, RewardSection
+from megatron_spear.rewards.compose import trajectory_reward
+from megatron_spear.rewards.official_shaping import official_turn_rewards
 from megatron_spear.testing.hand_made import make_group, make_prompt, make_trajectory, make_turn
 from megatron_spear.types import (
     Coefficients,
@@ -151,3 +153,25 @@ def test_a_group_of_one_keeps_its_reward() -> None:
     assert _numbers(rows) == {("g/0", 0): 3.0}
     (values,) = turn_advantages([group], AlgorithmSection(), 0.5).values()
     assert not np.any(values)
+
+
+def test_surviving_is_paid_on_every_row() -> None:
+    """``official_steps``: outcome + mu * min(1, 0.1 * turns), as the released shaping has it."""
+    section = RewardSection(success=10.0, intrinsic={"type": "official_steps"})
+    played = [
+        make_trajectory("g", member, [[make_turn(f"act {i}")] for i in range(turns)], won=won)
+        for member, (turns, won) in enumerate([(12, True), (3, False), (1, True)])
+    ]
+    members = tuple(
+        ScoredTrajectory(trajectory=t, reward=trajectory_reward(t, section)) for t in played
+    )
+    group = ScoredGroup(group_id="g", prompt=make_prompt("g"), members=members)
+    rows, _ = official_rows(CTX, [group], NONE, _section(), 3)
+    found = [row.reward.total(0.5) for row in rows]
+    member = [row.trajectory_id.member for row in rows]
+    assert len(rows) == 16
+    assert found == pytest.approx([[10.5, 0.15, 10.05][m] for m in member])
+    shaped = official_turn_rewards([10.0, 0.0, 10.0], [12, 3, 1], 0.5)
+    assert found == pytest.approx(shaped[member].tolist(), rel=1e-6)
+    expected = np.array(found) - np.mean(found)
+    assert list(_numbers(rows).values()) == pytest.approx(expected.tolist(), rel=1e-5)

@@ -138,6 +138,17 @@ def test_the_defaults_work_on_one_rank() -> None:
             1,
             "never computes the policy's",
         ),
+        (["curriculum.tasks={enabled: true, min_share: 0.2}"], 1, "use at most 0.167"),
+        (
+            ["curriculum.tasks.enabled=true", "algorithm.dynamic_sampling_rounds=1"],
+            1,
+            "takes those of equal rewards out before",
+        ),
+        (
+            ["curriculum.tasks.enabled=true", "env.task_types=[look_at_obj_in_light]"],
+            1,
+            "env.task_types has one",
+        ),
         (["policy.optimizer.min_lr=1"], 1, "policy.optimizer.min_lr=1 is above"),
         (["sft.optimizer.beta2=1"], 1, "sft.optimizer.beta2=1 never forgets"),
         (["sft.steps=5"], 1, "above the 5 steps"),
@@ -233,3 +244,5 @@ def test_a_loaded_model_has_its_own_shape() -> None:
     assert check_config(config, 4) == []
     off = load_config(None, ["replay.enabled=false", "replay.capacity=8"])
     assert check_config(off, 1) == []
+    unread = load_config(None, ["curriculum.tasks.min_share=1"])
+    assert check_config(unread, 1) == []

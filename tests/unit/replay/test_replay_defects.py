@@ -45,6 +45,7 @@ class Official:
             OfficialRows(
                 row_ids=np.array(names),
                 uid=uid,
+                traj_uid=np.array(names),
                 rewards=np.concatenate([np.array(group, np.float64) for group in rewards]),
                 has_tool_call=np.ones(len(names), np.bool_),
                 mask=np.ones((len(names), 1)),

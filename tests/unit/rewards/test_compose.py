@@ -10,21 +10,21 @@ from megatron_spear.types import Reward, Status, TrajectoryGroup
 
 
 def test_distinct_valid_actions_are_paid_once() -> None:
-    actions = ["go to desk 1", "look", "look", "Look ", "take pen 1"]
+    actions = ["go to desk 1", "look", "look", "look ", "take pen 1"]
     trajectory = make_trajectory("g", 0, [[make_turn(a) for a in actions]], won=True)
     reward = trajectory_reward(trajectory, RewardSection())
     assert (reward.outcome, reward.intrinsic, reward.format) == pytest.approx((1.0, 0.03, 0.0))
-    assert reward.parts["num_valid_actions"] == 5 and reward.parts["num_distinct_actions"] == 3
+    assert reward.parts["num_turns"] == reward.parts["num_calls"] == 5
 
 
 def test_distinct_across_segments_and_capped() -> None:
     segments = [[make_turn(f"go to desk {i}") for i in range(8)]] * 2
     reward = trajectory_reward(
         make_trajectory("g", 0, segments),
-        RewardSection(intrinsic_per_action=0.01, intrinsic_max=0.05),
+        RewardSection(intrinsic={"type": "distinct_calls", "per_call": 0.01, "max": 0.05}),
     )
     assert (reward.outcome, reward.intrinsic) == (0.0, 0.05)
-    assert reward.parts["num_distinct_actions"] == 8
+    assert reward.parts["num_calls"] == 16
 
 
 def test_invalid_turns_cost_format_and_earn_nothing() -> None:

@@ -44,21 +44,6 @@ def test_extract_answer(text: str, answer: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "truth"),
-    [
-        ("\\boxed{ 42 }", "42"),
-        ("\\boxed{42}" + " and so it goes" * 50, "42"),
-        ("\\boxed{\\dfrac{1}{2}}", "0.5"),
-        ("Answer: 42", "42"),
-    ],
-)
-def test_the_default_grader_is_tolerant_where_the_official_is_not(text: str, truth: str) -> None:
-    """Defect 29: the answer must stand in the last 100 characters, untrimmed."""
-    assert grade(text, truth).score == 1.0
-    assert official_strict(text, truth).score == -1.0
-
-
-@pytest.mark.parametrize(
     "text", ["\\boxed{41}", "42", "", "\\boxed{42, 41}", "\\boxed{42} \\boxed{1}"]
 )
 def test_the_default_grader_gives_zero_for_wrong_or_missing(text: str) -> None:

@@ -6,13 +6,13 @@ import random
 import pytest
 
 from megatron_spear.rewards.tool_calls import (
-    ToolCall,
     call_key,
     official_retool_reward,
     official_tool_reward,
     official_weight,
     tool_reward,
 )
+from megatron_spear.types import ToolCall
 
 
 def _call(code: str, *, succeeded: bool = True, name: str = "python") -> ToolCall:
@@ -20,10 +20,8 @@ def _call(code: str, *, succeeded: bool = True, name: str = "python") -> ToolCal
 
 
 def test_only_distinct_successes_are_paid() -> None:
-    """Defect 27: the official reward counts every message with a call."""
     calls = [_call("print(1)"), _call("print(", succeeded=False), _call("print(1)\n")]
     assert tool_reward(calls) == pytest.approx(0.1)
-    assert official_tool_reward(len(calls), 0.0, "linear") == pytest.approx(0.3)
     assert tool_reward([_call("1/0", succeeded=False)] * 20) == 0.0
     assert tool_reward([*calls, _call("print(2)")]) == pytest.approx(0.2)
     assert tool_reward([_call("1"), _call("1", name="search")]) == pytest.approx(0.2)

@@ -16,12 +16,12 @@ from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.rollout.summary import rollout_metrics
 from megatron_spear.testing.fakes import CHATML, ScriptedEngine, answer_text, word_tokenizer
-from megatron_spear.types import Prompt, Status
+from megatron_spear.types import Prompt, Status, ToolCall
 
-WORDS = "walk to place left right nothing happens you are at crash exit 0 1 2 3 4 5 6 7 8"
+WORDS = "walk to place left right nothing happens you are at crash exit calls 0 1 2 3 4 5 6 7 8"
 TOKENIZER = word_tokenizer(WORDS.split(), CHATML)
-RIGHT, LEFT, CRASH, EXIT = (
-    answer_text(TOKENIZER, word).tolist() for word in ("right", "left", "crash", "exit")
+RIGHT, LEFT, CRASH, EXIT, CALLS = (
+    answer_text(TOKENIZER, word).tolist() for word in ("right", "left", "crash", "exit", "calls")
 )
 TOY = "megatron_spear.testing.toy_environment:FaultyCorridor"
 SYSTEM = {"role": "system", "content": "walk"}
@@ -72,7 +72,8 @@ def test_a_won_game_in_full_mode(rollouter):
     (segment,) = member.segments
     assert [turn.action_text for turn in segment.turns] == ["right"] * 3
     assert [turn.anchor for turn in segment.turns] == [f"you are at place {i}" for i in range(3)]
-    assert all(turn.valid and turn.tool_calls == 1 for turn in segment.turns)
+    walked = ToolCall(name="walk", arguments="right", succeeded=True)
+    assert all(turn.valid and turn.tool_calls == (walked,) for turn in segment.turns)
     assert segment.response_mask.sum() == 6 and segment.rollout_logprobs.sum() == -3.0
     # One session, kept over the turns and released at the end.
     assert {request.session for request in engine.requests} == {"0.1/p0/0"} == engine.released
@@ -85,6 +86,15 @@ def test_a_won_game_in_full_mode(rollouter):
     assert segment.token_ids.tolist() == expected
 
 
+def test_a_tool_call_that_is_none_is_the_environments_fault(rollouter):
+    answers = iter([CALLS, RIGHT, RIGHT, RIGHT])
+    engine = ScriptedEngine(lambda request: next(answers))
+    (group,) = _collect(rollouter(engine, max_slots=1), _prompts(), group_size=2)
+    (failed,) = group.failures
+    assert failed.status is Status.FAILED_TOOL and len(group.members) == 1
+    assert "expected dicts of name, arguments and succeeded" in failed.info["error"]
+
+
 def test_each_prompt_starts_with_the_turn_before(rollouter):
     answers = [LEFT, RIGHT[:-1] * 20, RIGHT, RIGHT]
     engine = ScriptedEngine(lambda request: answers[request.seed[-1]])
@@ -92,6 +102,10 @@ def test_each_prompt_starts_with_the_turn_before(rollouter):
     turns = group.members[0].turns
     assert [turn.finish_reason for turn in turns] == ["stop", "length", "stop", "stop"]
     assert [turn.valid for turn in turns] == [False, False, True, True]
+    assert [[call.succeeded for call in turn.tool_calls] for turn in turns[1:3]] == [
+        [False],
+        [True],
+    ]
     requests = engine.requests
     for before, after, turn in zip(requests, requests[1:], turns, strict=False):
         known = np.concatenate([before.token_ids, turn.action_tokens])
@@ -147,7 +161,7 @@ def test_a_full_context_keeps_the_cut_action_but_does_not_play_it(rollouter, lim
     assert member.status is Status.TRUNCATED_LENGTH
     (turn,) = member.turns
     assert turn.action_tokens.tolist() == RIGHT[:1]
-    assert not turn.valid and turn.tool_calls == 0 and member.env_reward == 0.0
+    assert not turn.valid and turn.tool_calls == () and member.env_reward == 0.0
 
 
 def test_no_room_for_another_turn(rollouter):

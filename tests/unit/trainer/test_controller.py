@@ -77,7 +77,7 @@ def _controller(
         rollouter=rollouter or _Rollouter(),
         hooks=HookCalls({str(index): hook for index, hook in enumerate(hooks)}),
         rollout=RolloutSection(prompts_per_step=2, group_size=3, temperature=0.9),
-        reward=RewardSection(intrinsic_per_action=0.2, intrinsic_max=1.0),
+        reward=RewardSection(intrinsic={"type": "distinct_calls", "per_call": 0.2, "max": 1.0}),
         algorithm=AlgorithmSection(
             **({"norm_length": 10, "keep_groups_fraction": 1.0} | algorithm)
         ),

@@ -171,6 +171,7 @@ def test_defect_05_a_short_history_loses_nothing_that_is_stored() -> None:
             OfficialRows(
                 row_ids=np.array([f"{step}a", f"{step}b"]),
                 uid=np.array([f"g{step}"] * 2),
+                traj_uid=np.array([f"{step}a", f"{step}b"]),
                 rewards=np.array([1.0, 0.0]),
                 has_tool_call=np.array([True, True]),
                 mask=np.ones((2, 1)),

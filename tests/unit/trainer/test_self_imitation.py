@@ -290,10 +290,10 @@ def test_metrics_of_a_step_with_replay(tmp_path: Path) -> None:
 
 
 def _with_tool_calls(trajectory: Trajectory, count: int) -> Trajectory:
-    """The one-turn trajectory with that many calls."""
-    return replace(
-        trajectory, segments=(Segment(turns=(replace(trajectory.turns[0], tool_calls=count),)),)
-    )
+    """The one-turn trajectory with its call that many times."""
+    (turn,) = trajectory.turns
+    turn = replace(turn, tool_calls=turn.tool_calls * count)
+    return replace(trajectory, segments=(Segment(turns=(turn,)),))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -49,6 +49,15 @@ def test_invalid_action_is_answered_and_marked(options):
     assert result.info["valid"] is False and not result.terminated
 
 
+def test_an_action_is_one_call(options):
+    environment = AlfworldEnvironment()
+    _, info = environment.reset(seed=0, options=options)
+    assert "tool_calls" not in info
+    for action, valid in ((" look\n", True), ("fly to the moon", False)):
+        call = {"name": "act", "arguments": action.strip(), "succeeded": valid}
+        assert environment.step(action).info["tool_calls"] == [call]
+
+
 def test_anchor_tells_place_and_hand_apart(options):
     environment = AlfworldEnvironment()
     _, info = environment.reset(seed=0, options=options)
