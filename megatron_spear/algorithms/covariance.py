@@ -12,18 +12,19 @@ changes which tokens are chosen. Only the choice is made here.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_spear.algorithms.draws import raw_draws
+from megatron_spear.algorithms.draws import DrawArray, smallest, stream_draws, stream_key
+from megatron_spear.algorithms.order_free_sum import order_free_sum
 from megatron_spear.config.losses import ClipCovLossSection
 from megatron_spear.types import BoolArray, TrainSample
 
-MAX_LOG_RATIO = 20.0
-
 _Values = npt.NDArray[np.float64]
 _AnyFloats = npt.NDArray[np.floating]
+_Indices = npt.NDArray[np.intp]
 
 
 def dropped_tokens(
@@ -44,21 +45,16 @@ def dropped_tokens(
     """
     if not samples:
         return []
-    flat_logprobs, flat_advantages, flat_mask = _flat(samples, logprobs)
-    flat_old = _joined([sample.old_logprobs for sample in samples])
-    candidates = eligible(
-        covariances(flat_logprobs, flat_advantages, flat_mask),
-        ratio_clipped(flat_logprobs, flat_old, flat_advantages, clip_low, clip_high),
-        flat_mask,
-        section,
+    masked = _Masked.of(samples, logprobs)
+    band = in_band(covariances(masked.logprobs, masked.advantages), section)
+    old_logprobs = np.concatenate([s.old_logprobs for s in samples])[masked.positions[band]]
+    clipped = ratio_clipped(
+        masked.logprobs[band], old_logprobs, masked.advantages[band], clip_low, clip_high
     )
-    quota = drop_quota(section.fraction, int(flat_mask.sum()), int(candidates.sum()))
-    draws = np.concatenate(
-        [raw_draws(len(s.token_ids), seed, step, str(s.trajectory_id), s.segment) for s in samples]
-    )
-    indices = np.flatnonzero(candidates)
-    chosen = indices[np.argsort(draws[indices], kind="stable")[:quota]]
-    return _flags(samples, chosen)
+    eligible = masked.positions[band[~clipped]]
+    quota = drop_quota(section.fraction, len(masked.positions), len(eligible))
+    draws = _draws(samples, eligible, seed, step)
+    return _flags(samples, eligible[smallest(draws, quota)])
 
 
 def kl_selected_tokens(
@@ -77,30 +73,35 @@ def kl_selected_tokens(
     """
     if not samples:
         return []
-    flat_logprobs, flat_advantages, flat_mask = _flat(samples, logprobs)
-    covariance = covariances(flat_logprobs, flat_advantages, flat_mask)
-    draws = np.concatenate(
-        [
-            raw_draws(len(s.token_ids), seed, step, "kl-cov", str(s.trajectory_id), s.segment)
-            for s in samples
-        ]
-    )
-    indices = np.flatnonzero(flat_mask)
-    quota = drop_quota(fraction, len(indices), len(indices))
-    order = np.lexsort((draws[indices], -covariance[indices]))
-    return _flags(samples, indices[order[:quota]])
+    masked = _Masked.of(samples, logprobs)
+    count = len(masked.positions)
+    quota = drop_quota(fraction, count, count)
+    if not quota:
+        return _flags(samples, masked.positions[:0])
+    found = covariances(masked.logprobs, masked.advantages)
+    found = np.fmax(found, -np.inf)  # what is not a number comes last
+    least = np.partition(found, count - quota)[count - quota]
+    above, equal = masked.positions[found > least], masked.positions[found == least]
+    draws = _draws(samples, equal, seed, step, "kl-cov")
+    chosen = equal[smallest(draws, quota - len(above))]
+    return _flags(samples, np.concatenate([above, chosen]))
 
 
-def covariances(logprobs: _AnyFloats, advantages: _AnyFloats, mask: BoolArray) -> _Values:
-    """float64 ``[T]``: (logprob - mean) * (advantage - mean), means over the masked tokens.
+def covariances(logprobs: _AnyFloats, advantages: _AnyFloats) -> _Values:
+    """float64 ``[M]``: (logprob - mean) * (advantage - mean) of the masked tokens.
 
-    The sums are exactly rounded, so they do not depend on the order of the tokens.
+    The means do not depend on the order of the tokens (``order_free_sum``).
     """
-    count = max(int(mask.sum()), 1)
-    mean_logprob = math.fsum(logprobs[mask].tolist()) / count
-    mean_advantage = math.fsum(advantages[mask].tolist()) / count
+    count = max(len(logprobs), 1)
+    mean_logprob = np.float64(order_free_sum(logprobs) / count)
+    mean_advantage = np.float64(order_free_sum(advantages) / count)
     product: _Values = (logprobs - mean_logprob) * (advantages - mean_advantage)
-    return product.astype(np.float64)
+    return product
+
+
+def in_band(covariance: _Values, section: ClipCovLossSection) -> _Indices:
+    """Indices of the covariances strictly inside the band; nan is outside."""
+    return np.flatnonzero((covariance > section.low) & (covariance < section.high))
 
 
 def ratio_clipped(
@@ -110,19 +111,15 @@ def ratio_clipped(
     clip_low: float,
     clip_high: float,
 ) -> BoolArray:
-    """bool ``[T]``: True where the clipped surrogate is the larger loss, so the gradient is 0."""
-    ratio = np.exp(np.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    clipped = np.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    result: BoolArray = -advantages * clipped > -advantages * ratio
-    return result
+    """bool ``[M]``: True where the clipped surrogate is the larger loss, so the gradient is 0.
 
-
-def eligible(
-    covariance: _AnyFloats, clipped: BoolArray, mask: BoolArray, section: ClipCovLossSection
-) -> BoolArray:
-    """bool ``[T]``: masked, not ratio-clipped, and strictly inside the covariance band."""
-    inside: BoolArray = (covariance > section.low) & (covariance < section.high)
-    return inside & mask & ~clipped
+    That is a ratio above 1 + clip_high with a positive advantage, or below 1 - clip_low with a
+    negative one; as logarithms, which do not overflow.
+    """
+    log_ratio = logprobs - old_logprobs
+    above: BoolArray = (advantages > 0) & (log_ratio > math.log(1.0 + clip_high))
+    below: BoolArray = (advantages < 0) & (log_ratio < math.log(1.0 - clip_low))
+    return above | below
 
 
 def drop_quota(fraction: float, num_tokens: int, num_eligible: int) -> int:
@@ -141,24 +138,43 @@ def dropped_fraction(samples: Sequence[TrainSample], dropped: Sequence[BoolArray
     return sum(int(row.sum()) for row in dropped) / max(num_tokens, 1)
 
 
-def _flat(
-    samples: Sequence[TrainSample], logprobs: Sequence[_AnyFloats]
-) -> tuple[_Values, _Values, BoolArray]:
-    """Log-probs, advantages and masks of all samples, each as one array."""
-    flat_logprobs = _joined(logprobs)
-    flat_advantages = _joined([sample.advantages for sample in samples])
-    flat_mask = np.concatenate([sample.response_mask for sample in samples])
-    assert len(flat_logprobs) == len(flat_mask), "one log-prob per token of every sample"
-    return flat_logprobs, flat_advantages, flat_mask
+@dataclass(frozen=True, kw_only=True)
+class _Masked:
+    """The masked tokens of an update: ``positions`` ``[M]`` with the samples laid end to end, in
+    order, and the values there."""
+
+    positions: _Indices
+    logprobs: _AnyFloats
+    advantages: _AnyFloats
+
+    @classmethod
+    def of(cls, samples: Sequence[TrainSample], logprobs: Sequence[_AnyFloats]) -> "_Masked":
+        mask = np.concatenate([sample.response_mask for sample in samples])
+        flat_logprobs = np.concatenate(logprobs)
+        assert len(flat_logprobs) == len(mask), "one log-prob per token of every sample"
+        positions = np.flatnonzero(mask)
+        return cls(
+            positions=positions,
+            logprobs=flat_logprobs.take(positions),
+            advantages=np.concatenate([s.advantages for s in samples]).take(positions),
+        )
 
 
-def _flags(samples: Sequence[TrainSample], chosen: npt.NDArray[np.integer]) -> list[BoolArray]:
-    """bool ``[L]`` for each sample from indices into the samples laid end to end."""
-    lengths = [len(sample.token_ids) for sample in samples]
-    flags = np.zeros(sum(lengths), np.bool_)
+def _draws(
+    samples: Sequence[TrainSample], positions: _Indices, seed: int, step: int, *purpose: str
+) -> DrawArray:
+    """uint64 ``[P]``: a draw for each of these positions in ascending order, keyed by (seed, step,
+    trajectory, segment, token)."""
+    starts = np.cumsum([0, *(len(s.token_ids) for s in samples)])
+    keys = [stream_key(seed, step, *purpose, str(s.trajectory_id), s.segment) for s in samples]
+    counts = np.diff(np.searchsorted(positions, starts))
+    tokens = positions - np.repeat(starts[:-1], counts)
+    return stream_draws(np.repeat(np.array(keys, np.uint64), counts), tokens)
+
+
+def _flags(samples: Sequence[TrainSample], chosen: _Indices) -> list[BoolArray]:
+    """bool ``[L]`` for each sample from positions with the samples laid end to end."""
+    ends = np.cumsum([len(sample.token_ids) for sample in samples])
+    flags = np.zeros(ends[-1], np.bool_)
     flags[chosen] = True
-    return np.split(flags, np.cumsum(lengths)[:-1])
-
-
-def _joined(rows: Sequence[_AnyFloats]) -> _Values:
-    return np.concatenate(rows).astype(np.float64)
+    return np.split(flags, ends[:-1])
