@@ -12,19 +12,23 @@ changes which tokens are chosen. Only the choice is made here.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_spear.algorithms.draws import DrawArray, smallest, stream_draws, stream_key
+from megatron_spear.algorithms.draws import smallest
+from megatron_spear.algorithms.masked_blocks import (
+    Indices,
+    MaskedBlock,
+    masked_blocks,
+    token_draws,
+)
 from megatron_spear.algorithms.order_free_sum import order_free_sum
 from megatron_spear.config.losses import ClipCovLossSection
 from megatron_spear.types import BoolArray, TrainSample
 
-_Values = npt.NDArray[np.float64]
 _AnyFloats = npt.NDArray[np.floating]
-_Indices = npt.NDArray[np.intp]
 
 
 def dropped_tokens(
@@ -45,15 +49,24 @@ def dropped_tokens(
     """
     if not samples:
         return []
-    masked = _Masked.of(samples, logprobs)
-    band = in_band(covariances(masked.logprobs, masked.advantages), section)
-    old_logprobs = np.concatenate([s.old_logprobs for s in samples])[masked.positions[band]]
-    clipped = ratio_clipped(
-        masked.logprobs[band], old_logprobs, masked.advantages[band], clip_low, clip_high
-    )
-    eligible = masked.positions[band[~clipped]]
-    quota = drop_quota(section.fraction, len(masked.positions), len(eligible))
-    draws = _draws(samples, eligible, seed, step)
+    blocks = masked_blocks(samples, logprobs)
+    means = masked_means(blocks)
+    found = []
+    for block in blocks:
+        band = in_band(covariances(block.logprobs, block.advantages, means), section)
+        positions = block.positions(band)
+        clipped = ratio_clipped(
+            block.logprobs[band],
+            np.concatenate([s.old_logprobs for s in block.samples])[positions - block.start],
+            block.advantages[band],
+            clip_low,
+            clip_high,
+        )
+        found.append(positions[~clipped])
+    eligible = np.concatenate(found)
+    num_tokens = sum(len(block.logprobs) for block in blocks)
+    quota = drop_quota(section.fraction, num_tokens, len(eligible))
+    draws = token_draws(samples, eligible, seed, step)
     return _flags(samples, eligible[smallest(draws, quota)])
 
 
@@ -73,35 +86,46 @@ def kl_selected_tokens(
     """
     if not samples:
         return []
-    masked = _Masked.of(samples, logprobs)
-    count = len(masked.positions)
+    blocks = masked_blocks(samples, logprobs)
+    means = masked_means(blocks)
+    found = [covariances(block.logprobs, block.advantages, means) for block in blocks]
+    found = [np.fmax(values, -np.inf) for values in found]  # what is not a number comes last
+    count = sum(map(len, found))
     quota = drop_quota(fraction, count, count)
     if not quota:
-        return _flags(samples, masked.positions[:0])
-    found = covariances(masked.logprobs, masked.advantages)
-    found = np.fmax(found, -np.inf)  # what is not a number comes last
-    least = np.partition(found, count - quota)[count - quota]
-    above, equal = masked.positions[found > least], masked.positions[found == least]
-    draws = _draws(samples, equal, seed, step, "kl-cov")
+        return _flags(samples, np.zeros(0, np.intp))
+    least = np.partition(np.concatenate(found), count - quota)[count - quota]
+    pairs = list(zip(blocks, found, strict=True))
+    above = np.concatenate([block.positions(values > least) for block, values in pairs])
+    equal = np.concatenate([block.positions(values == least) for block, values in pairs])
+    draws = token_draws(samples, equal, seed, step, "kl-cov")
     chosen = equal[smallest(draws, quota - len(above))]
     return _flags(samples, np.concatenate([above, chosen]))
 
 
-def covariances(logprobs: _AnyFloats, advantages: _AnyFloats) -> _Values:
-    """float64 ``[M]``: (logprob - mean) * (advantage - mean) of the masked tokens.
+def masked_means(blocks: Sequence[MaskedBlock]) -> tuple[float, float]:
+    """(mean log-prob, mean advantage) over the masked tokens of all blocks, which do not depend on
+    the order of the samples or on the blocks (``order_free_sum``)."""
+    count = max(sum(len(block.logprobs) for block in blocks), 1)
+    return (
+        order_free_sum([block.logprobs for block in blocks]) / count,
+        order_free_sum([block.advantages for block in blocks]) / count,
+    )
 
-    The means do not depend on the order of the tokens (``order_free_sum``).
-    """
-    count = max(len(logprobs), 1)
-    mean_logprob = np.float64(order_free_sum(logprobs) / count)
-    mean_advantage = np.float64(order_free_sum(advantages) / count)
-    product: _Values = (logprobs - mean_logprob) * (advantages - mean_advantage)
+
+def covariances(
+    logprobs: _AnyFloats, advantages: _AnyFloats, means: tuple[float, float]
+) -> _AnyFloats:
+    """``[M]``, in the inputs' dtype: (logprob - mean) * (advantage - mean) of masked tokens."""
+    product: _AnyFloats = logprobs - means[0]
+    product *= advantages - means[1]
     return product
 
 
-def in_band(covariance: _Values, section: ClipCovLossSection) -> _Indices:
+def in_band(covariance: _AnyFloats, section: ClipCovLossSection) -> Indices:
     """Indices of the covariances strictly inside the band; nan is outside."""
-    return np.flatnonzero((covariance > section.low) & (covariance < section.high))
+    above = np.flatnonzero(covariance > section.low)
+    return above[covariance[above] < section.high]
 
 
 def ratio_clipped(
@@ -138,43 +162,9 @@ def dropped_fraction(samples: Sequence[TrainSample], dropped: Sequence[BoolArray
     return sum(int(row.sum()) for row in dropped) / max(num_tokens, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Masked:
-    """The masked tokens of an update: ``positions`` ``[M]`` with the samples laid end to end, in
-    order, and the values there."""
-
-    positions: _Indices
-    logprobs: _AnyFloats
-    advantages: _AnyFloats
-
-    @classmethod
-    def of(cls, samples: Sequence[TrainSample], logprobs: Sequence[_AnyFloats]) -> "_Masked":
-        mask = np.concatenate([sample.response_mask for sample in samples])
-        flat_logprobs = np.concatenate(logprobs)
-        assert len(flat_logprobs) == len(mask), "one log-prob per token of every sample"
-        positions = np.flatnonzero(mask)
-        return cls(
-            positions=positions,
-            logprobs=flat_logprobs.take(positions),
-            advantages=np.concatenate([s.advantages for s in samples]).take(positions),
-        )
-
-
-def _draws(
-    samples: Sequence[TrainSample], positions: _Indices, seed: int, step: int, *purpose: str
-) -> DrawArray:
-    """uint64 ``[P]``: a draw for each of these positions in ascending order, keyed by (seed, step,
-    trajectory, segment, token)."""
-    starts = np.cumsum([0, *(len(s.token_ids) for s in samples)])
-    keys = [stream_key(seed, step, *purpose, str(s.trajectory_id), s.segment) for s in samples]
-    counts = np.diff(np.searchsorted(positions, starts))
-    tokens = positions - np.repeat(starts[:-1], counts)
-    return stream_draws(np.repeat(np.array(keys, np.uint64), counts), tokens)
-
-
-def _flags(samples: Sequence[TrainSample], chosen: _Indices) -> list[BoolArray]:
+def _flags(samples: Sequence[TrainSample], chosen: Indices) -> list[BoolArray]:
     """bool ``[L]`` for each sample from positions with the samples laid end to end."""
-    ends = np.cumsum([len(sample.token_ids) for sample in samples])
+    ends = list(accumulate(len(sample.token_ids) for sample in samples))
     flags = np.zeros(ends[-1], np.bool_)
     flags[chosen] = True
-    return np.split(flags, ends[:-1])
+    return [flags[start:end] for start, end in pairwise([0, *ends])]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_spear.algorithms import masked_blocks as blocks_module
 from megatron_spear.algorithms.covariance import (
     covariances,
     drop_quota,
@@ -14,9 +15,11 @@ from megatron_spear.algorithms.covariance import (
     dropped_tokens,
     in_band,
     kl_selected_tokens,
+    masked_means,
     ratio_clipped,
 )
 from megatron_spear.algorithms.draws import stream_draws, stream_key
+from megatron_spear.algorithms.masked_blocks import masked_blocks
 from megatron_spear.config.losses import ClipCovLossSection
 from megatron_spear.testing.hand_made import make_sample
 from megatron_spear.types import BoolArray, TrainSample
@@ -44,7 +47,11 @@ def _drop(
 
 
 def test_covariances_by_hand() -> None:
-    assert covariances(np.array([-1.0, -3.0]), np.array([2.0, 0.0])).tolist() == [1.0, 1.0]
+    sample = replace(make_sample(mask=[1, 1, 0]), advantages=np.array([2, 0, 9], np.float32))
+    (block,) = masked_blocks([sample], [np.array([-1.0, -3.0, 99.0])])
+    means = masked_means([block])
+    assert means == (-2.0, 1.0)
+    assert covariances(block.logprobs, block.advantages, means).tolist() == [1.0, 1.0]
 
 
 def test_ratio_clipped_by_hand() -> None:
@@ -123,13 +130,31 @@ def test_the_slow_reference(seed: int) -> None:
         silent = -advantage * min(max(ratio, 0.8), 1.28) > -advantage * ratio
         covariance = (logprob - mean_logprob) * (advantage - mean_advantage)
         if 0.1 < covariance < 60.0 and not silent:
-            key = stream_key(5, 1, str(samples[i].trajectory_id), samples[i].segment)
-            drawn.append((int(stream_draws(np.array([key], np.uint64), np.array([t]))[0]), i, t))
+            draw = stream_key(5, 1, samples[i].trajectory_id.group)
+            for counter in (samples[i].trajectory_id.member, samples[i].segment, t):
+                (draw,) = stream_draws(np.array([draw], np.uint64), np.array([counter])).tolist()
+            drawn.append((draw, i, t))
     expected = [np.zeros(20, bool) for _ in samples]
     for _, i, t in sorted(drawn)[: int(0.2 * len(tokens))]:
         expected[i][t] = True
     got = _drop(samples, logprobs, fraction=0.2, seed=5)
     assert [row.tolist() for row in got] == [row.tolist() for row in expected]
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, logprobs = _random_update(3)
+    whole = (
+        _drop(samples, logprobs),
+        kl_selected_tokens(samples, logprobs, fraction=0.1, seed=0, step=1),
+    )
+    monkeypatch.setattr(blocks_module, "BLOCK_TOKENS", 50)
+    assert len(masked_blocks(samples, logprobs)) == 4
+    cut = (
+        _drop(samples, logprobs),
+        kl_selected_tokens(samples, logprobs, fraction=0.1, seed=0, step=1),
+    )
+    for one, other in zip(whole, cut, strict=True):
+        assert [row.tolist() for row in one] == [row.tolist() for row in other]
 
 
 def test_drops_the_quota_of_masked_tokens_and_depends_on_the_key() -> None:
@@ -169,11 +194,11 @@ def test_kl_selects_the_highest_covariances_of_the_whole_update() -> None:
     samples, logprobs = _random_update(4)
     chosen = kl_selected_tokens(samples, logprobs, fraction=0.1, seed=0, step=1)
     mask = np.concatenate([s.response_mask for s in samples])
-    advantages = np.concatenate([s.advantages for s in samples])
     flat = np.concatenate(chosen)
     assert [len(row) for row in chosen] == [len(s.token_ids) for s in samples]
     assert flat.sum() == int(0.1 * mask.sum()) and not (flat & ~mask).any()
-    covariance = covariances(np.concatenate(logprobs)[mask], advantages[mask])
+    (block,) = masked_blocks(samples, logprobs)
+    covariance = covariances(block.logprobs, block.advantages, masked_means([block]))
     assert covariance[flat[mask]].min() > covariance[~flat[mask]].max()
     order = list(reversed(range(len(samples))))
     again = kl_selected_tokens(
