@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What SPEAR costs beside its baseline Dr.BoT, as one table: replay store, clipping, step.
 
-    python tools/benchmarks/method.py [--only store clip_cov step] [--threads 2] [a.b=c ...]
+    python tools/benchmarks/method.py [--only PART ...] [--threads 2] [a.b=c ...]
 
 - store: the replay store with ``--held`` trajectories (``replay_store.py``).
 - clip_cov: which of 1 M tokens covariance drops, against torch as the official code does it
@@ -60,7 +60,7 @@ PARTS: Mapping[str, Callable[[argparse.Namespace, Path], list[Row]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", action="append", choices=PARTS, help="a part; default all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--held", type=int, default=10_000, help="trajectories in the store")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="masked tokens of clip_cov")
@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.only:
+        for name in options.only or PARTS:
             (place := Path(folder) / name).mkdir()
             rows += PARTS[name](options, place)
     print(f"\n{options.threads} thread(s)")

@@ -88,7 +88,9 @@ def test_one_table_of_the_parts_asked_for(
 
     monkeypatch.setattr(tool, "PARTS", dict.fromkeys(("store", "clip_cov", "step"), part))
     monkeypatch.setattr(tool.torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setattr(sys, "argv", ["method.py", "--only", "step", "store", "run.seed=3"])
+    monkeypatch.setattr(
+        sys, "argv", ["method.py", "--only", "step", "--only", "store", "run.seed=3"]
+    )
     tool.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:] == [
