@@ -1,8 +1,8 @@
 """What a trainer step computes, in tokens and FLOPs, pass by pass and origin by origin.
 
 FLOPs of a forward pass, a multiplication and an addition being two (Kaplan et al. 2020, arXiv
-2001.08361, Table 1; Narayanan et al. 2021, arXiv 2104.04473, Eq. 2, is the same but for causality
-and the gated MLP):
+2001.08361, Table 1; Narayanan et al. 2021, arXiv 2104.04473, Eq. 3, is the same but for causality,
+the gated MLP and a second forward pass):
 
     2 * weights * tokens           the layers' matrices: attention projections and gated MLP
     2 * hidden * vocab * tokens    the output head
