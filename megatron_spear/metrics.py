@@ -19,6 +19,7 @@ RUN_PREFIXES = frozenset(
         "time",
         "train",
         "weight_sync",
+        "work",
     )
 )
 """First parts of the names that a run reports itself; a user's hook takes another."""

@@ -12,17 +12,22 @@ changes which tokens are chosen. Only the choice is made here.
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_spear.algorithms.draws import raw_draws
+from megatron_spear.algorithms.draws import smallest
+from megatron_spear.algorithms.masked_blocks import (
+    Indices,
+    MaskedBlock,
+    masked_blocks,
+    token_draws,
+)
+from megatron_spear.algorithms.order_free_sum import order_free_sum
 from megatron_spear.config.losses import ClipCovLossSection
 from megatron_spear.types import BoolArray, TrainSample
 
-MAX_LOG_RATIO = 20.0
-
-_Values = npt.NDArray[np.float64]
 _AnyFloats = npt.NDArray[np.floating]
 
 
@@ -44,21 +49,25 @@ def dropped_tokens(
     """
     if not samples:
         return []
-    flat_logprobs, flat_advantages, flat_mask = _flat(samples, logprobs)
-    flat_old = _joined([sample.old_logprobs for sample in samples])
-    candidates = eligible(
-        covariances(flat_logprobs, flat_advantages, flat_mask),
-        ratio_clipped(flat_logprobs, flat_old, flat_advantages, clip_low, clip_high),
-        flat_mask,
-        section,
-    )
-    quota = drop_quota(section.fraction, int(flat_mask.sum()), int(candidates.sum()))
-    draws = np.concatenate(
-        [raw_draws(len(s.token_ids), seed, step, str(s.trajectory_id), s.segment) for s in samples]
-    )
-    indices = np.flatnonzero(candidates)
-    chosen = indices[np.argsort(draws[indices], kind="stable")[:quota]]
-    return _flags(samples, chosen)
+    blocks = masked_blocks(samples, logprobs)
+    means = masked_means(blocks)
+    found = []
+    for block in blocks:
+        band = in_band(covariances(block.logprobs, block.advantages, means), section)
+        positions = block.positions(band)
+        clipped = ratio_clipped(
+            block.logprobs[band],
+            np.concatenate([s.old_logprobs for s in block.samples])[positions - block.start],
+            block.advantages[band],
+            clip_low,
+            clip_high,
+        )
+        found.append(positions[~clipped])
+    eligible = np.concatenate(found)
+    num_tokens = sum(len(block.logprobs) for block in blocks)
+    quota = drop_quota(section.fraction, num_tokens, len(eligible))
+    draws = token_draws(samples, eligible, seed, step)
+    return _flags(samples, eligible[smallest(draws, quota)])
 
 
 def kl_selected_tokens(
@@ -77,30 +86,46 @@ def kl_selected_tokens(
     """
     if not samples:
         return []
-    flat_logprobs, flat_advantages, flat_mask = _flat(samples, logprobs)
-    covariance = covariances(flat_logprobs, flat_advantages, flat_mask)
-    draws = np.concatenate(
-        [
-            raw_draws(len(s.token_ids), seed, step, "kl-cov", str(s.trajectory_id), s.segment)
-            for s in samples
-        ]
+    blocks = masked_blocks(samples, logprobs)
+    means = masked_means(blocks)
+    found = [covariances(block.logprobs, block.advantages, means) for block in blocks]
+    found = [np.fmax(values, -np.inf) for values in found]  # what is not a number comes last
+    count = sum(map(len, found))
+    quota = drop_quota(fraction, count, count)
+    if not quota:
+        return _flags(samples, np.zeros(0, np.intp))
+    least = np.partition(np.concatenate(found), count - quota)[count - quota]
+    pairs = list(zip(blocks, found, strict=True))
+    above = np.concatenate([block.positions(values > least) for block, values in pairs])
+    equal = np.concatenate([block.positions(values == least) for block, values in pairs])
+    draws = token_draws(samples, equal, seed, step, "kl-cov")
+    chosen = equal[smallest(draws, quota - len(above))]
+    return _flags(samples, np.concatenate([above, chosen]))
+
+
+def masked_means(blocks: Sequence[MaskedBlock]) -> tuple[float, float]:
+    """(mean log-prob, mean advantage) over the masked tokens of all blocks, which do not depend on
+    the order of the samples or on the blocks (``order_free_sum``)."""
+    count = max(sum(len(block.logprobs) for block in blocks), 1)
+    return (
+        order_free_sum([block.logprobs for block in blocks]) / count,
+        order_free_sum([block.advantages for block in blocks]) / count,
     )
-    indices = np.flatnonzero(flat_mask)
-    quota = drop_quota(fraction, len(indices), len(indices))
-    order = np.lexsort((draws[indices], -covariance[indices]))
-    return _flags(samples, indices[order[:quota]])
 
 
-def covariances(logprobs: _AnyFloats, advantages: _AnyFloats, mask: BoolArray) -> _Values:
-    """float64 ``[T]``: (logprob - mean) * (advantage - mean), means over the masked tokens.
+def covariances(
+    logprobs: _AnyFloats, advantages: _AnyFloats, means: tuple[float, float]
+) -> _AnyFloats:
+    """``[M]``, in the inputs' dtype: (logprob - mean) * (advantage - mean) of masked tokens."""
+    product: _AnyFloats = logprobs - means[0]
+    product *= advantages - means[1]
+    return product
 
-    The sums are exactly rounded, so they do not depend on the order of the tokens.
-    """
-    count = max(int(mask.sum()), 1)
-    mean_logprob = math.fsum(logprobs[mask].tolist()) / count
-    mean_advantage = math.fsum(advantages[mask].tolist()) / count
-    product: _Values = (logprobs - mean_logprob) * (advantages - mean_advantage)
-    return product.astype(np.float64)
+
+def in_band(covariance: _AnyFloats, section: ClipCovLossSection) -> Indices:
+    """Indices of the covariances strictly inside the band; nan is outside."""
+    above = np.flatnonzero(covariance > section.low)
+    return above[covariance[above] < section.high]
 
 
 def ratio_clipped(
@@ -110,19 +135,15 @@ def ratio_clipped(
     clip_low: float,
     clip_high: float,
 ) -> BoolArray:
-    """bool ``[T]``: True where the clipped surrogate is the larger loss, so the gradient is 0."""
-    ratio = np.exp(np.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    clipped = np.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-    result: BoolArray = -advantages * clipped > -advantages * ratio
-    return result
+    """bool ``[M]``: True where the clipped surrogate is the larger loss, so the gradient is 0.
 
-
-def eligible(
-    covariance: _AnyFloats, clipped: BoolArray, mask: BoolArray, section: ClipCovLossSection
-) -> BoolArray:
-    """bool ``[T]``: masked, not ratio-clipped, and strictly inside the covariance band."""
-    inside: BoolArray = (covariance > section.low) & (covariance < section.high)
-    return inside & mask & ~clipped
+    That is a ratio above 1 + clip_high with a positive advantage, or below 1 - clip_low with a
+    negative one; as logarithms, which do not overflow.
+    """
+    log_ratio = logprobs - old_logprobs
+    above: BoolArray = (advantages > 0) & (log_ratio > math.log(1.0 + clip_high))
+    below: BoolArray = (advantages < 0) & (log_ratio < math.log(1.0 - clip_low))
+    return above | below
 
 
 def drop_quota(fraction: float, num_tokens: int, num_eligible: int) -> int:
@@ -141,24 +162,9 @@ def dropped_fraction(samples: Sequence[TrainSample], dropped: Sequence[BoolArray
     return sum(int(row.sum()) for row in dropped) / max(num_tokens, 1)
 
 
-def _flat(
-    samples: Sequence[TrainSample], logprobs: Sequence[_AnyFloats]
-) -> tuple[_Values, _Values, BoolArray]:
-    """Log-probs, advantages and masks of all samples, each as one array."""
-    flat_logprobs = _joined(logprobs)
-    flat_advantages = _joined([sample.advantages for sample in samples])
-    flat_mask = np.concatenate([sample.response_mask for sample in samples])
-    assert len(flat_logprobs) == len(flat_mask), "one log-prob per token of every sample"
-    return flat_logprobs, flat_advantages, flat_mask
-
-
-def _flags(samples: Sequence[TrainSample], chosen: npt.NDArray[np.integer]) -> list[BoolArray]:
-    """bool ``[L]`` for each sample from indices into the samples laid end to end."""
-    lengths = [len(sample.token_ids) for sample in samples]
-    flags = np.zeros(sum(lengths), np.bool_)
+def _flags(samples: Sequence[TrainSample], chosen: Indices) -> list[BoolArray]:
+    """bool ``[L]`` for each sample from positions with the samples laid end to end."""
+    ends = list(accumulate(len(sample.token_ids) for sample in samples))
+    flags = np.zeros(ends[-1], np.bool_)
     flags[chosen] = True
-    return np.split(flags, np.cumsum(lengths)[:-1])
-
-
-def _joined(rows: Sequence[_AnyFloats]) -> _Values:
-    return np.concatenate(rows).astype(np.float64)
+    return [flags[start:end] for start, end in pairwise([0, *ends])]

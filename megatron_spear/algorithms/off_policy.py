@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_spear.algorithms.aggregation import WeightArray
-from megatron_spear.algorithms.covariance import MAX_LOG_RATIO
+from megatron_spear.algorithms.surrogates import MAX_LOG_RATIO
 from megatron_spear.errors import ConfigError, EngineError
 from megatron_spear.types import TrainSample, TrajectoryId
 

@@ -18,7 +18,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_spear.algorithms.covariance import MAX_LOG_RATIO
 from megatron_spear.config.losses import (
     ClipCovLossSection,
     ClippedLossSection,
@@ -26,6 +25,9 @@ from megatron_spear.config.losses import (
     KlCovLossSection,
     LossSection,
 )
+
+MAX_LOG_RATIO = 20.0
+"""Log ratios are clamped to +- this before they are exponentiated."""
 
 Terms = dict[str, Tensor]
 """``[T]`` each: ``surrogate`` (carries the gradient), and what is measured: ``ratio``, ``kl``,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.types import (
     Prompt,
     Reward,
@@ -18,6 +19,20 @@ from megatron_spear.types import (
     TrajectoryId,
     Turn,
 )
+
+ONE_LAYER = ModelShape(
+    family="qwen3",
+    num_layers=1,
+    hidden_size=2,
+    ffn_size=3,
+    num_heads=1,
+    num_groups=1,
+    head_dim=2,
+    vocab_size=5,
+    norm_eps=1e-6,
+    rope_theta=1e4,
+)
+"""A model shape small enough to count its FLOPs by hand."""
 
 
 def make_turn(

@@ -59,8 +59,9 @@ class FaultyCorridor(CorridorEnvironment):
     """A corridor that breaks on request, by action; ``options["first"]`` is taken at reset.
 
     ``crash`` raises, ``hang`` sleeps for an hour, ``exit`` ends the worker process, ``lambda``
-    answers with an info that cannot be pickled, ``calls`` with a tool call that is none, ``modules`` with the names of the imported
-    modules and the process id as info, ``pid`` with that id as observation.
+    answers with an info that cannot be pickled, ``calls`` with a tool call that is none,
+    ``modules`` with the names of the imported modules and the process id as info, ``pid`` with that
+    id as observation.
     """
 
     def reset(self, *, seed: int, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

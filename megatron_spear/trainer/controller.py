@@ -37,8 +37,9 @@ class Controller:
 
     def collect(
         self, ctx: StepContext, progress: Callable[[int], None] | None = None
-    ) -> tuple[tuple[ScoredGroup, ...], dict[str, float]]:
-        """Roll out and score the next prompts; returns the groups to go on with, and metrics.
+    ) -> tuple[tuple[ScoredGroup, ...], list[TrajectoryGroup], dict[str, float]]:
+        """Roll out and score the next prompts: the groups to go on with, all that were played, and
+        metrics.
 
         In up to ``dynamic_sampling_rounds`` further rounds, groups of equal rewards, which teach
         nothing, make room for groups of further prompts; those of the last round stay, whatever
@@ -62,7 +63,7 @@ class Controller:
         if self.algorithm.dynamic_sampling_rounds:
             metrics["filter/num_sampling_rounds"] = float(rounds)
             metrics["filter/num_resampled_groups"] = float(len(scored) - len(groups))
-        return tuple(groups), metrics
+        return tuple(groups), played, metrics
 
     def samples(
         self, ctx: StepContext, scored: tuple[ScoredGroup, ...]

@@ -23,6 +23,7 @@ from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan, Re
 from megatron_spear.trainer.official_mini_batches import OfficialMiniBatches
 from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.timing import PhaseTimer
+from megatron_spear.trainer.work import Pass, PassWork, policy_work, rollout_work, work_metrics
 from megatron_spear.types import Origin, StepContext, StepReport, TrainSample, Update
 from megatron_spear.weight_sync.in_process import publish
 
@@ -48,36 +49,39 @@ class SpearStep:
 
     def run(self, ctx: StepContext, progress: Callable[[int], None] | None = None) -> StepReport:
         """One trainer step: collect, compare, train, publish; returns its metrics."""
-        timer, metrics = PhaseTimer(), {}
+        timer, metrics, work = PhaseTimer(), {}, list[PassWork]()
         samples: list[TrainSample] = []
         with timer.phase("rollout"):
             if self.controller:
-                groups, found = self.controller.collect(ctx, progress)
+                groups, played, found = self.controller.collect(ctx, progress)
                 metrics.update(found)
+                work.append(rollout_work(self.policy.shape, played))
         with timer.phase("advantages"):
             if self.controller:
                 samples, found = self.controller.samples(ctx, groups)
                 metrics.update(found)
         with timer.phase("old_logprobs"):
             moving = samples if self.mini_batches.moves_all else with_gradient(samples)
-            active = self._with_old_logprobs(moving)
+            active = self._with_old_logprobs(moving, work)
         with timer.phase("ref_logprobs"):
-            reference = self._ref_logprobs(active)
+            reference = self._ref_logprobs(active, work)
         with timer.phase("replay"):
             extra = self._extra_updates(ctx, active)
             plans = self.mini_batches.plan(ctx, samples, active, extra)
-        metrics.update(self._train(ctx, plans, reference, timer))
+        metrics.update(self._train(ctx, plans, reference, timer, work))
         with timer.phase("weight_sync"):
             sent = publish(self.policy, self.engine, ctx.policy_version + 1)
             metrics["weight_sync/bytes"] = float(sent)
-        metrics.update(timer.metrics())
+        metrics.update(timer.metrics() | (work_metrics(work) if self.controller else {}))
         return self._finish(ctx, metrics)
 
-    def _with_old_logprobs(self, active: Sequence[TrainSample]) -> list[TrainSample]:
+    def _with_old_logprobs(
+        self, active: Sequence[TrainSample], work: list[PassWork]
+    ) -> list[TrainSample]:
         """The policy's log-probs before the update, or the engine's where the config says so."""
         if self.algorithm.old_logprobs == "engine":
             return list(active)
-        values = self._logprobs(active)
+        values = self._logprobs("old_logprobs", active, [Origin.ON_POLICY] * len(active), work)
         return with_old_logprobs(active, values) if self.controller else []
 
     def _extra_updates(self, ctx: StepContext, active: Sequence[TrainSample]) -> list[Update]:
@@ -86,34 +90,42 @@ class SpearStep:
         self.controller.hooks.on_samples(ctx, active)
         return self.controller.hooks.extra_updates(ctx)
 
-    def _ref_logprobs(self, active: Sequence[TrainSample]) -> RefLogprobs:
+    def _ref_logprobs(self, active: Sequence[TrainSample], work: list[PassWork]) -> RefLogprobs:
         """The reference policy's log-probs of the step's samples, where the loss has a KL."""
         if not self.algorithm.kl.coef:
             return {}
-        values = self._logprobs(active, reference=True)
+        values = self._logprobs("ref_logprobs", active, [Origin.ON_POLICY] * len(active), work)
         return {(s.trajectory_id, s.segment): v for s, v in zip(active, values, strict=True)}
 
-    def _current_logprobs(self, plan: Plan | None) -> list[list[np.ndarray]]:
+    def _current_logprobs(self, plan: Plan | None, work: list[PassWork]) -> list[list[np.ndarray]]:
         """Collective: for each part of a plan, its log-probs under the present weights, or [] where
         it does not need them."""
         parts = plan.parts if plan else ()
         needed = [part.trained if self.mini_batches.needs_current(part) else () for part in parts]
-        values = iter(self._logprobs([sample for samples in needed for sample in samples]))
+        pairs = zip(parts, needed, strict=True)
+        origins = [part.origin for part, samples in pairs for _ in samples]
+        together = [sample for samples in needed for sample in samples]
+        values = iter(self._logprobs("current_logprobs", together, origins, work))
         return [[next(values) for _ in samples] for samples in needed]
 
     def _logprobs(
-        self, samples: Sequence[TrainSample], *, reference: bool = False
+        self,
+        name: Pass,
+        samples: Sequence[TrainSample],
+        origins: Sequence[Origin],
+        work: list[PassWork],
     ) -> list[np.ndarray]:
         """Collective: log-probs ``[L]`` of each sample on the controller; [] where there are
-        none."""
+        none. ``ref_logprobs`` are those of the reference policy."""
         if not broadcast(len(samples) > 0):
             return []
         packed = None
         if self.controller:
             nothing = tuple(np.zeros(len(s.token_ids)) for s in samples)
-            packed = self._pack(samples, nothing, (Origin.ON_POLICY,) * len(samples))
-        temperature = self.loss.temperature
-        return self.policy.logprobs(packed, temperature, reference=reference) or []
+            packed = self._pack(samples, nothing, origins)
+            work += policy_work(self.policy.shape, name, samples, origins)
+        reference = name == "ref_logprobs"
+        return self.policy.logprobs(packed, self.loss.temperature, reference=reference) or []
 
     def _train(
         self,
@@ -121,6 +133,7 @@ class SpearStep:
         plans: Sequence[Plan],
         reference: RefLogprobs,
         timer: PhaseTimer,
+        work: list[PassWork],
     ) -> dict[str, float]:
         """The step's optimizer steps; a mini-batch in which nothing is left is left out."""
         records, shares = [], []
@@ -130,12 +143,13 @@ class SpearStep:
         for index in range(count):
             plan = plans[index] if self.controller else None
             with timer.phase("current_logprobs"):
-                current = self._current_logprobs(plan)
+                current = self._current_logprobs(plan, work)
             with timer.phase("train"):
                 batch = (
                     self.mini_batches.finish(ctx, plan, current, reference) if plan else MiniBatch()
                 )
                 shares.append(batch.metrics)
+                work += policy_work(self.policy.shape, "train", batch.samples, batch.origins)
                 if broadcast(len(batch.samples) > 0):
                     records.append(self._update(batch))
                     totals["train/num_updates"] += 1.0

@@ -239,6 +239,8 @@ class SpearRun:
             "wall_s": self._wall_s(),
             "rollout_tokens_per_s": progress.rollout_tokens / max(progress.rollout_s, 1e-9),
             "train_tokens_per_s": progress.train_tokens / max(progress.train_s, 1e-9),
+            "replay_train_fraction": progress.replay_train_fractions / max(progress.step, 1),
+            "replay_step_fraction": progress.replay_step_fractions / max(progress.step, 1),
         }
 
 

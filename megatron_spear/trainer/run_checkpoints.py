@@ -30,7 +30,7 @@ _KEYS = ("progress", "cursor", "hooks", "config_hash", "panel_sha256", "versions
 @dataclass
 class Progress:
     """What a run has come to; ``wall_s`` is the time since launch, over all launches, without what
-    a kill threw away."""
+    a kill threw away. The replay fractions are summed over the steps."""
 
     step: int = 0
     policy_version: int = 0
@@ -40,6 +40,8 @@ class Progress:
     rollout_tokens: float = 0.0
     train_s: float = 0.0
     train_tokens: float = 0.0
+    replay_train_fractions: float = 0.0
+    replay_step_fractions: float = 0.0
 
     def add(self, report: StepReport) -> None:
         """Count one finished step."""
@@ -49,6 +51,8 @@ class Progress:
         self.rollout_tokens += metrics.get("rollout/action_tokens", 0.0)
         self.train_s += metrics["time/train_s"]
         self.train_tokens += metrics.get("train/tokens", 0.0)
+        self.replay_train_fractions += metrics.get("work/replay_train_fraction", 0.0)
+        self.replay_step_fractions += metrics.get("work/replay_step_fraction", 0.0)
 
 
 class RunCheckpoints:

@@ -4,6 +4,7 @@ Where the default is the corrected method and differs, the difference itself is 
 |a - b| <= tol * (1 + |b|) with tol 1e-9 (float64) or 2e-4 (float32).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,16 @@ from golden_vectors import assert_match, cases
 
 from megatron_spear.algorithms.advantages import group_relative
 from megatron_spear.algorithms.aggregation import token_weights
-from megatron_spear.algorithms.covariance import covariances, drop_quota, eligible, ratio_clipped
+from megatron_spear.algorithms.covariance import (
+    covariances,
+    drop_quota,
+    in_band,
+    masked_means,
+    ratio_clipped,
+)
 from megatron_spear.algorithms.filters import keep_groups
 from megatron_spear.algorithms.gigpo import discounted_returns
+from megatron_spear.algorithms.masked_blocks import masked_blocks
 from megatron_spear.algorithms.official.gigpo import gigpo_step_returns
 from megatron_spear.algorithms.policy_loss import finish_metrics
 from megatron_spear.algorithms.surrogates import Clipped
@@ -88,17 +96,20 @@ def test_covariance_clip_eligibility(case: dict[str, Any]) -> None:
     section = ClipCovLossSection(
         fraction=params["cov_ratio"], low=params["cov_lb"], high=params["cov_ub"]
     )
-    covariance = covariances(logprobs, advantages, mask)
+    sample = replace(make_sample(mask=mask.tolist()), advantages=advantages)
+    blocks = masked_blocks([sample], [logprobs])
+    covariance = covariances(logprobs[mask], advantages[mask], masked_means(blocks))
     clipped = ratio_clipped(logprobs, old, advantages, params["clip_low"], params["clip_high"])
     recorded = np.array(expected["covariance"], np.float64).ravel()
     assert (np.isfinite(recorded) == (mask & ~clipped)).all(), "-inf marks what cannot be dropped"
     open_to_drop = np.isfinite(recorded)
     # upstream's masked means divide by (tokens + 1e-8), which moves a covariance by as much
-    got = covariance[open_to_drop]
+    got = covariance[open_to_drop[mask]]
     assert_match(got, recorded[open_to_drop], params["dtype"], float64=2e-8)
-    candidates = eligible(covariance, clipped, mask, section)
-    assert np.argwhere(candidates.reshape(shape)).tolist() == expected["eligible"]
-    quota = drop_quota(section.fraction, int(mask.sum()), int(candidates.sum()))
+    band = np.flatnonzero(mask)[in_band(covariance, section)]
+    eligible = band[~clipped[band]]
+    assert np.transpose(np.unravel_index(eligible, shape)).tolist() == expected["eligible"]
+    quota = drop_quota(section.fraction, int(mask.sum()), len(eligible))
     assert quota == len(expected["dropped"])
 
 

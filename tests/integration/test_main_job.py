@@ -55,6 +55,8 @@ def test_each_step_is_recorded_once_and_trains(
         assert record["rollout/num_trajectories"] == 8
         assert record["rollout/failed"] == 0
         assert record["train/num_rows"] > 0 and record["optimizer/grad_norm"] > 0
+        assert record["work/train_flops"] < record["work/step_flops"]
+        assert 0 <= record["work/replay_step_fraction"] < 1
     assert max(r["mismatch/max_logprob_gap"] for r in records.values()) < 1e-3
     evaluated = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in evaluated if "eval/success" in r] == [0, 3]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_spear.algorithms.covariance import MAX_LOG_RATIO
 from megatron_spear.algorithms.official.masked import aggregate, masked_mean
 from megatron_spear.algorithms.surrogates import (
+    MAX_LOG_RATIO,
     clipped_surrogate,
     gpg_surrogate,
     kl_cov_surrogate,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import PackedStep, TrainBatch, pack
@@ -15,6 +16,7 @@ from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
+from megatron_spear.trainer.work import forward_flops
 
 
 @dataclass
@@ -264,3 +266,20 @@ def test_the_reference_keeps_its_weights(tmp_path: Path, ctx: ParallelContext) -
         assert (mine == old).all() and (mine != new).any()
     assert all((weights[k] == v).all() for k, v in exported(policy).items())
     assert all((a == b).all() for a, b in zip(policy.logprobs(packed(), 1.0), after, strict=True))
+
+
+def test_its_matrix_products_are_those_the_work_counts(
+    tmp_path: Path, ctx: ParallelContext
+) -> None:
+    """All but attention, whose kernel torch does not count on a CPU."""
+    tiny_hf_folder(tmp_path)
+    policy, step = make(tmp_path, ctx), packed()
+    lengths = [1] * step.num_tokens
+    attention = 2 * policy.shape.num_layers * policy.shape.num_heads * policy.shape.head_dim
+    expected = forward_flops(policy.shape, lengths) - attention * step.num_tokens
+    with FlopCounterMode(display=False) as forward:
+        policy.logprobs(step, 1.0)
+    assert forward.get_total_flops() == expected
+    with FlopCounterMode(display=False) as both:
+        policy.compute_gradient(step.micro_batches[0], WeightedNll())
+    assert both.get_total_flops() == 3 * expected

@@ -115,7 +115,7 @@ def _filter(metrics: Mapping[str, float]) -> tuple[float, float]:
 
 def test_equal_groups_are_replaced_round_by_round() -> None:
     controller, rollouter = _controller([WON, MIXED, LOST, MIXED])
-    groups, metrics = controller.collect(_ctx(3))
+    groups, _, metrics = controller.collect(_ctx(3))
     # 0 (all won) makes room for 2 (all lost), which makes room for 3.
     assert _prompts(groups) == ["3", "1"]
     assert rollouter.calls == [
@@ -134,7 +134,7 @@ def test_equal_groups_are_replaced_round_by_round() -> None:
 )
 def test_rounds_are_bounded_and_the_last_one_stays(rounds: int, kept: str, consumed: int) -> None:
     controller, rollouter = _controller([WON, LOST, WON, MIXED, LOST], rounds)
-    groups, metrics = controller.collect(_ctx(1))
+    groups, _, metrics = controller.collect(_ctx(1))
     assert _prompts(groups) == list(kept) and controller.cursor.consumed == consumed
     further = len(rollouter.calls) - 1
     assert further == min(rounds, 3)
@@ -146,7 +146,7 @@ def test_rounds_are_bounded_and_the_last_one_stays(rounds: int, kept: str, consu
 
 def test_where_nothing_is_equal_one_round_is_enough() -> None:
     controller, rollouter = _controller()
-    _, metrics = controller.collect(_ctx(1))
+    _, _, metrics = controller.collect(_ctx(1))
     assert len(rollouter.calls) == 1 and _filter(metrics) == (0, 0)
 
 
@@ -155,7 +155,7 @@ def test_hooks_see_the_groups_that_stay_and_group_ids_are_unique() -> None:
     controller, _ = _controller([WON] * 4, hook=hook)
     names: list[str] = []
     for step in (1, 2):
-        groups, _ = controller.collect(_ctx(step))
+        groups, _, _ = controller.collect(_ctx(step))
         controller.samples(_ctx(step), groups)
         names += [group.group_id for group in groups]
     assert hook.seen == names and len(set(names)) == 4
@@ -189,16 +189,16 @@ def test_marked_members_count_as_in_the_statistics(in_statistics: bool, kept: st
     """One win beside a void loss has nothing to be compared with."""
     filters = {"in_group_statistics": in_statistics}
     controller, _ = _controller([VOID], row_filters=filters)
-    groups, _ = controller.collect(_ctx(1))
+    groups, _, _ = controller.collect(_ctx(1))
     assert _prompts(groups) == [kept, "1"]
 
 
 def test_a_round_in_which_everything_failed_is_like_one_of_equal_rewards() -> None:
     controller, _ = _controller([WON, MIXED, FAILED])
-    groups, metrics = controller.collect(_ctx(1))
+    groups, _, metrics = controller.collect(_ctx(1))
     assert _prompts(groups) == ["3", "1"] and metrics["rollout/failed"] == 2
     controller, _ = _controller([WON, MIXED, FAILED], rounds=1)
-    groups, metrics = controller.collect(_ctx(1))
+    groups, _, metrics = controller.collect(_ctx(1))
     assert _prompts(groups) == ["2", "1"] and groups[0].members == ()
     samples, _ = controller.samples(_ctx(1), groups)
     assert {s.prompt_id for s in samples} == {"prompt-7.1/prompt-1"}

@@ -14,11 +14,12 @@ from megatron_spear.config.method import AlgorithmSection, ReplaySection, Reward
 from megatron_spear.config.schema import RolloutSection
 from megatron_spear.data.packing import PackedStep
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
-from megatron_spear.testing.hand_made import make_prompt, make_sample, make_trajectory
+from megatron_spear.testing.hand_made import ONE_LAYER, make_prompt, make_sample, make_trajectory
 from megatron_spear.trainer.controller import Controller
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.loop import SpearStep, finish_step_metrics
+from megatron_spear.trainer.work import forward_flops
 from megatron_spear.types import (
     Coefficients,
     Origin,
@@ -67,6 +68,7 @@ class _Policy:
     """Gives the same log-prob to every token, and ready numbers for a training step."""
 
     pad_multiple = 1
+    shape = ONE_LAYER
     ctx = SimpleNamespace(data_size=1)
 
     def __init__(self, world: _World) -> None:
@@ -233,6 +235,8 @@ def test_what_is_trained_by_hand() -> None:
 def test_metrics_of_a_step() -> None:
     world = _world(_group("a", [True, False], failed=1), _group("b", [True, True]), replay=2)
     metrics = dict(_step(world, clip=True).run(CTX).metrics)
+    new, replayed = forward_flops(ONE_LAYER, [3]), forward_flops(ONE_LAYER, [4])
+    rollout = forward_flops(ONE_LAYER, [3] * 4, num_logits=8)
     expected = {
         "rollout/failed": 1.0,
         "rollout/success": 0.75,
@@ -250,6 +254,15 @@ def test_metrics_of_a_step() -> None:
         "loss/policy": 0.5,
         "policy/clip_fraction": 0.25,
         "weight_sync/bytes": 12.0,
+        "work/rollout_tokens": 12.0,
+        "work/old_logprobs_tokens": 6.0,
+        "work/ref_logprobs_tokens": 0.0,
+        "work/current_logprobs_tokens": 8.0,
+        "work/train_tokens": 14.0,
+        "work/replay_tokens": 8.0,
+        "work/replay_train_fraction": replayed / (replayed + new),
+        "work/replay_flops": 8 * replayed,
+        "work/replay_step_fraction": 8 * replayed / (rollout + 8 * new),
         "curriculum/intrinsic_weight": 0.5,
         "curriculum/replay_weight": 0.25,
         "mine/number": 5.0,
@@ -300,7 +313,7 @@ def test_failures_are_never_scored() -> None:
 def test_the_engines_own_logprobs_save_the_forward_pass() -> None:
     world = _world(_group("a", [True, False]))
     metrics = _step(world, old_logprobs="engine").run(CTX).metrics
-    assert "logprobs" not in world.calls
+    assert "logprobs" not in world.calls and metrics["work/old_logprobs_tokens"] == 0
     ((micro,),) = world.trained[0].micro_batches
     assert set(micro.old_logprobs[micro.token_weight > 0].tolist()) == {-0.5}
     assert "mismatch/logprob_gap_mean" not in metrics, "nothing was compared"
@@ -334,8 +347,9 @@ def test_numbers_of_the_optimizer_step_by_hand() -> None:
 
 def test_a_kl_asks_the_reference_and_trains_samples_without_advantage() -> None:
     world = _world(_group("a", [True, False]), _group("b", [True, True]))
-    _step(world, kl=KlSection(coef=0.1)).run(CTX)
+    metrics = _step(world, kl=KlSection(coef=0.1)).run(CTX).metrics
     assert world.calls[2:4] == ["logprobs", "ref_logprobs"]
+    assert metrics["work/ref_logprobs_tokens"] == metrics["work/old_logprobs_tokens"] == 12
     ((micro,),) = world.trained[0].micro_batches
     assert len(world.trained[0].lengths) == 4, "equal rewards move the policy back to the reference"
     weights = micro.regularizer_weight

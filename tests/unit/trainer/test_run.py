@@ -64,6 +64,7 @@ class _Step:
         self._events.append(f"step {ctx.step}")
         self._at(ctx.step)
         metrics = {"time/step_s": 1.0, "time/rollout_s": 0.5, "time/train_s": 0.5}
+        metrics |= {"work/replay_train_fraction": 0.1 * ctx.step, "work/replay_step_fraction": 0.5}
         return StepReport(step=ctx.step, policy_version=ctx.step, metrics=metrics)
 
 
@@ -206,7 +207,7 @@ def test_failed_games_are_told_and_count_nowhere(
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_wall_time_is_that_of_all_launches(tmp_path: Path) -> None:
+def test_wall_time_and_means_are_those_of_all_launches(tmp_path: Path) -> None:
     def at(step: int) -> None:
         launch.console.elapsed_s = 10.0 * step
 
@@ -216,4 +217,7 @@ def test_wall_time_is_that_of_all_launches(tmp_path: Path) -> None:
     resumed = _Launch(tmp_path)
     resumed.run.resume()
     resumed.console.elapsed_s = 7.0
-    assert resumed.run.run()["wall_s"] == 27.0
+    summary = resumed.run.run()
+    assert summary["wall_s"] == 27.0
+    assert summary["replay_train_fraction"] == pytest.approx(0.25)
+    assert summary["replay_step_fraction"] == 0.5
