@@ -1,5 +1,6 @@
 """What selection may know of the stored rows, as columns: one entry a row, oldest first."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,3 +42,8 @@ class ReplayIndex:
     def pick(self, rows: npt.NDArray[Any]) -> "ReplayIndex":
         """The rows at these positions, or where a bool ``[N]`` is True."""
         return ReplayIndex(**{name: getattr(self, name)[rows] for name in self.__slots__})
+
+
+def key_of(text: str) -> int:
+    """The 64-bit key of a prompt id or of a trajectory id as text (blake2b, little endian)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
