@@ -74,7 +74,7 @@ def _stored(hook: SelfImitationHook, folder: Path) -> list[str]:
     """The rows a resumed run would find."""
     store = ReplayStore(folder, 50)
     store.load_state_dict(hook.state_dict()["store"])
-    return [str(row.trajectory_id) for row in store.candidates()]
+    return [str(rows[0].trajectory_id) for rows in store.take(store.index().row_ids)]
 
 
 def _hook(folder: Path, **changes: Any) -> SelfImitationHook:
