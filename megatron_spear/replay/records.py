@@ -32,6 +32,10 @@ _ARRAYS = (
 def encode(samples: Sequence[TrainSample]) -> list[memoryview]:
     """One record, all segments of one trajectory, in pieces: nothing is copied to join them."""
     first = samples[0]
+    arrays = [
+        [np.ascontiguousarray(getattr(sample, name), stored) for name, stored, _ in _ARRAYS]
+        for sample in samples
+    ]
     meta = _to_json(
         {
             "group": first.trajectory_id.group,
@@ -47,20 +51,18 @@ def encode(samples: Sequence[TrainSample]) -> list[memoryview]:
             "samples": [
                 {
                     "segment": sample.segment,
-                    "lengths": [len(getattr(sample, name)) for name, _, _ in _ARRAYS],
+                    "lengths": [len(array) for array in own],
                     "anchors": list(sample.anchors),
                     "policy_version": sample.policy_version,
                     "tool_calls": sample.tool_calls,
                 }
-                for sample in samples
+                for sample, own in zip(samples, arrays, strict=True)
             ],
         }
     ).encode()
     meta += b" " * (-len(meta) % 4)
-    pieces = [memoryview(_META.pack(len(meta)) + meta)]
-    for name, stored, _ in _ARRAYS:
-        pieces += [np.ascontiguousarray(getattr(s, name), stored).data for s in samples]
-    return pieces
+    pieces = [array.data for same in zip(*arrays, strict=True) for array in same]
+    return [memoryview(_META.pack(len(meta)) + meta), *pieces]
 
 
 def decode(record: memoryview) -> list[TrainSample]:
@@ -91,21 +93,21 @@ def decode(record: memoryview) -> list[TrainSample]:
     ]
 
 
-def describe(samples: Sequence[TrainSample]) -> dict[str, float | int]:
-    """What ``ReplayIndex`` holds of one trajectory, without its row id.
+def describe(samples: Sequence[TrainSample]) -> tuple[float, ...]:
+    """What ``ReplayIndex`` holds of one trajectory behind its row id, in that order.
 
     Example: two segments with advantages (0, 1) and (3), all but the 0 masked, have mean 2.
     """
     first = samples[0]
-    advantages = sum(float(sample.advantages.sum(dtype=np.float64)) for sample in samples)
+    total = sum(float(sample.advantages.sum()) for sample in samples)  # 0 outside the mask
     num_masked = sum(int(np.count_nonzero(sample.response_mask)) for sample in samples)
-    return {
-        "policy_versions": min(sample.policy_version for sample in samples),
-        "outcome": first.reward.outcome,
-        "intrinsic": first.reward.intrinsic,
-        "format": first.reward.format,
-        "advantages": advantages / max(num_masked, 1),  # 0 outside the mask
-        "num_tokens": sum(len(sample.token_ids) for sample in samples),
-        "prompt_keys": key_of(first.prompt_id),
-        "trajectory_keys": key_of(str(first.trajectory_id)),
-    }
+    return (
+        min(sample.policy_version for sample in samples),
+        first.reward.outcome,
+        first.reward.intrinsic,
+        first.reward.format,
+        total / max(num_masked, 1),
+        sum(len(sample.token_ids) for sample in samples),
+        key_of(first.prompt_id),
+        key_of(str(first.trajectory_id)),
+    )

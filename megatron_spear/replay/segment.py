@@ -15,7 +15,6 @@ import struct
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -62,23 +61,24 @@ def write_segment(
     The arrays are written from where they are; while a thread waits for the system to take them,
     the next ones are checksummed. Raises OSError (a full disk).
     """
-    rows = np.zeros(len(trajectories), ROW)
+    found: list[tuple[float, ...]] = []
     offset, waiting = len(MAGIC), [memoryview(MAGIC)]
     with ThreadPoolExecutor(max_workers=1) as writer:
         written: list[Future[None]] = []
-        for position, samples in enumerate(trajectories):
+        for row_id, samples in enumerate(trajectories, first_row):
             record = encode(samples)
-            place = {"files": number, "offsets": offset, "sizes": _size(record)}
-            row = describe(samples) | place | {"row_ids": first_row + position}
-            row["crc32s"] = reduce(lambda crc32, piece: zlib.crc32(piece, crc32), record, 0)
-            rows[position] = tuple(row[name] for name in COLUMNS)
-            offset += place["sizes"]
+            size, crc32 = _size(record), 0
+            for piece in record:
+                crc32 = zlib.crc32(piece, crc32)
+            found.append((row_id, *describe(samples), number, offset, size, crc32))
+            offset += size
             waiting += record
             if len(waiting) >= _MAX_PIECES:
                 written.append(writer.submit(_write, descriptor, waiting))
                 waiting = []
         for future in written:
             future.result()
+    rows = np.array(found, ROW)
     index = rows.tobytes()
     index_crc32 = zlib.crc32(index)
     behind = index + _TRAILER.pack(len(rows), index_crc32)
@@ -131,6 +131,13 @@ def read_index(content: mmap.mmap, crc32: int, source: Path) -> RowArray:
             f"overwritten by another run; {RESTORE}"
         )
     return np.frombuffer(index, ROW)
+
+
+def read_ahead(content: mmap.mmap, rows: RowArray) -> None:
+    """Let the disk fetch these records at once, not one page after the other as they are read."""
+    for offset, size in zip(rows["offsets"].tolist(), rows["sizes"].tolist(), strict=True):
+        start = offset - offset % mmap.PAGESIZE
+        content.madvise(mmap.MADV_WILLNEED, start, offset + size - start)
 
 
 def read_record(content: mmap.mmap, row: np.void, source: Path) -> npt.NDArray[np.uint8]:

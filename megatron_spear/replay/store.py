@@ -30,6 +30,7 @@ from megatron_spear.replay.records import decode
 from megatron_spear.replay.segment import (
     RowArray,
     map_segment,
+    read_ahead,
     read_index,
     read_record,
     write_segment,
@@ -214,9 +215,11 @@ class ReplayStore:
                 f"{path}: the checkpoint lists replay rows {(file.first_row + lost[:5]).tolist()} "
                 "that this file does not hold"
             )
-        for row in rows[positions]:
+        live_rows = rows[positions]
+        read_ahead(content, live_rows)
+        for row in live_rows:
             read_record(content, row, path)
-        return rows[positions]
+        return live_rows
 
     def _read(self, positions: Positions) -> list[memoryview]:
         """Copies of the records at these positions, read-only; each file is mapped once.
@@ -228,9 +231,11 @@ class ReplayStore:
         block = np.empty(room.sum(), np.uint8)
         places = zip((np.cumsum(room) - room).tolist(), rows["sizes"].tolist(), strict=True)
         records = [block[first : first + size] for first, size in places]
-        for number, group in groupby(np.argsort(rows["row_ids"]), lambda i: int(rows["files"][i])):
-            path = self._path(number)
+        order = np.argsort(rows["row_ids"])
+        for number, same_file in groupby(order, lambda i: int(rows["files"][i])):
+            path, group = self._path(number), list(same_file)
             content = map_segment(path, self._files[number].num_bytes)
+            read_ahead(content, rows[group])
             for i in group:
                 records[i][:] = read_record(content, rows[i], path)
         return [record.data.toreadonly() for record in records]
