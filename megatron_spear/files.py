@@ -2,7 +2,10 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_IN_WORDS = ("no space left", "quota exceeded", "file too large")
@@ -13,17 +16,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     Text is written as UTF-8. Raises OSError (a full disk); the file is then what it was before.
     """
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """An open file that becomes ``path`` when the block ends well, and is removed when it does not.
+
+    A kill leaves the old file and a ``.tmp`` beside it. A power cut may lose what was not synced.
+    """
     partial = path.with_name(path.name + ".tmp")
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:

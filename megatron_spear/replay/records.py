@@ -1,137 +1,113 @@
-"""The bytes of one replay segment file: trajectories with their arrays, each with a checksum.
+"""The bytes of one stored trajectory, and its row in the index.
 
-    file    = MAGIC (8 bytes) | record | record | ...
-    record  = crc32 u32 | meta bytes u32 | payload bytes u64 | payload        (little endian)
-    payload = meta (JSON) | arrays of every sample, in the order of ``_ARRAYS``, without padding
+    record = meta bytes u32 | meta (JSON, padded with blanks) | arrays             (little endian)
+    arrays = every sample's token_ids, then every sample's rollout_logprobs, ... as in ``_ARRAYS``
 
-``payload bytes`` counts meta and arrays; the crc covers the payload. Files are written once, whole,
-and never changed.
+Meta ends at a multiple of 4 and the masks come last, so that the numbers lie aligned. A record has
+no checksum of its own: it stands in the index of its file (``segment``).
 """
 
 import json
 import struct
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from megatron_spear.errors import CheckpointError
+from megatron_spear.replay.index import key_of
 from megatron_spear.types import Reward, TrainSample, TrajectoryId
 
-MAGIC = b"MSREPL01"
-RESTORE = "restore the file, or resume the run: it goes back to a checkpoint that does not need it"
-"""What to do about a damaged file."""
-
-_HEADER = struct.Struct("<IIQ")
+_META = struct.Struct("<I")
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 _ARRAYS = (
     ("token_ids", "<i4", np.int32),
-    ("response_mask", "|b1", np.bool_),
     ("rollout_logprobs", "<f4", np.float32),
     ("old_logprobs", "<f4", np.float32),
     ("advantages", "<f4", np.float32),
     ("turn_starts", "<i4", np.int32),
+    ("response_mask", "|b1", np.bool_),
 )
 
 
-def encode(samples: Sequence[TrainSample]) -> bytes:
-    """One record: all segments of one trajectory."""
+def encode(samples: Sequence[TrainSample]) -> list[memoryview]:
+    """One record, all segments of one trajectory, in pieces: nothing is copied to join them."""
     first = samples[0]
-    meta = {
-        "group": first.trajectory_id.group,
-        "member": first.trajectory_id.member,
-        "prompt_id": first.prompt_id,
-        "num_segments": first.num_segments,
-        "reward": {
-            "outcome": first.reward.outcome,
-            "intrinsic": first.reward.intrinsic,
-            "format": first.reward.format,
-            "parts": dict(first.reward.parts),
-        },
-        "samples": [
-            {
-                "segment": sample.segment,
-                "lengths": [len(getattr(sample, name)) for name, _, _ in _ARRAYS],
-                "anchors": list(sample.anchors),
-                "policy_version": sample.policy_version,
-                "tool_calls": sample.tool_calls,
-            }
-            for sample in samples
-        ],
-    }
-    meta_bytes = json.dumps(meta, separators=(",", ":")).encode()
-    pieces = [meta_bytes]
-    for sample in samples:
-        for name, stored, _ in _ARRAYS:
-            pieces.append(np.asarray(getattr(sample, name)).astype(stored).tobytes())
-    payload = b"".join(pieces)
-    return _HEADER.pack(zlib.crc32(payload), len(meta_bytes), len(payload)) + payload
+    arrays = [
+        [np.ascontiguousarray(getattr(sample, name), stored) for name, stored, _ in _ARRAYS]
+        for sample in samples
+    ]
+    meta = _to_json(
+        {
+            "group": first.trajectory_id.group,
+            "member": first.trajectory_id.member,
+            "prompt_id": first.prompt_id,
+            "num_segments": first.num_segments,
+            "reward": {
+                "outcome": first.reward.outcome,
+                "intrinsic": first.reward.intrinsic,
+                "format": first.reward.format,
+                "parts": dict(first.reward.parts),
+            },
+            "samples": [
+                {
+                    "segment": sample.segment,
+                    "lengths": [len(array) for array in own],
+                    "anchors": list(sample.anchors),
+                    "policy_version": sample.policy_version,
+                    "tool_calls": sample.tool_calls,
+                }
+                for sample, own in zip(samples, arrays, strict=True)
+            ],
+        }
+    ).encode()
+    meta += b" " * (-len(meta) % 4)
+    pieces = [array.data for same in zip(*arrays, strict=True) for array in same]
+    return [memoryview(_META.pack(len(meta)) + meta), *pieces]
 
 
-def decode(record: bytes, source: str) -> list[TrainSample]:
-    """The samples of one record; CheckpointError naming ``source`` if its checksum does not match.
-
-    The arrays are read-only views into ``record``.
-    """
-    payload, meta = _open(memoryview(record), source)
-    reward = Reward(**meta["reward"])
-    offset = _HEADER.unpack_from(record)[1]
-    samples = []
-    for saved in meta["samples"]:
-        arrays: dict[str, Any] = {}
-        for (name, stored, dtype), length in zip(_ARRAYS, saved["lengths"], strict=True):
-            array = np.frombuffer(payload, np.dtype(stored), length, offset)
+def decode(record: memoryview) -> list[TrainSample]:
+    """The samples of one record whose checksum holds; arrays are views into it."""
+    (meta_size,) = _META.unpack_from(record)
+    offset = _META.size + meta_size
+    meta = json.loads(bytes(record[_META.size : offset]))
+    arrays: list[dict[str, Any]] = [{} for _ in meta["samples"]]
+    for at, (name, stored, dtype) in enumerate(_ARRAYS):
+        for saved, found in zip(meta["samples"], arrays, strict=True):
+            array = np.frombuffer(record, stored, saved["lengths"][at], offset)
             offset += array.nbytes
-            arrays[name] = array.astype(dtype, copy=False)
-        samples.append(
-            TrainSample(
-                trajectory_id=TrajectoryId(group=meta["group"], member=meta["member"]),
-                segment=saved["segment"],
-                num_segments=meta["num_segments"],
-                prompt_id=meta["prompt_id"],
-                reward=reward,
-                anchors=tuple(saved["anchors"]),
-                policy_version=saved["policy_version"],
-                tool_calls=saved["tool_calls"],
-                **arrays,
-            )
+            found[name] = array.astype(dtype, copy=False)
+    reward = Reward(**meta["reward"])
+    return [
+        TrainSample(
+            trajectory_id=TrajectoryId(group=meta["group"], member=meta["member"]),
+            segment=saved["segment"],
+            num_segments=meta["num_segments"],
+            prompt_id=meta["prompt_id"],
+            reward=reward,
+            anchors=tuple(saved["anchors"]),
+            policy_version=saved["policy_version"],
+            tool_calls=saved["tool_calls"],
+            **found,
         )
-    return samples
+        for saved, found in zip(meta["samples"], arrays, strict=True)
+    ]
 
 
-def split_records(content: bytes, source: str) -> Iterator[tuple[int, int]]:
-    """(offset, size) of each record of a whole file; CheckpointError if it is cut or not ours."""
-    if content[: len(MAGIC)] != MAGIC:
-        raise CheckpointError(
-            f"{source}: not a replay segment of this version (starts with {content[:8]!r}, "
-            f"expected {MAGIC!r}); {RESTORE}"
-        )
-    offset = len(MAGIC)
-    while offset < len(content):
-        if len(content) - offset < _HEADER.size:
-            raise _truncated(source, offset, _HEADER.size, len(content))
-        size = _HEADER.size + _HEADER.unpack_from(content, offset)[2]
-        if len(content) - offset < size:
-            raise _truncated(source, offset, size, len(content))
-        yield offset, size
-        offset += size
+def describe(samples: Sequence[TrainSample]) -> tuple[float, ...]:
+    """What ``ReplayIndex`` holds of one trajectory behind its row id, in that order.
 
-
-def _open(record: memoryview, source: str) -> tuple[memoryview, dict[str, Any]]:
-    if len(record) < _HEADER.size:
-        raise _truncated(source, 0, _HEADER.size, len(record))
-    checksum, meta_size, payload_size = _HEADER.unpack_from(record)
-    payload = record[_HEADER.size :]
-    if len(payload) != payload_size or zlib.crc32(payload) != checksum:
-        raise CheckpointError(
-            f"{source}: a replay record is corrupt (its crc32 or length does not match); {RESTORE}"
-        )
-    meta: dict[str, Any] = json.loads(bytes(payload[:meta_size]))
-    return payload, meta
-
-
-def _truncated(source: str, offset: int, needed: int, length: int) -> CheckpointError:
-    return CheckpointError(
-        f"{source}: truncated: a record at byte {offset} needs {needed} bytes, the file ends at "
-        f"{length}; {RESTORE}"
+    Example: two segments with advantages (0, 1) and (3), all but the 0 masked, have mean 2.
+    """
+    first = samples[0]
+    total = sum(float(sample.advantages.sum()) for sample in samples)  # 0 outside the mask
+    num_masked = sum(int(np.count_nonzero(sample.response_mask)) for sample in samples)
+    return (
+        min(sample.policy_version for sample in samples),
+        first.reward.outcome,
+        first.reward.intrinsic,
+        first.reward.format,
+        total / max(num_masked, 1),
+        sum(len(sample.token_ids) for sample in samples),
+        key_of(first.prompt_id),
+        key_of(str(first.trajectory_id)),
     )

@@ -3,15 +3,20 @@
     folder/segment-00000000.bin   trajectories inserted by the first add
     folder/segment-00000001.bin   ... by the second, and so on; an empty add writes no file
 
-The index holds what selection needs (reward parts, age, place in the log); the arrays stay on disk
-until a row is taken. A row is one trajectory, stored once and taken at most once. A checkpoint
-records a position in the log with the checksums of its files, never a copy; what a later, abandoned
-run appended beyond that position is not seen, and is overwritten as the log grows again.
+The index holds what selection needs (reward parts, age, place in the log), 100 bytes a row; the
+arrays stay on disk until a row is taken. A row is one trajectory, stored once and taken at most
+once. A checkpoint records a position in the log, the checksums of its files and which of their rows
+are live, never a copy; what a later, abandoned run appended beyond that position is not seen, and
+is overwritten as the log grows again.
+
+Files are flushed to disk when a checkpoint names them (``state_dict``), not when they are written:
+what no checkpoint names is written anew after a power cut, and the disk works while the step does.
 """
 
-import zlib
+import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +24,32 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.files import write_whole
-from megatron_spear.replay.index import ReplayIndex, key_of
-from megatron_spear.replay.records import MAGIC, RESTORE, decode, encode, split_records
+from megatron_spear.files import replacing, sync_file, sync_folder
+from megatron_spear.replay.index import IntArray, ReplayIndex
+from megatron_spear.replay.records import decode
+from megatron_spear.replay.segment import (
+    RowArray,
+    map_segment,
+    read_ahead,
+    read_index,
+    read_record,
+    write_segment,
+)
 from megatron_spear.replay.state import require_keys
-from megatron_spear.types import Reward, TrainSample, TrajectoryId
+from megatron_spear.replay.table import Positions, RowTable
+from megatron_spear.types import TrainSample
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReplayRow:
-    """What the index knows of one stored trajectory.
-
-    ``row_id`` counts insertions; ``policy_version`` is the oldest among its tokens; the record is
-    ``size`` bytes at ``offset`` of segment file number ``file``.
-    """
-
-    row_id: int
-    trajectory_id: TrajectoryId
-    prompt_id: str
-    reward: Reward
-    advantage: float
-    num_tokens: int
-    policy_version: int
-    file: int
-    offset: int
-    size: int
+_ALIGNMENT = 64
+"""Bytes a record read from disk starts at a multiple of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SegmentFile:
-    """A written file: the row id of its first record, its length and its checksum."""
+    """A written file: its rows, its length and the checksum of its index."""
 
     number: int
     first_row: int
+    num_rows: int
     num_bytes: int
     crc32: int
 
@@ -59,202 +57,194 @@ class _SegmentFile:
 class ReplayStore:
     """At most ``capacity`` trajectories, the oldest leaving first (FIFO); None: no limit.
 
-    Example: with capacity 2, adding a, b and then c leaves b and c as candidates, in that order.
+    Example: with capacity 2, adding a, b and then c leaves b and c in ``index()``, in that order.
     """
 
     def __init__(self, folder: Path, capacity: int | None) -> None:
         self._folder = folder
         self._capacity = capacity
-        self._rows: dict[int, ReplayRow] = {}  # by row id, so oldest first
+        self._table = RowTable()
         self._files: dict[int, _SegmentFile] = {}  # those that hold rows, by number
+        self._num_live: dict[int, int] = {}  # rows that each of them still holds
+        self._unsynced: set[int] = set()
         self._next_row = 0
         self._next_file = 0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._table)
 
     @property
     def next_row(self) -> int:
         """The row id the next trajectory added gets."""
         return self._next_row
 
+    def index(self) -> ReplayIndex:
+        """What selection may know of the rows that may still be taken, oldest first."""
+        return self._table.index()
+
     def add(self, trajectories: Sequence[Sequence[TrainSample]]) -> int:
         """Append trajectories (each: all its segments); returns how many rows capacity evicted.
 
-        Costs the bytes of the new rows. The file is complete on disk when this returns.
+        Costs the bytes of the new rows. On OSError (a full disk) the store is as it was before.
         """
         if not trajectories:
             return 0
-        content = MAGIC + b"".join(encode(samples) for samples in trajectories)
-        file = _SegmentFile(
-            number=self._next_file,
-            first_row=self._next_row,
-            num_bytes=len(content),
-            crc32=zlib.crc32(content),
-        )
-        path = self._path(file.number)
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
-        rows = _index(file, content, trajectories, str(path))
-        self._files[file.number] = file
-        self._rows.update((row.row_id, row) for row in rows)
-        self._next_row += len(trajectories)
+        number, first_row = self._next_file, self._next_row
+        with replacing(self._path(number)) as stream:
+            rows, num_bytes, crc32 = write_segment(
+                stream.fileno(), trajectories, number=number, first_row=first_row
+            )
+        file = _SegmentFile(
+            number=number,
+            first_row=first_row,
+            num_rows=len(rows),
+            num_bytes=num_bytes,
+            crc32=crc32,
+        )
+        self._insert(file, rows)
+        self._unsynced.add(number)
+        self._next_row += len(rows)
         self._next_file += 1
         return self._evict_beyond_capacity()
 
-    def index(self) -> ReplayIndex:
-        """What selection may know of the rows that may still be taken, oldest first."""
-        rows = self.candidates()
-        return ReplayIndex(
-            row_ids=np.array([row.row_id for row in rows], np.int64),
-            policy_versions=np.array([row.policy_version for row in rows], np.int64),
-            outcome=np.array([row.reward.outcome for row in rows], np.float64),
-            intrinsic=np.array([row.reward.intrinsic for row in rows], np.float64),
-            format=np.array([row.reward.format for row in rows], np.float64),
-            advantages=np.array([row.advantage for row in rows], np.float64),
-            num_tokens=np.array([row.num_tokens for row in rows], np.int64),
-            prompt_keys=np.array([key_of(row.prompt_id) for row in rows], np.uint64),
-            trajectory_keys=np.array([key_of(str(row.trajectory_id)) for row in rows], np.uint64),
-        )
-
-    def candidates(self) -> tuple[ReplayRow, ...]:
-        """All rows that may still be taken, oldest first."""
-        return tuple(self._rows.values())
-
     def take(self, row_ids: npt.ArrayLike) -> list[list[TrainSample]]:
-        """Read rows and remove them, in the order asked for: all segments of each.
+        """Read rows and remove them, in the order asked for: all segments of each, as copies.
 
-        Raises CheckpointError naming the file where a record is gone or fails its checksum.
+        Raises KeyError for a row that is not stored, and CheckpointError naming the file where a
+        record is gone or fails its checksum; no row is removed then.
         """
-        taken = [self._read(self._rows[row_id]) for row_id in np.asarray(row_ids).tolist()]
-        self._remove(row_ids)
+        positions = self._table.find(row_ids)
+        taken = [decode(record) for record in self._read(positions)]
+        self._remove(positions)
         return taken
 
     def discard(self, row_ids: npt.ArrayLike) -> int:
-        """Remove rows without reading them; returns how many."""
-        return self._remove(row_ids)
+        """Remove rows without reading them; returns how many. KeyError as in ``take``."""
+        return self._remove(self._table.find(row_ids))
 
     def evict_older_than(self, policy_version: int) -> int:
         """Remove rows with tokens from before ``policy_version``; returns how many."""
-        return self._remove(
-            [row.row_id for row in self._rows.values() if row.policy_version < policy_version]
-        )
+        return self._remove(self._table.older_than(policy_version))
 
     def prune(self, states: Iterable[Mapping[str, Any]]) -> int:
         """Delete files that neither a stored row nor a checkpoint needs; returns how many.
 
-        ``states`` are the ``state_dict`` of every checkpoint that may still be resumed from.
+        ``states`` are the ``state_dict`` of every checkpoint that may still be resumed from. What a
+        kill left half-written goes too.
         """
         needed = set(self._files)
         needed.update(file["number"] for state in states for file in state["files"])
         kept = {self._path(number) for number in needed}
-        doomed = [path for path in self._folder.glob("segment-*.bin") if path not in kept]
+        doomed = [path for path in self._folder.glob("segment-*") if path not in kept]
         for path in doomed:
             path.unlink()
         return len(doomed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the log, the rows still stored, their files' checksums (plain JSON)."""
+        """The position in the log; of each file with live rows its checksum and a bitmap of them.
+
+        Plain JSON, a bit a row. Every file it names is flushed to disk first, so that a checkpoint
+        claims nothing that a power cut can lose. Raises OSError (a full disk).
+        """
+        self._sync()
+        live = self._table.index().row_ids
         return {
             "next_row": self._next_row,
             "next_file": self._next_file,
-            "rows": list(self._rows),
-            "files": [asdict(file) for file in self._files.values()],
+            "files": [
+                asdict(file) | {"live": _bitmap(file, live)} for file in self._files.values()
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Return to a recorded position; every file still needed is read and verified.
+        """Return to a recorded position; every row still stored is read and verified.
 
-        Raises CheckpointError naming the file that is missing, cut, corrupt or of another run, and
-        where the store would hold more rows than its capacity.
+        Raises CheckpointError naming the file that is missing, cut, corrupt or of another run; the
+        store is then as it was before. A smaller capacity than before keeps the newest rows.
         """
-        require_keys(state, ("next_row", "next_file", "rows", "files"), "replay store")
-        files = {saved["number"]: _SegmentFile(**saved) for saved in state["files"]}
-        found = {row.row_id: row for file in files.values() for row in self._load(file)}
-        lost = sorted(set(state["rows"]) - set(found))
-        if lost:
-            raise CheckpointError(
-                f"{self._folder}: the checkpoint lists replay rows {lost[:5]} that none of its "
-                "segment files holds"
-            )
-        self._rows = {row_id: found[row_id] for row_id in state["rows"]}
-        self._files = files
-        self._next_row, self._next_file = state["next_row"], state["next_file"]
-        self._evict_beyond_capacity()
+        require_keys(state, ("next_row", "next_file", "files"), "replay store")
+        loaded = ReplayStore(self._folder, self._capacity)
+        for saved in state["files"]:
+            file = _SegmentFile(**{name: saved[name] for name in saved if name != "live"})
+            loaded._insert(file, loaded._load(file, saved["live"]))
+        loaded._next_row, loaded._next_file = state["next_row"], state["next_file"]
+        loaded._evict_beyond_capacity()
+        vars(self).update(vars(loaded))
 
-    def _load(self, file: _SegmentFile) -> list[ReplayRow]:
+    def _load(self, file: _SegmentFile, live: str) -> RowArray:
+        """The live rows of a file, each verified."""
         path = self._path(file.number)
-        if not path.exists():
+        positions = np.flatnonzero(np.unpackbits(np.frombuffer(base64.b64decode(live), np.uint8)))
+        content = map_segment(path, file.num_bytes)
+        rows = read_index(content, file.crc32, path)
+        lost = positions[positions >= len(rows)]
+        if len(lost):
             raise CheckpointError(
-                f"{path}: missing, but the checkpoint needs its replay rows; {RESTORE}"
+                f"{path}: the checkpoint lists replay rows {(file.first_row + lost[:5]).tolist()} "
+                "that this file does not hold"
             )
-        content = path.read_bytes()
-        if len(content) != file.num_bytes or zlib.crc32(content) != file.crc32:
-            raise CheckpointError(
-                f"{path}: got {len(content)} bytes with crc32 {zlib.crc32(content):08x}, the "
-                f"checkpoint expects {file.num_bytes} bytes with {file.crc32:08x}: truncated, "
-                f"corrupt or overwritten by another run; {RESTORE}"
-            )
-        spans = split_records(content, str(path))
-        trajectories = [decode(content[at : at + size], str(path)) for at, size in spans]
-        return _index(file, content, trajectories, str(path))
+        live_rows = rows[positions]
+        read_ahead(content, live_rows)
+        for row in live_rows:
+            read_record(content, row, path)
+        return live_rows
 
-    def _read(self, row: ReplayRow) -> list[TrainSample]:
-        path = self._path(row.file)
-        try:
-            with path.open("rb") as stream:
-                stream.seek(row.offset)
-                record = stream.read(row.size)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: a replay row cannot be read ({error}); leave the replay folder in place "
-                f"while a run uses it"
-            ) from error
-        return decode(record, str(path))
+    def _read(self, positions: Positions) -> list[memoryview]:
+        """Copies of the records at these positions, read-only; each file is mapped once.
+
+        They share one block of memory: large blocks come in large pages, which are quicker to get.
+        """
+        rows = self._table.rows(positions)
+        room = -(-rows["sizes"] // _ALIGNMENT) * _ALIGNMENT
+        block = np.empty(room.sum(), np.uint8)
+        places = zip((np.cumsum(room) - room).tolist(), rows["sizes"].tolist(), strict=True)
+        records = [block[first : first + size] for first, size in places]
+        order = np.argsort(rows["row_ids"])
+        for number, same_file in groupby(order, lambda i: int(rows["files"][i])):
+            path, group = self._path(number), list(same_file)
+            content = map_segment(path, self._files[number].num_bytes)
+            read_ahead(content, rows[group])
+            for i in group:
+                records[i][:] = read_record(content, rows[i], path)
+        return [record.data.toreadonly() for record in records]
+
+    def _insert(self, file: _SegmentFile, rows: RowArray) -> None:
+        self._table.append(rows)
+        self._files[file.number] = file
+        self._num_live[file.number] = len(rows)
 
     def _evict_beyond_capacity(self) -> int:
         if self._capacity is None:
             return 0
-        return self._remove(list(self._rows)[: max(0, len(self._rows) - self._capacity)])
+        return self._remove(self._table.oldest(max(0, len(self) - self._capacity)))
 
-    def _remove(self, row_ids: npt.ArrayLike) -> int:
-        doomed = np.asarray(row_ids).tolist()
-        for row_id in doomed:
-            del self._rows[row_id]
-        if doomed:
-            used = {row.file for row in self._rows.values()}
-            self._files = {number: f for number, f in self._files.items() if number in used}
-        return len(doomed)
+    def _remove(self, positions: Positions) -> int:
+        """Remove rows, and forget files that hold no more."""
+        numbers, counts = np.unique(self._table.rows(positions)["files"], return_counts=True)
+        self._table.remove(positions)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            self._num_live[number] -= count
+            if not self._num_live[number]:
+                del self._num_live[number], self._files[number]
+        return len(positions)
+
+    def _sync(self) -> None:
+        named = self._unsynced & self._files.keys()
+        for number in sorted(named):
+            sync_file(self._path(number))
+        if named:
+            sync_folder(self._folder)
+            sync_folder(self._folder.parent)
+        self._unsynced.clear()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"segment-{number:08d}.bin"
 
 
-def _index(
-    file: _SegmentFile,
-    content: bytes,
-    trajectories: Sequence[Sequence[TrainSample]],
-    source: str,
-) -> list[ReplayRow]:
-    """The index entries of one file's records, in order."""
-    spans = split_records(content, source)
-    return [
-        ReplayRow(
-            row_id=file.first_row + index,
-            trajectory_id=samples[0].trajectory_id,
-            prompt_id=samples[0].prompt_id,
-            reward=samples[0].reward,
-            advantage=_mean_advantage(samples),
-            num_tokens=sum(len(sample.token_ids) for sample in samples),
-            policy_version=min(sample.policy_version for sample in samples),
-            file=file.number,
-            offset=offset,
-            size=size,
-        )
-        for index, (samples, (offset, size)) in enumerate(zip(trajectories, spans, strict=True))
-    ]
-
-
-def _mean_advantage(samples: Sequence[TrainSample]) -> float:
-    values = np.concatenate([s.advantages[s.response_mask] for s in samples]).astype(np.float64)
-    return float(values.mean()) if len(values) else 0.0
+def _bitmap(file: _SegmentFile, live: IntArray) -> str:
+    """Base64 of a bit a row of the file: whether its id is among the sorted ``live``."""
+    first, end = np.searchsorted(live, (file.first_row, file.first_row + file.num_rows))
+    bits = np.zeros(file.num_rows, np.uint8)
+    bits[live[first:end] - file.first_row] = 1
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()

@@ -24,9 +24,6 @@ from megatron_spear.replay.store import ReplayStore
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.types import Origin, StepContext, StepReport, TrainSample, Update
 
-UNBOUNDED = 2**62
-"""The store's capacity: the buffer alone decides what stays."""
-
 
 class OfficialReplayHook(Hook):
     """At most one replay ``Update`` a step, when the buffer is full.
@@ -49,7 +46,7 @@ class OfficialReplayHook(Hook):
                 min_released_rows=algorithm.official.min_released_rows,
             )
         )
-        self._store = ReplayStore(folder, UNBOUNDED)
+        self._store = ReplayStore(folder, capacity=None)  # the buffer decides what stays
         self._pending: list[TrainSample] = []
         self._metrics: dict[str, float] = {}
 
@@ -73,7 +70,7 @@ class OfficialReplayHook(Hook):
             }
             updates.append(Update(samples=samples, origin=Origin.REPLAY, weight=weight))
         if stored and not len(self._buffer):
-            self._store.discard([row.row_id for row in self._store.candidates()])
+            self._store.discard(self._store.index().row_ids)
         self._metrics["replay/stored"] = float(len(self._buffer))
         return updates
 
@@ -103,8 +100,7 @@ class OfficialReplayHook(Hook):
                 advantages=np.array([[float(row.advantages.max(initial=0.0))] for row in rows]),
             ),
         )
-        kept = set(self._buffer.row_ids)
-        self._store.discard([r.row_id for r in self._store.candidates() if r.row_id not in kept])
+        self._store.discard(np.setdiff1d(self._store.index().row_ids, self._buffer.row_ids))
 
     def state_dict(self) -> dict[str, Any]:
         """The buffer and the store's position."""
