@@ -26,6 +26,7 @@ setup(
         "PyYAML>=6",
         "rich>=14",
         "numpy>=2",
+        "xxhash>=3.5",
         "wandb>=0.25",
         "matplotlib>=3.9",
     ],

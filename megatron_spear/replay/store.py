@@ -51,7 +51,7 @@ class _SegmentFile:
     first_row: int
     num_rows: int
     num_bytes: int
-    crc32: int
+    checksum: int
 
 
 class ReplayStore:
@@ -92,7 +92,7 @@ class ReplayStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         number, first_row = self._next_file, self._next_row
         with replacing(self._path(number)) as stream:
-            rows, num_bytes, crc32 = write_segment(
+            rows, num_bytes, checksum = write_segment(
                 stream.fileno(), trajectories, number=number, first_row=first_row
             )
         file = _SegmentFile(
@@ -100,7 +100,7 @@ class ReplayStore:
             first_row=first_row,
             num_rows=len(rows),
             num_bytes=num_bytes,
-            crc32=crc32,
+            checksum=checksum,
         )
         self._insert(file, rows)
         self._unsynced.add(number)
@@ -177,7 +177,7 @@ class ReplayStore:
         path = self._path(file.number)
         positions = np.flatnonzero(np.unpackbits(np.frombuffer(base64.b64decode(live), np.uint8)))
         content = map_segment(path, file.num_bytes)
-        rows = read_index(content, file.crc32, path)
+        rows = read_index(content, file.checksum, path)
         lost = positions[positions >= len(rows)]
         if len(lost):
             raise CheckpointError(

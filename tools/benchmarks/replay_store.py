@@ -64,6 +64,12 @@ class Line:
     ratio: float | None = None
     aim: str = ""
 
+    @property
+    def verdict(self) -> str:
+        """The ratio, and what it should be."""
+        ratio = f"{self.ratio:.2f}x" if self.ratio else ""
+        return f"{ratio} ({self.aim})".strip() if self.aim else ratio
+
     def __str__(self) -> str:
         ratio = f"{self.ratio:.2f}x" if self.ratio else ""
         return f"{self.what:46}{self.store:>26}{self.against:>26}{ratio:>10}  {self.aim}"
@@ -72,13 +78,18 @@ class Line:
 HEADER = f"{'what':46}{'store':>26}{'against':>26}{'ratio':>10}  aim"
 
 
-def measure(sizes: Sizes) -> list[Line]:
+def measure(sizes: Sizes, folder: Path) -> list[Line]:
     """All lines: the store alone in a process of its own, then beside the list of tensors."""
-    with tempfile.TemporaryDirectory(prefix="replay") as folder:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            lines, state = pool.submit(against_plain_files, sizes, Path(folder)).result()
-        return lines + against_list(sizes, Path(folder), state)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        lines, state = pool.submit(against_plain_files, sizes, folder).result()
+    return lines + against_list(sizes, folder, state)
+
+
+def rows(num_held: int, folder: Path) -> list[tuple[str, str, str, str]]:
+    """The lines as rows of ``method.py``'s table."""
+    lines = measure(Sizes(rows=num_held), folder)
+    return [(line.what.strip(), line.store, line.against, line.verdict) for line in lines]
 
 
 def against_plain_files(sizes: Sizes, folder: Path) -> tuple[list[Line], dict[str, Any]]:
@@ -347,8 +358,9 @@ def main() -> None:
     if sizes.rows < needed:
         parser.error(f"--rows: got {sizes.rows}, expected at least {needed} (twice what is drawn)")
     print(HEADER)
-    for line in measure(sizes):
-        print(line)
+    with tempfile.TemporaryDirectory(prefix="replay") as folder:
+        for line in measure(sizes, Path(folder)):
+            print(line)
 
 
 if __name__ == "__main__":

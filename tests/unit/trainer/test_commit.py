@@ -206,9 +206,13 @@ _DRIVER = """
                 (tmp / "state").write_bytes(state)
                 (tmp / "padding").write_bytes(state * 500)
 
-    folder, last, kills = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    def newest(folder):
+        return next((c.step for c in CheckpointStore(Path(folder), keep=2).whole()), 0)
+
+    folder, least_steps, least_kills = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     draw = random.Random(0)
-    for _ in range(kills):
+    kills = reached = 0
+    while kills < least_kills or reached < least_steps:  # a busy machine takes more kills
         child = os.fork()
         if child == 0:
             try:
@@ -218,7 +222,7 @@ _DRIVER = """
         time.sleep(draw.uniform(0.002, 0.03))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the trainer failed before it was killed"
-    reached = next(CheckpointStore(Path(folder), keep=2).whole()).step
+        kills, reached = kills + 1, newest(folder)
     train(folder, reached + 3)
     final = next(CheckpointStore(Path(folder), keep=2).whole())
     state = b""
@@ -234,6 +238,6 @@ _DRIVER = """
 
 def test_survives_kill_9_at_random_moments(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(_DRIVER), str(tmp_path), "8", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 5
+    assert int(done.stdout) >= 8
