@@ -1,5 +1,6 @@
 """The official mode as whole runs: it replays in bursts, and a stopped run goes on the same."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ Records = Callable[[Path], dict[int, dict[str, Any]]]
 SETTINGS = (
     "run.steps=4",
     "checkpoint.every=1",
+    "evaluation.every=2",
     "algorithm.compat=official",
     "algorithm.loss={type: clip_cov, fraction: 0.01, low: 0.001, high: 5}",
     "replay.combine=separate_step",
@@ -33,7 +35,7 @@ TREES = {
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_a_resumed_run_is_the_run_that_was_not_stopped(
+def test_defect_06_a_run_that_replays_evaluates_and_resumes_as_if_not_stopped(
     tree: str,
     spear: Callable[..., Any],
     tmp_path: Path,
@@ -55,3 +57,5 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     step = expected[released[-1]]
     assert step["train/num_updates"] == 2 and step["replay/stored"] == 0
     assert "replay/p50" in step and "replay/cov_dropped_fraction" in step
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/success" in line] == [0, 2, 4]

@@ -103,6 +103,30 @@ NOTHING: Sequence[Group] = ([0.0, 0.0],)
 """A step in which nothing is good enough to be stored."""
 
 
+def test_defect_04_a_release_that_drops_rows_keeps_the_right_rewards() -> None:
+    """Of three stored rows the one below the median goes; the released code indexes the others' rewards
+    by the old positions and ends with IndexError. Repaired in both modes."""
+    official = Official(capacity=1)
+    official.step(1, [(1.0, 0.2), (3.0, 2.0), (9.0, 8.0)])
+    release = official.step(2, [(0.0, 0.0)])
+    assert release is not None and release.num_kept < release.num_stored
+    rewards = {"1-0/0": 1.0, "1-1/0": 3.0, "1-2/0": 9.0}
+    for name, reward in zip(release.rows.row_ids.tolist(), release.rows.rewards, strict=True):
+        assert reward == rewards[name]
+
+
+def test_defect_23_without_its_state_a_resumed_replay_starts_from_nothing(tmp_path: Path) -> None:
+    """The released code saves neither buffer nor history; ours goes on where it was."""
+    ours = Ours(tmp_path)
+    for step in (1, 2, 3):
+        ours.step(step, [(1.0, 0.0), (0.0, 0.0)])
+    forgetful, resumed = Ours(tmp_path / "empty"), Ours(tmp_path)
+    resumed.hook.load_state_dict(ours.hook.state_dict())
+    groups = [(1.0, 0.0), (0.0, 0.0)]
+    assert forgetful.step(4, groups) == {}
+    assert resumed.step(4, groups) == ours.step(4, groups) != {}
+
+
 def test_defect_09_rows_older_than_the_limit_stay_and_are_replayed(tmp_path: Path) -> None:
     """Limit 2, rows of step 1, then steps without good rows. There the age is the distance to the
     newest stored chunk, which is the rows themselves, so they are 0 old for ever."""
