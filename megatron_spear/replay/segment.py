@@ -14,7 +14,6 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -61,26 +60,22 @@ def write_segment(
 
     Gives ``ROW [N]``, the bytes written and the index's checksum.
 
-    The arrays are written from where they are; while a thread waits for the system to take them,
-    the next ones are checksummed. Raises OSError (a full disk).
+    The arrays are written from where they are, many at a time: nothing is copied to join them.
+    Raises OSError (a full disk).
     """
     found: list[tuple[float, ...]] = []
     offset, waiting = len(MAGIC), [memoryview(MAGIC)]
-    with ThreadPoolExecutor(max_workers=1) as writer:
-        written: list[Future[None]] = []
-        for row_id, samples in enumerate(trajectories, first_row):
-            record = encode(samples)
-            size, checksum = _size(record), xxhash.xxh3_64()
-            for piece in record:
-                checksum.update(piece)
-            found.append((row_id, *describe(samples), number, offset, size, checksum.intdigest()))
-            offset += size
-            waiting += record
-            if len(waiting) >= _MAX_PIECES:
-                written.append(writer.submit(_write, descriptor, waiting))
-                waiting = []
-        for future in written:
-            future.result()
+    for row_id, samples in enumerate(trajectories, first_row):
+        record = encode(samples)
+        size, checksum = _size(record), xxhash.xxh3_64()
+        for piece in record:
+            checksum.update(piece)
+        found.append((row_id, *describe(samples), number, offset, size, checksum.intdigest()))
+        offset += size
+        waiting += record
+        if len(waiting) >= _MAX_PIECES:
+            _write(descriptor, waiting)
+            waiting = []
     rows = np.array(found, ROW)
     index = rows.tobytes()
     checksum_of_index = xxhash.xxh3_64_intdigest(index)

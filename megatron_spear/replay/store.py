@@ -54,6 +54,9 @@ class _SegmentFile:
     checksum: int
 
 
+_SAVED_FILE = (*_SegmentFile.__slots__, "live")
+
+
 class ReplayStore:
     """At most ``capacity`` trajectories, the oldest leaving first (FIFO); None: no limit.
 
@@ -166,6 +169,7 @@ class ReplayStore:
         require_keys(state, ("next_row", "next_file", "files"), "replay store")
         loaded = ReplayStore(self._folder, self._capacity)
         for saved in state["files"]:
+            require_keys(saved, _SAVED_FILE, "a file of the replay store")
             file = _SegmentFile(**{name: saved[name] for name in saved if name != "live"})
             loaded._insert(file, loaded._load(file, saved["live"]))
         loaded._next_row, loaded._next_file = state["next_row"], state["next_file"]

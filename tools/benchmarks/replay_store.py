@@ -7,7 +7,8 @@ Rows are trajectories of 4,096 tokens (70 kB). A step adds 2,048 and draws 1,024
 median reward. Both sides of a ratio run in turns in one process; medians over rounds.
 
 - *plain file*: the same bytes in one ``write``, and those of 1,024 rows in one ``read``; what is
-  read is in the page cache on both sides. Memory is what no file backs (``RssAnon``, sampled) while
+  read is in the page cache on both sides, and what is written takes memory that older files gave
+  back, as in a store that is full. Memory is what no file backs (``RssAnon``, sampled) while
   the store is filled, drawn from and resumed, in a process without torch; the 2,048 rows that are
   added count too.
 - *list of tensors*: the official code's way: dicts of tensors, ``copy.deepcopy`` on the way in and
@@ -115,8 +116,10 @@ def against_plain_files(sizes: Sizes, folder: Path) -> tuple[list[Line], dict[st
         timed(times, "draw", lambda step=step: draw_from_store(store, sizes, steps + step))
         timed(times, "index", store.index)
     for step in range(steps, steps + sizes.rounds):
-        rows, plain = renamed(trajectories, step), folder / f"plain-{step}"  # all kept: a file
-        # that is removed leaves its memory to the next, which is then quicker to write
+        rows, plain = renamed(trajectories, step), folder / f"plain-{step}"
+        # As a run that is full: what leaves gives its memory to what comes, on both sides.
+        (folder / f"plain-{step - 2}").unlink(missing_ok=True)
+        store.prune([])
         timed(times, "write", lambda plain=plain: plain.write_bytes(content))
         timed(times, "write sync", lambda plain=plain: (sync_file(plain), sync_folder(folder)))
         timed(times, "add", lambda rows=rows: store.add(rows))
@@ -178,7 +181,8 @@ def against_list(sizes: Sizes, folder: Path, state: Mapping[str, Any]) -> list[L
     require_memory(1.1 * sizes.rows * sizes.tokens * 17 + 2e9)
     times: Times = defaultdict(list)
     trajectories = make_trajectories(sizes)
-    beside, store = ReplayStore(folder / "beside", None), ReplayStore(folder / "replay", sizes.rows)
+    beside = ReplayStore(folder / "beside", 2 * sizes.added)
+    store = ReplayStore(folder / "replay", sizes.rows)
     store.load_state_dict(state)
     held: list[dict[str, Any]] = []
     step = sizes.rows  # later than all steps of the full store
@@ -186,6 +190,8 @@ def against_list(sizes: Sizes, folder: Path, state: Mapping[str, Any]) -> list[L
         step += 1
         rows = renamed(trajectories, step)
         tensors = [as_tensors(sample) for (sample,) in rows]
+        del held[: -sizes.added]
+        beside.prune([])
         timed(times, "list add", lambda tensors=tensors: held.extend(map(copy.deepcopy, tensors)))
         timed(times, "add", lambda rows=rows: beside.add(rows))
         timed(times, "add sync", beside.state_dict)

@@ -104,8 +104,8 @@ NOTHING: Sequence[Group] = ([0.0, 0.0],)
 
 
 def test_defect_04_a_release_that_drops_rows_keeps_the_right_rewards() -> None:
-    """Of three stored rows the one below the median goes; the released code indexes the others' rewards
-    by the old positions and ends with IndexError. Repaired in both modes."""
+    """Of three stored rows the one below the median goes; the released code indexes the others'
+    rewards by the old positions and ends with IndexError. Repaired in both modes."""
     official = Official(capacity=1)
     official.step(1, [(1.0, 0.2), (3.0, 2.0), (9.0, 8.0)])
     release = official.step(2, [(0.0, 0.0)])

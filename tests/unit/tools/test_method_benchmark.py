@@ -96,8 +96,8 @@ def test_one_table_of_the_parts_asked_for(
     assert lines[2:] == [
         "| what | ours | other | ratio (aim) |",
         "| --- | --- | --- | --- |",
-        "| step | 10000 | run.seed=3 | 1x |",
-        "| store | 10000 | run.seed=3 | 1x |",
+        "| step | 100000 | run.seed=3 | 1x |",
+        "| store | 100000 | run.seed=3 | 1x |",
     ]
     monkeypatch.setattr(sys, "argv", ["method.py", "--only", "nothing"])
     with pytest.raises(SystemExit, match="2"):
