@@ -85,6 +85,9 @@ class OfficialSection(Section):
     agent a row a turn (needs a window)."""
     micro_batch_rows: PositiveInt = 8
     """Rows of a micro-batch: its statistics and normalisation enter the official loss."""
+    every_turn_counts: bool = True
+    """In the agent tree's group statistics every turn counts (as in all released scripts), so long
+    trajectories weigh more; False = each trajectory counts once."""
     min_released_rows: NonNegativeInt = 1
     """A smaller replay batch is dropped (the official code's number of GPUs)."""
 

@@ -70,14 +70,15 @@ def main() -> None:
     parser.add_argument("--config", default="examples/alfworld/quickstart.yaml")
     options, options.settings = parser.parse_known_args()
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.only or PARTS:
-            (place := Path(folder) / name).mkdir()
-            rows += PARTS[name](options, place)
-    print(f"\n{options.threads} thread(s)")
-    for row in (("what", "ours", "other", "ratio (aim)"), ("---",) * 4, *rows):
-        print(f"| {' | '.join(row)} |")
+    lines = [("what", "ours", "other", "ratio (aim)"), ("---",) * 4]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in options.only or PARTS:
+                (place := Path(folder) / name).mkdir()
+                lines += PARTS[name](options, place)
+    finally:  # what was measured before a part that fails
+        print(f"\n{options.threads} thread(s)")
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 if __name__ == "__main__":

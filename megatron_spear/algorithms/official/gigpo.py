@@ -87,9 +87,12 @@ def gigpo_advantage(
     *,
     mode: Mode,
     step_weight: float = 1.0,
+    cross: bool = True,
 ) -> RewardArray:
     """float64 ``[N, T]``: the episode's part plus ``step_weight`` times the step's."""
-    episode = gigpo_episode_advantage(token_level_rewards, mask, uid, traj_uid, mode=mode)
+    episode = gigpo_episode_advantage(
+        token_level_rewards, mask, uid, traj_uid, mode=mode, cross=cross
+    )
     step = gigpo_step_advantage(step_rewards, mask, anchor_obs, uid, mode=mode)
     return episode + step_weight * step
 

@@ -155,7 +155,12 @@ def _grpo(
     if section.official.tree == "math":
         return grpo_advantage(rewards, mask, uid, normalize_std=section.normalize_std)
     return grpo_step_sample_advantage(
-        rewards, mask, uid, trajectories, cross=True, normalize_std=section.normalize_std
+        rewards,
+        mask,
+        uid,
+        trajectories,
+        cross=section.official.every_turn_counts,
+        normalize_std=section.normalize_std,
     )
 
 
@@ -176,6 +181,7 @@ def _gigpo(
         trajectories,
         mode=section.gigpo.mode,
         step_weight=section.gigpo.step_weight,
+        cross=section.official.every_turn_counts,
     )
 
 

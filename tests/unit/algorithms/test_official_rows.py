@@ -67,6 +67,26 @@ def test_agent_rows_are_turns_and_each_moves_the_mean() -> None:
     assert {values[0] for values in corrected.values()} == {0.5, -0.5}
 
 
+@pytest.mark.parametrize("advantage", ["grpo", "gigpo"])
+def test_agent_rows_can_count_each_trajectory_once(advantage: str) -> None:
+    """The mean is then 1/2; GiGPO's step part is the same for both settings."""
+    group = _windowed("g", [(1, Reward(outcome=1.0), None), (3, Reward(outcome=0.0), None)])
+    counted = [
+        _numbers(
+            official_rows(
+                CTX,
+                [group],
+                NONE,
+                _section(advantage=advantage, official={"every_turn_counts": every}),
+                2,
+            )[0]
+        )
+        for every in (True, False)
+    ]
+    differences = [counted[0][row] - counted[1][row] for row in counted[0]]
+    assert differences == pytest.approx([0.5 - 0.25] * 4)
+
+
 def test_a_row_is_charged_its_own_invalid_action_in_full() -> None:
     """Penalty 0.4 on one of two turns: format is -0.2 of the trajectory, -0.4 of the row."""
     reward = Reward(outcome=1.0, intrinsic=0.2, format=-0.2)
