@@ -7,6 +7,7 @@ is free.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from megatron_spear.algorithms.surrogates import clipped_surrogate
 from megatron_spear.types import BoolArray, TrainSample
 
 _Rows = Sequence[TrainSample]
+_T = TypeVar("_T")
 
 
 def official_token_weights(
@@ -60,10 +62,8 @@ def official_dropped(
     The official permutation is torch's, unseeded; here it is drawn by ``key`` and the micro-batch.
     """
     result: list[BoolArray] = []
-    start = 0
-    for number, chunk in enumerate(_chunks(rows, micro_batch_rows)):
-        own = logprobs[start : start + len(chunk)]
-        start += len(chunk)
+    chunks = zip(_chunks(rows, micro_batch_rows), _chunks(logprobs, micro_batch_rows), strict=True)
+    for number, (chunk, own) in enumerate(chunks):
         masks = [s.response_mask for s in chunk]
         columns = [masks, own, [s.old_logprobs for s in chunk], [s.advantages for s in chunk]]
         mask, current, old, advantages = _padded(chunk, columns, 1)
@@ -90,10 +90,8 @@ def official_kl_selected(
 ) -> list[BoolArray]:
     """bool ``[L]`` of each row: the tokens that pay in its micro-batch (kl_cov)."""
     result: list[BoolArray] = []
-    start = 0
-    for chunk in _chunks(rows, micro_batch_rows):
-        own = logprobs[start : start + len(chunk)]
-        start += len(chunk)
+    chunks = zip(_chunks(rows, micro_batch_rows), _chunks(logprobs, micro_batch_rows), strict=True)
+    for chunk, own in chunks:
         columns = [[s.response_mask for s in chunk], own, [s.advantages for s in chunk]]
         mask, current, advantages = _padded(chunk, columns, 1)
         flags = kl_cov_selected(current, advantages, mask, fraction).double()
@@ -101,7 +99,7 @@ def official_kl_selected(
     return result
 
 
-def _chunks(rows: _Rows, size: int) -> Iterator[_Rows]:
+def _chunks(rows: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 

@@ -14,8 +14,9 @@ clears their response mask, the agent tree rebuilds it (defect 21), so there the
 means over tokens and get KL and entropy bonus.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -138,60 +139,51 @@ def _advantages(rows: Sequence[_Row], section: AlgorithmSection) -> RewardArray:
     mask = np.arange(max(counts.max(), 1))[None, :] < counts[:, None]
     rewards = np.zeros(mask.shape, np.float64)
     rewards[:, 0] = [row.score for row in rows]
-    uid = np.array([row.sample.trajectory_id.group for row in rows])
-    trajectories = np.array([str(row.sample.trajectory_id) for row in rows])
-    values = _METHODS[section.advantage](rewards, mask, uid, trajectories, rows, section)
-    return values[:, 0]
-
-
-def _grpo(
-    rewards: RewardArray,
-    mask: npt.NDArray[np.bool_],
-    uid: npt.NDArray[np.str_],
-    trajectories: npt.NDArray[np.str_],
-    rows: Sequence[_Row],
-    section: AlgorithmSection,
-) -> RewardArray:
-    if section.official.tree == "math":
-        return grpo_advantage(rewards, mask, uid, normalize_std=section.normalize_std)
-    return grpo_step_sample_advantage(
-        rewards,
-        mask,
-        uid,
-        trajectories,
-        cross=section.official.every_turn_counts,
-        normalize_std=section.normalize_std,
+    columns = _Columns(
+        rewards=rewards,
+        mask=mask,
+        uid=np.array([row.sample.trajectory_id.group for row in rows]),
+        trajectories=np.array([str(row.sample.trajectory_id) for row in rows]),
     )
+    return _METHODS[section.advantage](columns, rows, section)[:, 0]
 
 
-def _gigpo(
-    rewards: RewardArray,
-    mask: npt.NDArray[np.bool_],
-    uid: npt.NDArray[np.str_],
-    trajectories: npt.NDArray[np.str_],
-    rows: Sequence[_Row],
-    section: AlgorithmSection,
-) -> RewardArray:
+class _Columns(NamedTuple):
+    """What the official functions take: ``rewards``, ``mask`` ``[N, T]``, the others ``[N]``."""
+
+    rewards: RewardArray
+    mask: npt.NDArray[np.bool_]
+    uid: npt.NDArray[np.str_]
+    trajectories: npt.NDArray[np.str_]
+
+
+def _grpo(given: _Columns, rows: Sequence[_Row], section: AlgorithmSection) -> RewardArray:
+    normalize_std = section.normalize_std
+    if section.official.tree == "math":
+        return grpo_advantage(*given[:3], normalize_std=normalize_std)
+    cross = section.official.every_turn_counts
+    return grpo_step_sample_advantage(*given, cross=cross, normalize_std=normalize_std)
+
+
+def _gigpo(given: _Columns, rows: Sequence[_Row], section: AlgorithmSection) -> RewardArray:
     return gigpo_advantage(
-        rewards,
+        given.rewards,
         np.array([row.step_return for row in rows]),
-        mask,
+        given.mask,
         np.array([row.sample.anchors[0] for row in rows], object),
-        uid,
-        trajectories,
+        given.uid,
+        given.trajectories,
         mode=section.gigpo.mode,
         step_weight=section.gigpo.step_weight,
         cross=section.official.every_turn_counts,
     )
 
 
-_METHODS = {
+_METHODS: dict[str, Callable[[_Columns, Sequence[_Row], AlgorithmSection], RewardArray]] = {
     "grpo": _grpo,
     "gigpo": _gigpo,
-    "rloo": lambda rewards, mask, uid, *_: rloo_advantage(rewards, mask, uid),
-    "reinforce_pp_baseline": lambda rewards, mask, uid, *_: reinforce_pp_baseline_advantage(
-        rewards, mask, uid
-    ),
+    "rloo": lambda given, *_: rloo_advantage(*given[:3]),
+    "reinforce_pp_baseline": lambda given, *_: reinforce_pp_baseline_advantage(*given[:3]),
 }
 
 
