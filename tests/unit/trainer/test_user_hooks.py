@@ -160,7 +160,7 @@ def test_each_mistake_names_the_entry(path: str, settings: dict[str, Any], expec
         ("def f(:\n", "raised SyntaxError: invalid syntax (broken.py, line 1)"),
         ("import math\nx = math.sqrt(-1)\n", "raised ValueError: math domain error (broken.py:2)"),
         ("\nimport nowhere_to_be_found\n", "No module named 'nowhere_to_be_found' (broken.py:2)"),
-        ("import sys\nsys.exit(3)\n", "raised SystemExit: 3 (broken.py:2)"),
+        ("\nraise SystemExit(3)\n", "raised SystemExit: 3 (broken.py:2)"),
     ],
 )
 @pytest.mark.parametrize("module", ["broken", "broken.py"])
