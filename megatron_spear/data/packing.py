@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_spear.data.balance import Plan, plan_micro_batches
 from megatron_spear.errors import DataError
 from megatron_spear.types import FloatArray, Origin, TrainSample
-
-ATTENTION_LENGTH = 4096
-"""Length in tokens at which attention is taken to cost as much as the linear layers."""
 
 EXTRA_COLUMNS = ("regularizer_weight", "ref_logprobs", "kl_selected")
 """Columns of a batch that are 0 everywhere unless ``pack`` is given them."""
@@ -72,7 +70,7 @@ class PackedStep:
     """
 
     micro_batches: tuple[tuple[TrainBatch, ...], ...]
-    members: tuple[tuple[tuple[int, ...], ...], ...]
+    members: Plan
     lengths: tuple[int, ...]
 
     @property
@@ -116,17 +114,19 @@ def pack(
     data_parallel: int = 1,
     tokens_per_microbatch: int,
     pad_multiple: int = 1,
+    mix_lengths: bool = False,
     columns: _Columns | None = None,
     dtype: type[np.floating] = np.float32,
 ) -> PackedStep:
     """Distribute samples over data-parallel ranks and micro-batches.
 
     ``token_weights[i]`` float ``[L]`` is the final loss weight of each token of sample ``i``
-    (index t speaks of token t; entry 0 must be 0, nothing predicts token 0). Rows are sorted by
-    length, so that sequences of like length share a micro-batch; micro-batches have about equal
-    cost, attention included, and at most ``tokens_per_microbatch`` tokens unless one sample alone
-    is longer. Each is padded to a multiple of ``pad_multiple`` (sequence parallelism needs the
-    tensor-parallel size).
+    (index t speaks of token t; entry 0 must be 0, nothing predicts token 0). Ranks have about equal
+    cost, attention included, and micro-batches at most ``tokens_per_microbatch`` tokens unless one
+    sample alone is longer (``data.balance``). Each is padded to a multiple of ``pad_multiple``
+    (sequence parallelism needs the tensor-parallel size). Where attention lays sequences out to the
+    longest of a micro-batch, those of like length should share one; ``mix_lengths`` is for where it
+    does not: it fills micro-batches better and ranks more evenly.
 
     ``columns[name][i]`` ``[L]`` are further values of each token, ``name`` of ``EXTRA_COLUMNS``;
     those not given are 0. ``dtype`` is that of the batch's floats.
@@ -136,16 +136,18 @@ def pack(
     _check(samples, token_weights, origins)
     given = _check_columns(samples, columns or {})
     lengths = [len(sample.token_ids) for sample in samples]
-    bins = _balanced_bins(lengths, tokens_per_microbatch, data_parallel)
-    dealt, pad = _deal(bins, lengths, data_parallel), pad_multiple
-    micro_batches = tuple(
-        tuple(
-            _build(samples, {"token_weight": token_weights, **given}, origins, group, pad, dtype)
-            for group in rank
-        )
-        for rank in dealt
+    plan = plan_micro_batches(
+        lengths,
+        data_parallel=data_parallel,
+        tokens_per_microbatch=tokens_per_microbatch,
+        mix_lengths=mix_lengths,
     )
-    return PackedStep(micro_batches=micro_batches, members=dealt, lengths=tuple(lengths))
+    values = {"token_weight": token_weights, **given}
+    micro_batches = tuple(
+        tuple(_build(samples, values, origins, group, pad_multiple, dtype) for group in rank)
+        for rank in plan
+    )
+    return PackedStep(micro_batches=micro_batches, members=plan, lengths=tuple(lengths))
 
 
 def _check(
@@ -182,62 +184,6 @@ def _check_columns(samples: Sequence[TrainSample], columns: _Columns) -> _Column
         if got != expected:
             raise DataError(f"{name}: got {got} values, expected one per token: {expected}")
     return columns
-
-
-def _cost(length: int) -> float:
-    return length * (1.0 + length / ATTENTION_LENGTH)
-
-
-def _balanced_bins(lengths: Sequence[int], limit: int, data_parallel: int) -> list[list[int]]:
-    """Contiguous runs of the samples sorted by length; a multiple of ``data_parallel`` of them."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    needed = len(_fill(order, lengths, limit, float("inf")))
-    target = -(-needed // data_parallel) * data_parallel
-    low, high = 0.0, sum(_cost(length) for length in lengths)
-    best = _fill(order, lengths, limit, high)
-    for _ in range(40):
-        middle = (low + high) / 2
-        bins = _fill(order, lengths, limit, middle)
-        if len(bins) <= target:
-            best, high = bins, middle
-        else:
-            low = middle
-    while len(best) < target:
-        widest = max(best, key=lambda b: (len(b) > 1, sum(_cost(lengths[i]) for i in b)))
-        if len(widest) < 2:
-            best.append([])
-            continue
-        best.remove(widest)
-        best += [widest[: len(widest) // 2], widest[len(widest) // 2 :]]
-    return best
-
-
-def _fill(order: list[int], lengths: Sequence[int], limit: int, cap: float) -> list[list[int]]:
-    """Greedy runs with at most ``limit`` tokens and ``cap`` cost, one sample at least."""
-    bins: list[list[int]] = []
-    tokens, cost = 0, 0.0
-    for index in order:
-        length = lengths[index]
-        fits = tokens + length <= limit and cost + _cost(length) <= cap
-        if not bins or not fits:
-            bins.append([])
-            tokens, cost = 0, 0.0
-        bins[-1].append(index)
-        tokens += length
-        cost += _cost(length)
-    return bins
-
-
-def _deal(
-    bins: list[list[int]], lengths: Sequence[int], data_parallel: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Bins to ranks in snake order of cost, the same number each."""
-    by_cost = sorted(bins, key=lambda b: (-sum(_cost(lengths[i]) for i in b), b))
-    ranks: list[list[tuple[int, ...]]] = [[] for _ in range(data_parallel)]
-    for position, group in enumerate(by_cost):
-        turn, seat = divmod(position, data_parallel)
-        ranks[seat if turn % 2 == 0 else data_parallel - 1 - seat].append(tuple(group))
-    return tuple(tuple(rank) for rank in ranks)
 
 
 def _build(

@@ -94,6 +94,11 @@ class MegatronPolicy:
         """What ``pack`` has to pad micro-batches to."""
         return self.ctx.tensor_size if self._policy.sequence_parallel else 1
 
+    @property
+    def mix_lengths(self) -> bool:
+        """Whether ``pack`` may mix lengths: attention on packed tokens pays nothing for it."""
+        return bool(self._core.packed_attention)
+
     def logprobs(
         self,
         packed: PackedStep | None,

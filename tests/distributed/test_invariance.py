@@ -62,6 +62,7 @@ CUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "small micro-batches, padded": (1, {"tokens_per_microbatch": 90, "pad_multiple": 32}),
     "rows reversed": (1, {"tokens_per_microbatch": 90, "reverse": True}),
     "two ranks": (2, {"tokens_per_microbatch": 100_000}),
+    "two ranks, lengths mixed": (2, {"tokens_per_microbatch": 90, "mix_lengths": True}),
     "four ranks, small, padded, reversed": (
         4,
         {"tokens_per_microbatch": 60, "pad_multiple": 8, "reverse": True},

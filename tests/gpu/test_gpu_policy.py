@@ -28,7 +28,8 @@ def test_equals_transformers(
 ) -> None:
     model = tiny_hf_folder(tmp_path, architecture)
     policy = _policy(tmp_path, ctx, precision)
-    packed = pack(*random_samples(), tokens_per_microbatch=200)
+    assert policy.mix_lengths == (precision == "bf16")
+    packed = pack(*random_samples(), tokens_per_microbatch=200, mix_lengths=policy.mix_lengths)
     got = policy.logprobs(packed, 0.8)
     samples, weights, _ = random_samples()
     for sample, values in zip(samples, got, strict=True):

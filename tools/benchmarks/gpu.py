@@ -164,7 +164,8 @@ def _large(folder: Path, ctx: ParallelContext) -> tuple[MegatronPolicy, PackedSt
         weights = [np.full(n, 1.0 / sum(lengths), np.float32) for n in lengths]
         for weight in weights:
             weight[0] = 0.0  # nothing predicts the first token
-        packed = pack(samples, weights, [Origin.ON_POLICY] * len(samples), **_LIMIT)
+        origins = [Origin.ON_POLICY] * len(samples)
+        packed = pack(samples, weights, origins, mix_lengths=True, **_LIMIT)
         _kept["large"] = _policy(model, ctx, "bf16"), packed, lengths
     return _kept["large"]
 

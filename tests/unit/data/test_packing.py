@@ -26,7 +26,7 @@ def sample_of(length: int, number: int) -> TrainSample:
 
 
 def packed_of(
-    lengths: list[int], limit: int, data_parallel: int, multiple: int
+    lengths: list[int], limit: int, data_parallel: int, multiple: int, mix: bool = False
 ) -> tuple[list[TrainSample], list[np.ndarray], PackedStep]:
     samples = [sample_of(length, number) for number, length in enumerate(lengths)]
     weights = [np.random.default_rng(n).random(length) for n, length in enumerate(lengths)]
@@ -40,6 +40,7 @@ def packed_of(
         data_parallel=data_parallel,
         tokens_per_microbatch=limit,
         pad_multiple=multiple,
+        mix_lengths=mix,
     )
     return samples, weights, step
 
@@ -68,11 +69,11 @@ def test_shift_by_hand() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4))
+@given(LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4), st.booleans())
 def test_nothing_is_lost_or_doubled(
-    lengths: list[int], limit: int, data_parallel: int, multiple: int
+    lengths: list[int], limit: int, data_parallel: int, multiple: int, mix: bool
 ) -> None:
-    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple)
+    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple, mix)
     assert len(step.micro_batches) == data_parallel
     assert len({len(rank) for rank in step.micro_batches}) == 1
     packed_members = sorted(i for rank in step.members for group in rank for i in group)
@@ -91,11 +92,11 @@ def test_nothing_is_lost_or_doubled(
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4))
+@given(LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4), st.booleans())
 def test_unpack_undoes_pack(
-    lengths: list[int], limit: int, data_parallel: int, multiple: int
+    lengths: list[int], limit: int, data_parallel: int, multiple: int, mix: bool
 ) -> None:
-    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple)
+    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple, mix)
     for name, originals in (
         ("old_logprobs", [s.old_logprobs for s in samples]),
         ("token_weight", [w.astype(np.float32) for w in weights]),
