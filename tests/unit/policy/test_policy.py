@@ -268,11 +268,12 @@ def test_the_reference_keeps_its_weights(tmp_path: Path, ctx: ParallelContext) -
     assert all((a == b).all() for a, b in zip(policy.logprobs(packed(), 1.0), after, strict=True))
 
 
+@pytest.mark.parametrize("architecture", ["Qwen3", "Qwen3Moe"])
 def test_its_matrix_products_are_those_the_work_counts(
-    tmp_path: Path, ctx: ParallelContext
+    architecture: str, tmp_path: Path, ctx: ParallelContext
 ) -> None:
     """All but attention, whose kernel torch does not count on a CPU."""
-    tiny_hf_folder(tmp_path)
+    tiny_hf_folder(tmp_path, architecture)
     policy, step = make(tmp_path, ctx), packed()
     lengths = [1] * step.num_tokens
     attention = 2 * policy.shape.num_layers * policy.shape.num_heads * policy.shape.head_dim
