@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
@@ -19,6 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.policy.layers import GatedMlp
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # Megatron 0.16 asks for it without TransformerEngine too
 
 
 class Experts(SequentialMLP):  # type: ignore[misc]
