@@ -157,7 +157,8 @@ class PackedModel(GPTModel):  # type: ignore[misc]
 def _mark_split_weights(model: torch.nn.Module) -> None:
     """Tell Megatron which weights are split over ranks, and how (the gradient norm needs it).
 
-    Megatron does so while it initialises weights, which is switched off here.
+    Megatron does so while it initialises weights, which is switched off here. An expert's
+    weights are whole, but marked too: each tensor-parallel rank counts its own experts.
     """
     axes = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
