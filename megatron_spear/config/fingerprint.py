@@ -19,6 +19,7 @@ RESUME_MAY_DIFFER = (
     "model.cache_dir",
     "policy.tensor_parallel",
     "policy.pipeline_parallel",
+    "policy.expert_parallel",
     "policy.sequence_parallel",
     "policy.tokens_per_microbatch",
     "rollout.max_slots",

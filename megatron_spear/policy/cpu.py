@@ -5,7 +5,8 @@ Nothing is changed where CUDA is present. Three parts, from cold to hot:
 1. ``install()`` (on importing ``megatron_spear.policy``, before megatron) replaces functions of
    ``torch.cuda`` that fail without a device: current device, streams, events, generator states.
 2. ``patch_megatron()`` (after importing megatron) gives the pipeline schedules, which write
-   ``device="cuda"`` on the hot path, a view of torch whose factories allocate on the CPU.
+   ``device="cuda"`` on the hot path, a view of torch whose factories allocate on the CPU, and the
+   exchange of tokens between experts its sizes in the form that gloo takes.
 3. ``cuda_means_cpu()`` is a context for building, stepping and saving, where such spellings are
    many and time does not count. It slows every torch call, so forward and backward run outside.
 
@@ -132,10 +133,17 @@ def patch_megatron() -> None:
         return
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_on_cpu
     schedules.torch = _TorchOnCpu()
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Sizes of an all-to-all as plain numbers, which gloo asks for; the rest is on the CPU."""
+    return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]

@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 
+from megatron_spear.conversion.word_tokenizer import make_tokenizer
+from megatron_spear.envs.alfworld.phrases import NAMES, PHRASES
+from megatron_spear.envs.alfworld.vocabulary import alfworld_words
+from megatron_spear.testing.tiny import tiny_hf_folder
+
 pytestmark = pytest.mark.timeout(300)
 
 SETTINGS = ("run.steps=2", "policy.optimizer.lr=0.001", "checkpoint.every=1")
@@ -99,3 +104,28 @@ def test_a_run_goes_on_at_another_layout(
     record = training_records(one_rank)[2]
     assert training_records(run_dir)[2] == pytest.approx(record, rel=1e-3, abs=1e-5)
     same_weights(one_rank, run_dir, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_experts_goes_on_with_them_on_two_ranks(
+    launch: Callable[..., Any],
+    spear: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+    same_weights: Same,
+) -> None:
+    """Step 1 on one rank, step 2 with half of the experts on each of two."""
+    model, one, two = (tmp_path / name for name in ("model", "one", "two"))
+    tokenizer = make_tokenizer(alfworld_words(), PHRASES, NAMES)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "head_dim": 8, "num_experts": 4}
+    tiny_hf_folder(model, "Qwen3Moe", **sizes, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(model)
+    settings = (*SETTINGS, f"model.path={model}", "sft.steps=30")
+    spear("train", f"run.dir={one}", *settings)
+    spear("train", f"run.dir={two}", *settings, "run.stop_after=1")
+    done = launch(f"resume={two}", *settings, "policy.expert_parallel=2", ranks=2).wait(240)
+    assert done.status == 0, done.err
+    record = training_records(one)[2]
+    assert record["optimizer/grad_norm"] > 0
+    assert training_records(two)[2] == pytest.approx(record, rel=1e-3, abs=1e-5)
+    same_weights(one, two, 1e-5)
