@@ -112,6 +112,10 @@ class PolicySection(Section):
     """Dtype of parameters and activations."""
     tokens_per_microbatch: PositiveInt = 4096
     """Most tokens packed into one micro-batch, per data-parallel rank."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept. ``selective``: those inside
+    the attention, between its linear layers. ``full``: all but each layer's input, for a third
+    forward pass."""
     optimizer: OptimizerSection = OptimizerSection()
     """Optimizer of the RL steps."""
 

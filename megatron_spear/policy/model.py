@@ -1,5 +1,7 @@
 """A Megatron-Core GPTModel for a Hugging Face model, for packed sequences."""
 
+from typing import Any
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -36,6 +38,17 @@ from megatron_spear.policy.layers import GatedMlp, RMSNorm
 from megatron_spear.policy.parallel import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+"""Megatron's settings by ``policy.recompute``."""
 
 
 def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerConfig:
@@ -74,6 +87,7 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **RECOMPUTE[policy.recompute],
     )
 
 

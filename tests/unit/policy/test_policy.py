@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import PackedStep, TrainBatch, pack
 from megatron_spear.errors import CheckpointError, ConfigError
@@ -44,8 +45,10 @@ def packed(limit: int = 200) -> PackedStep:
     return pack(*random_samples(), tokens_per_microbatch=limit)
 
 
-def gradient(policy: MegatronPolicy, step: PackedStep) -> dict[str, Tensor]:
-    policy.compute_gradient(step.micro_batches[0], WeightedNll())
+def gradient(
+    policy: MegatronPolicy, step: PackedStep, loss: TokenLoss | None = None
+) -> dict[str, Tensor]:
+    policy.compute_gradient(step.micro_batches[0], loss or WeightedNll())
     return {name: p.main_grad.clone() for name, p in policy._core.named_parameters()}
 
 
@@ -96,6 +99,43 @@ def test_gradient_does_not_depend_on_packing(tmp_path: Path, ctx: ParallelContex
         assert len(step.micro_batches[0]) > 2
         for name, grad in gradient(policy, step).items():
             assert ((grad - one[name]).norm() / one[name].norm()).item() < 1e-5, name
+
+
+class KeptBytes(WeightedNll):
+    """Counts what autograd keeps of the forward pass, weights apart, until the loss is there."""
+
+    def __init__(self, policy: MegatronPolicy) -> None:
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in policy._core.parameters()}
+        self.seen: dict[int, torch.UntypedStorage] = {}
+        self.total = 0
+
+    def count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.seen[storage.data_ptr()] = storage  # held, so that no other gets its address
+        return tensor
+
+    def __call__(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        self.total = sum(s.nbytes() for at, s in self.seen.items() if at not in self.weights)
+        return super().__call__(*args)
+
+
+def test_recomputed_activations_are_not_kept_and_change_nothing(
+    tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path)
+    step, gradients, kept = packed(10_000), {}, {}
+    for recompute in ("none", "selective", "full"):
+        policy = make(tmp_path, ctx, recompute=recompute)
+        loss = KeptBytes(policy)
+        with torch.autograd.graph.saved_tensors_hooks(loss.count, lambda tensor: tensor):
+            gradients[recompute] = gradient(policy, step, loss)
+        kept[recompute] = loss.total
+    for recompute in ("selective", "full"):
+        for name, grad in gradients[recompute].items():
+            torch.testing.assert_close(grad, gradients["none"][name], rtol=1e-6, atol=1e-9)
+    assert kept["selective"] < 0.8 * kept["none"]
+    assert kept["full"] < 0.2 * kept["none"]
 
 
 def test_training_lowers_the_loss_and_reports(tmp_path: Path, ctx: ParallelContext) -> None:
