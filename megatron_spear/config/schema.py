@@ -116,6 +116,8 @@ class PolicySection(Section):
     """Activations computed again in the backward pass instead of kept. ``selective``: those inside
     the attention, between its linear layers. ``full``: all but each layer's input, for a third
     forward pass."""
+    distributed_optimizer: bool = False
+    """Split the optimizer's state and its work over the data-parallel ranks."""
     optimizer: OptimizerSection = OptimizerSection()
     """Optimizer of the RL steps."""
 

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.policy import cpu
+from megatron_spear.policy import cpu, optimizer_state
 from megatron_spear.policy.parallel import ParallelContext
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
             state = dist_checkpointing.load(request, str(folder))
             model.load_state_dict(state["model"])
             if num_steps:
-                optimizer.load_state_dict(state["optimizer"])
+                optimizer_state.restore(optimizer, state["optimizer"])
             else:
                 optimizer.reload_model_params()
 
@@ -105,11 +105,11 @@ def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
 
 
 def _state(model: Any, optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
-    """What is stored; the optimizer has no state before its first step."""
+    """What is stored; before the first step the optimizer has no state worth it."""
     weights = model.sharded_state_dict()
     if not num_steps:
         return {"model": weights}
-    state = optimizer.sharded_state_dict(weights, is_loading=loading)
+    state = optimizer_state.sharded_state(optimizer, weights, loading=loading)
     return {"model": weights, "optimizer": state}
 
 

@@ -49,7 +49,10 @@ class MegatronPolicy:
             self._core = PackedModel(shape, policy, ctx).to(ctx.device)
             self._model = DistributedDataParallel(
                 config=self._core.config,
-                ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=policy.distributed_optimizer,
+                ),
                 module=self._core,
             )
         self._core.config.finalize_model_grads_func = step.finalize_sums
@@ -81,9 +84,7 @@ class MegatronPolicy:
     def reset_optimizer(self, optimizer: OptimizerSection, total_steps: int) -> None:
         """Start over with a new optimizer and schedule on the present weights."""
         self._section, self._total_steps, self.num_steps = optimizer, total_steps, 0
-        self._optimizer = build_optimizer(
-            self._model, optimizer, bf16=self._policy.precision == "bf16"
-        )
+        self._optimizer = build_optimizer(self._model, optimizer, self._policy)
 
     def keep_reference(self) -> None:
         """Keep the present weights, on the CPU, as the reference policy of ``logprobs``."""
