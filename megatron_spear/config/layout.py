@@ -34,10 +34,18 @@ def layout_problems(
             "policy.sequence_parallel needs policy.tensor_parallel > 1; got 1, expected 2 or more "
             "or policy.sequence_parallel=false"
         )
+    if policy.virtual_pipeline > 1 and pipeline == 1:
+        yield (
+            f"policy.virtual_pipeline={policy.virtual_pipeline} cuts the pieces of a pipeline, and "
+            "policy.pipeline_parallel=1 has none; use 2 or more, or policy.virtual_pipeline=1"
+        )
+    pieces = f"policy.pipeline_parallel={pipeline}"
+    if policy.virtual_pipeline > 1:
+        pieces += f" x policy.virtual_pipeline={policy.virtual_pipeline}"
     for sizes, key, parts in (
-        (by_tensor, "policy.tensor_parallel", tensor),
-        (by_pipeline, "policy.pipeline_parallel", pipeline),
+        (by_tensor, f"policy.tensor_parallel={tensor}", tensor),
+        (by_pipeline, pieces, pipeline * policy.virtual_pipeline),
     ):
         for name, size in sizes.items():
             if size % parts:
-                yield f"{name}={size} is not a multiple of {key}={parts}; choose a divisor"
+                yield f"{name}={size} is not a multiple of {key}; choose a divisor"

@@ -106,6 +106,10 @@ class PolicySection(Section):
     """Ranks one layer is split over; divides heads, KV groups and the world size."""
     pipeline_parallel: PositiveInt = 1
     """Ranks the layers are split over; divides the number of layers."""
+    virtual_pipeline: PositiveInt = 1
+    """Pieces of the model a pipeline rank holds, in turn with the others', which shortens the wait
+    at both ends of a step (needs pipeline_parallel > 1; the product of both divides the number of
+    layers). Micro-batches then come in multiples of pipeline_parallel."""
     sequence_parallel: bool = False
     """Split the norms' activations along the sequence too (needs tensor_parallel > 1)."""
     precision: Literal["fp32", "bf16"] = "fp32"

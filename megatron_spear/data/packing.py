@@ -116,6 +116,7 @@ def pack(
     data_parallel: int = 1,
     tokens_per_microbatch: int,
     pad_multiple: int = 1,
+    microbatch_multiple: int = 1,
     columns: _Columns | None = None,
     dtype: type[np.floating] = np.float32,
 ) -> PackedStep:
@@ -126,7 +127,8 @@ def pack(
     length, so that sequences of like length share a micro-batch; micro-batches have about equal
     cost, attention included, and at most ``tokens_per_microbatch`` tokens unless one sample alone
     is longer. Each is padded to a multiple of ``pad_multiple`` (sequence parallelism needs the
-    tensor-parallel size).
+    tensor-parallel size). Every rank gets a multiple of ``microbatch_multiple`` of them (an
+    interleaved pipeline needs its number of ranks), some being padding alone if samples are few.
 
     ``columns[name][i]`` ``[L]`` are further values of each token, ``name`` of ``EXTRA_COLUMNS``;
     those not given are 0. ``dtype`` is that of the batch's floats.
@@ -136,7 +138,7 @@ def pack(
     _check(samples, token_weights, origins)
     given = _check_columns(samples, columns or {})
     lengths = [len(sample.token_ids) for sample in samples]
-    bins = _balanced_bins(lengths, tokens_per_microbatch, data_parallel)
+    bins = _balanced_bins(lengths, tokens_per_microbatch, data_parallel * microbatch_multiple)
     dealt, pad = _deal(bins, lengths, data_parallel), pad_multiple
     micro_batches = tuple(
         tuple(

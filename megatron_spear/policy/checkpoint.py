@@ -17,7 +17,7 @@ import json
 import logging
 import pickle
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ _LIBRARY_ERRORS = (
 """What torch and Megatron raise for files that cannot be written, are damaged or do not fit."""
 
 
-def save(folder: Path, model: Any, optimizer: Any, num_steps: int, ctx: ParallelContext) -> None:
+def save(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, num_steps: int, ctx: ParallelContext
+) -> None:
     """Write everything that training needs to go on after ``num_steps`` steps; collective.
 
     ``folder`` is made if need be and must be empty; putting it in place as one commit is the
@@ -68,7 +70,7 @@ def save(folder: Path, model: Any, optimizer: Any, num_steps: int, ctx: Parallel
 
     def write() -> None:
         with cpu.cuda_means_cpu(), _write_in_this_process(), _errors_kept() as errors:
-            state = _state(model, optimizer, num_steps, loading=False)
+            state = _state(chunks, optimizer, num_steps, loading=False)
             dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
         if errors:
             raise errors[0]
@@ -82,7 +84,7 @@ def save(folder: Path, model: Any, optimizer: Any, num_steps: int, ctx: Parallel
         _agree(action, f"{folder} cannot be written", ctx)
 
 
-def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
+def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelContext) -> int:
     """Restore what ``save`` wrote, at any layout; the number of optimizer steps taken. Collective.
 
     Raises CheckpointError on every rank if a file is missing, damaged or of another model.
@@ -92,9 +94,10 @@ def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
 
     def restore() -> None:
         with cpu.cuda_means_cpu():
-            request = _state(model, optimizer, num_steps, loading=True)
+            request = _state(chunks, optimizer, num_steps, loading=True)
             state = dist_checkpointing.load(request, str(folder))
-            model.load_state_dict(state["model"])
+            for number, chunk in enumerate(chunks):
+                chunk.load_state_dict(state[f"model{number}"])
             if num_steps:
                 optimizer_state.restore(optimizer, state["optimizer"])
             else:
@@ -104,13 +107,13 @@ def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
     return num_steps
 
 
-def _state(model: Any, optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
+def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
     """What is stored; before the first step the optimizer has no state worth it."""
-    weights = model.sharded_state_dict()
+    weights = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
     if not num_steps:
-        return {"model": weights}
+        return weights
     state = optimizer_state.sharded_state(optimizer, weights, loading=loading)
-    return {"model": weights, "optimizer": state}
+    return {**weights, "optimizer": state}
 
 
 def _read_alone(folder: Path) -> int:

@@ -15,7 +15,7 @@ from megatron_spear.policy import cpu
 
 
 def build_optimizer(
-    model: DistributedDataParallel, section: OptimizerSection, policy: PolicySection
+    model: list[DistributedDataParallel], section: OptimizerSection, policy: PolicySection
 ) -> Any:
     """Megatron's optimizer: AdamW without decay on norms and biases, gradients clipped by norm.
 
@@ -36,7 +36,7 @@ def build_optimizer(
     with cpu.cuda_means_cpu():
         optimizer = get_megatron_optimizer(
             config,
-            [model],
+            model,
             config_overrides=get_standard_config_overrides(config),
             use_gloo_process_groups=cpu.active(),
         )

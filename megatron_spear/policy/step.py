@@ -2,7 +2,8 @@
 
 The loss is the plain sum of what the loss function gives for each micro-batch: each token carries
 its final weight, so nothing here divides by micro-batches, tokens or ranks, and loss and gradient
-do not depend on how the step was packed or laid out.
+do not depend on how the step was packed or laid out. ``model`` is this rank's pieces of the model,
+in the order they are run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from megatron_spear.policy.parallel import ParallelContext
 
 
 def forward_logprobs(
-    model: DistributedDataParallel,
+    model: list[DistributedDataParallel],
     batches: Sequence[TrainBatch],
     ctx: ParallelContext,
     vocab_size: int,
@@ -46,7 +47,7 @@ def forward_logprobs(
 
 
 def forward_backward(
-    model: DistributedDataParallel,
+    model: list[DistributedDataParallel],
     batches: Sequence[TrainBatch],
     ctx: ParallelContext,
     vocab_size: int,
@@ -87,7 +88,7 @@ def finalize_sums(model: list[Any], num_tokens: Tensor | None = None, **kwargs: 
 
 
 def _run(
-    model: DistributedDataParallel,
+    model: list[DistributedDataParallel],
     batches: Sequence[TrainBatch],
     on_logits: Callable[..., Any],
     forward_only: bool,
@@ -98,8 +99,8 @@ def _run(
 
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in model],
+        model=model,
         num_microbatches=len(batches),
         seq_length=max(batch.num_tokens for batch in batches),
         micro_batch_size=1,

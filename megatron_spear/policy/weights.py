@@ -1,6 +1,6 @@
 """Hugging Face weights into and out of the distributed model, one parameter at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,21 @@ from megatron_spear.errors import CheckpointError
 from megatron_spear.policy.parallel import ParallelContext
 
 
-def load_hf(model: Any, path: Path, shape: ModelShape, ctx: ParallelContext) -> None:
-    """Copy the folder's weights into this rank's part of the model.
+def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelContext) -> None:
+    """Copy the folder's weights into this rank's pieces of the model.
 
     Each rank maps the files and reads only tensors of its own stage. Raises CheckpointError for
     tensors that are missing, of a wrong shape or left over, and for parameters that none sets.
     """
-    parameters = dict(model.named_parameters())
-    unset = set(parameters)
+    named = [dict(chunk.named_parameters()) for chunk in chunks]
+    unset = {(number, name) for number, own in enumerate(named) for name in own}
     with HfReader(path) as reader, torch.no_grad():
         table = weight_table(shape)
         check_complete(reader, table)
         for item in table:
-            name = item.local_name(model.first_layer)
-            if stage_of(item, shape, ctx) != ctx.pipeline_rank or name not in parameters:
+            stage, number = place_of(item, shape, ctx, len(chunks))
+            name, parameters = item.local_name(chunks[number].first_layer), named[number]
+            if stage != ctx.pipeline_rank or name not in parameters:
                 continue
             sources = [
                 reader.get(source, expected)
@@ -42,13 +43,14 @@ def load_hf(model: Any, path: Path, shape: ModelShape, ctx: ParallelContext) -> 
                     f"expects {tuple(parameters[name].shape)}"
                 )
             parameters[name].copy_(part)
-            unset.discard(name)
+            unset.discard((number, name))
     if unset:
-        raise CheckpointError(f"no tensor of {path} sets {', '.join(sorted(unset))}")
+        names = ", ".join(sorted(name for _, name in unset))
+        raise CheckpointError(f"no tensor of {path} sets {names}")
 
 
 def export_hf(
-    model: Any, shape: ModelShape, ctx: ParallelContext
+    chunks: Sequence[Any], shape: ModelShape, ctx: ParallelContext
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Whole Hugging Face tensors by name: ``(name, tensor)`` on rank 0, ``(name, None)`` elsewhere.
 
@@ -56,15 +58,15 @@ def export_hf(
     within the tensor-parallel group that holds it, then from its first rank to rank 0. Tied output
     embeddings are not repeated. Tensors may share memory with the model: copy what is kept.
     """
-    parameters = dict(model.named_parameters())
+    named = [dict(chunk.named_parameters()) for chunk in chunks]
     for item in weight_table(shape):
         if item.tied:
             continue
-        stage = stage_of(item, shape, ctx)
+        stage, number = place_of(item, shape, ctx, len(chunks))
         part = None
         if stage == ctx.pipeline_rank and ctx.data_rank == 0:
-            part = parameters[item.local_name(model.first_layer)].detach()
-        full = _to_controller(item, part, stage, ctx, model.config.params_dtype)
+            part = named[number][item.local_name(chunks[number].first_layer)].detach()
+        full = _to_controller(item, part, stage, ctx, chunks[0].config.params_dtype)
         if full is None:
             yield from ((name, None) for name in item.sources)
             continue
@@ -72,11 +74,18 @@ def export_hf(
         yield from zip(item.sources, (t.contiguous() for t in tensors), strict=True)
 
 
-def stage_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
-    """The pipeline rank that holds the parameter."""
-    if item.stage == "layer":
-        return item.layer // (shape.num_layers // ctx.pipeline_size)
-    return 0 if item.stage == "first" else ctx.pipeline_size - 1
+def place_of(
+    item: WeightMap, shape: ModelShape, ctx: ParallelContext, num_chunks: int
+) -> tuple[int, int]:
+    """The pipeline rank that holds the parameter, and which of its ``num_chunks`` pieces.
+
+    Example: 8 layers on 2 ranks of 2 pieces: layer 5 is in piece 2 of all, so (0, 1).
+    """
+    if item.stage != "layer":
+        return (0, 0) if item.stage == "first" else (ctx.pipeline_size - 1, num_chunks - 1)
+    piece = item.layer // (shape.num_layers // (ctx.pipeline_size * num_chunks))
+    chunk, stage = divmod(piece, ctx.pipeline_size)
+    return stage, chunk
 
 
 def _to_controller(

@@ -195,6 +195,7 @@ class SpearStep:
             data_parallel=layout.data_size,
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_multiple=self.policy.pad_multiple,
+            microbatch_multiple=self.policy.microbatch_multiple,
             columns=columns,
         )
 

@@ -56,6 +56,7 @@ def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, A
                 data_parallel=ctx.data_size,
                 tokens_per_microbatch=150,
                 pad_multiple=policy.pad_multiple,
+                microbatch_multiple=policy.microbatch_multiple,
             )
             loss = PolicyLoss.from_sections(
                 AlgorithmSection(), ReplaySection().loss, temperature=TEMPERATURE
@@ -97,7 +98,7 @@ def exported(policy: Any) -> dict[str, np.ndarray]:
 
 def exported_gradient(policy: Any) -> dict[str, np.ndarray]:
     """The clipped gradient of the last step, by way of the weight export."""
-    parameters = list(policy._core.parameters())
+    parameters = policy._parameters()
     kept = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.main_grad

@@ -49,7 +49,7 @@ def gradient(
     policy: MegatronPolicy, step: PackedStep, loss: TokenLoss | None = None
 ) -> dict[str, Tensor]:
     policy.compute_gradient(step.micro_batches[0], loss or WeightedNll())
-    return {name: p.main_grad.clone() for name, p in policy._core.named_parameters()}
+    return {name: p.main_grad.clone() for name, p in policy._chunks[0].named_parameters()}
 
 
 def exported(policy: MegatronPolicy) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ class KeptBytes(WeightedNll):
 
     def __init__(self, policy: MegatronPolicy) -> None:
         super().__init__()
-        self.weights = {p.untyped_storage().data_ptr() for p in policy._core.parameters()}
+        self.weights = {p.untyped_storage().data_ptr() for p in policy._chunks[0].parameters()}
         self.seen: dict[int, torch.UntypedStorage] = {}
         self.total = 0
 

@@ -68,6 +68,7 @@ class _Policy:
     """Gives the same log-prob to every token, and ready numbers for a training step."""
 
     pad_multiple = 1
+    microbatch_multiple = 1
     shape = ONE_LAYER
     ctx = SimpleNamespace(data_size=1)
 
