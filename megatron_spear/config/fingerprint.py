@@ -23,6 +23,8 @@ RESUME_MAY_DIFFER = (
     "policy.sequence_parallel",
     "policy.tokens_per_microbatch",
     "policy.recompute",
+    "policy.overlap_grad_reduce",
+    "policy.overlap_param_gather",
     "rollout.max_slots",
     "rollout.env_workers",
     "rollout.env_deadline_s",

@@ -34,6 +34,14 @@ def layout_problems(
             "policy.sequence_parallel needs policy.tensor_parallel > 1; got 1, expected 2 or more "
             "or policy.sequence_parallel=false"
         )
+    if policy.overlap_param_gather and not (
+        policy.distributed_optimizer and policy.overlap_grad_reduce
+    ):
+        yield (
+            "policy.overlap_param_gather=true gathers what the ranks of a distributed optimizer "
+            "have updated, in the buckets of the overlapped reduction; set "
+            "policy.distributed_optimizer=true and policy.overlap_grad_reduce=true"
+        )
     if policy.virtual_pipeline > 1 and pipeline == 1:
         yield (
             f"policy.virtual_pipeline={policy.virtual_pipeline} cuts the pieces of a pipeline, and "

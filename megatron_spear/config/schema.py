@@ -122,6 +122,11 @@ class PolicySection(Section):
     forward pass."""
     distributed_optimizer: bool = False
     """Split the optimizer's state and its work over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Add gradients up over the data-parallel ranks during the last micro-batch's backward pass."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs (needs distributed_optimizer and
+    overlap_grad_reduce)."""
     optimizer: OptimizerSection = OptimizerSection()
     """Optimizer of the RL steps."""
 

@@ -32,6 +32,7 @@ def build_optimizer(
         clip_grad=section.clip_grad,
         bf16=policy.precision == "bf16",
         use_distributed_optimizer=policy.distributed_optimizer,
+        overlap_param_gather=policy.overlap_param_gather,
     )
     with cpu.cuda_means_cpu():
         optimizer = get_megatron_optimizer(

@@ -51,8 +51,7 @@ class MegatronPolicy:
                 for number in range(policy.virtual_pipeline)
             ]
             self._model = [_distributed(chunk, policy) for chunk in self._chunks]
-        for chunk in self._chunks:
-            chunk.config.finalize_model_grads_func = step.finalize_sums
+        step.prepare(self._model)
         self._policy = policy
         self._optimizer: Any = None
         self._reference: list[Tensor] = []
@@ -85,6 +84,7 @@ class MegatronPolicy:
 
     def keep_reference(self) -> None:
         """Keep the present weights, on the CPU, as the reference policy of ``logprobs``."""
+        self._gather_weights()
         self._reference = [p.detach().to("cpu", copy=True) for p in self._parameters()]
 
     @property
@@ -181,6 +181,12 @@ class MegatronPolicy:
             buffer.grad_data += gradient
         return sums, norms
 
+    def _gather_weights(self) -> None:
+        """Make all weights present that the next forward pass would have gathered; collective."""
+        if self._policy.overlap_param_gather:
+            for model in self._model:
+                model.start_param_sync(force_sync=True)
+
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for chunk in self._chunks for parameter in chunk.parameters()]
 
@@ -232,10 +238,12 @@ class MegatronPolicy:
 
         See ``weights.export_hf``: iterate to the end, copy what is kept.
         """
+        self._gather_weights()
         return weights.export_hf(self._chunks, self.shape, self.ctx)
 
     def save(self, folder: Path) -> None:
         """Model, optimizer and step into ``folder``, loadable at another layout; collective."""
+        self._gather_weights()
         checkpoint.save(Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx)
 
     def load(self, folder: Path) -> None:
@@ -247,6 +255,9 @@ class MegatronPolicy:
 def _distributed(chunk: PackedModel, policy: PolicySection) -> DistributedDataParallel:
     """Megatron's data-parallel wrapper, which adds gradients up in float32."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=policy.distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=policy.distributed_optimizer,
+        overlap_grad_reduce=policy.overlap_grad_reduce,
+        overlap_param_gather=policy.overlap_param_gather,
     )
     return DistributedDataParallel(config=chunk.config, ddp_config=settings, module=chunk)

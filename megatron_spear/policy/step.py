@@ -82,6 +82,15 @@ def forward_backward(
     return total
 
 
+def prepare(model: list[DistributedDataParallel]) -> None:
+    """Tell Megatron's schedules how gradients are reduced: at the last micro-batch, as sums."""
+    pauses = [part.no_sync for part in model]
+    for part in model:
+        part.module.config.finalize_model_grads_func = finalize_sums
+        if part.ddp_config.overlap_grad_reduce:
+            part.module.config.no_sync_func = pauses if len(model) > 1 else pauses[0]
+
+
 def finalize_sums(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's gradient reduction without its division by the number of tokens."""
     megatron_finalize(model, None, **kwargs)
