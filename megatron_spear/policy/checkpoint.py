@@ -77,7 +77,8 @@ def save(
 
     def end() -> None:
         if ctx.is_controller:
-            state = {"format": FORMAT, "num_steps": num_steps}
+            split = optimizer_state.is_distributed(optimizer)
+            state = {"format": FORMAT, "num_steps": num_steps, "distributed_optimizer": split}
             (folder / STATE_FILE).write_text(json.dumps(state))
 
     for action in (begin, write, end):
@@ -90,7 +91,8 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
     Raises CheckpointError on every rank if a file is missing, damaged or of another model.
     """
     misfit = "the checkpoint does not fit or is damaged"
-    num_steps: int = _agree(lambda: _read_alone(folder), misfit, ctx)
+    split = optimizer_state.is_distributed(optimizer)
+    num_steps: int = _agree(lambda: _read_alone(folder, split), misfit, ctx)
 
     def restore() -> None:
         with cpu.cuda_means_cpu():
@@ -116,10 +118,11 @@ def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool)
     return {**weights, "optimizer": state}
 
 
-def _read_alone(folder: Path) -> int:
+def _read_alone(folder: Path, distributed: bool) -> int:
     """``num_steps``; reads all that each rank reads by itself before Megatron's first collective.
 
-    A rank that cannot is found here, where the others do not wait for it yet.
+    A rank that cannot is found here, where the others do not wait for it yet. Refuses the state of
+    an optimizer that is not as ``distributed`` as the present one.
     """
     file = folder / STATE_FILE
     if not file.is_file():
@@ -130,6 +133,13 @@ def _read_alone(folder: Path) -> int:
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} has format {state.get('format')!r}, this version reads {FORMAT}"
+        )
+    stored = state.get("distributed_optimizer", False)
+    if state["num_steps"] and stored != distributed:
+        raise CheckpointError(
+            f"{folder} was saved with policy.distributed_optimizer={str(stored).lower()}, which "
+            f"stores the optimizer in another way than {str(distributed).lower()}; set it to "
+            f"{str(stored).lower()}"
         )
     dist_checkpointing.load_common_state_dict(str(folder))
     return int(state["num_steps"])

@@ -27,6 +27,11 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
+def is_distributed(optimizer: Any) -> bool:
+    """Whether its state is split over the data-parallel ranks."""
+    return any(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
+
+
 def sharded_state(optimizer: Any, weights: dict[str, Any], *, loading: bool) -> Any:
     """What to store, or with ``loading`` to ask for; ``weights`` are the model's. Collective."""
     _begin(optimizer)

@@ -28,7 +28,7 @@ def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelC
         table = weight_table(shape)
         check_complete(reader, table)
         for item in table:
-            stage, number = place_of(item, shape, ctx, len(chunks))
+            stage, number = place_of(item, shape, ctx.pipeline_size, len(chunks))
             name, parameters = item.local_name(chunks[number].first_layer), named[number]
             if stage != ctx.pipeline_rank or name not in parameters:
                 continue
@@ -62,7 +62,7 @@ def export_hf(
     for item in weight_table(shape):
         if item.tied:
             continue
-        stage, number = place_of(item, shape, ctx, len(chunks))
+        stage, number = place_of(item, shape, ctx.pipeline_size, len(chunks))
         part = None
         if stage == ctx.pipeline_rank and ctx.data_rank == 0:
             part = named[number][item.local_name(chunks[number].first_layer)].detach()
@@ -75,16 +75,16 @@ def export_hf(
 
 
 def place_of(
-    item: WeightMap, shape: ModelShape, ctx: ParallelContext, num_chunks: int
+    item: WeightMap, shape: ModelShape, num_stages: int, num_chunks: int
 ) -> tuple[int, int]:
     """The pipeline rank that holds the parameter, and which of its ``num_chunks`` pieces.
 
     Example: 8 layers on 2 ranks of 2 pieces: layer 5 is in piece 2 of all, so (0, 1).
     """
     if item.stage != "layer":
-        return (0, 0) if item.stage == "first" else (ctx.pipeline_size - 1, num_chunks - 1)
-    piece = item.layer // (shape.num_layers // (ctx.pipeline_size * num_chunks))
-    chunk, stage = divmod(piece, ctx.pipeline_size)
+        return (0, 0) if item.stage == "first" else (num_stages - 1, num_chunks - 1)
+    piece = item.layer // (shape.num_layers // (num_stages * num_chunks))
+    chunk, stage = divmod(piece, num_stages)
     return stage, chunk
 
 

@@ -1,7 +1,6 @@
 """One rank: equal to transformers, independent of packing, exact after a resume."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.config.schema import OptimizerSection, PolicySection
-from megatron_spear.data.packing import PackedStep, TrainBatch, pack
+from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.testing.nll import WeightedNll
 from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
 from megatron_spear.trainer.work import forward_flops
-
-
-@dataclass
-class WeightedNll:
-    """Plain sum of token_weight * -log p."""
-
-    temperature: float = 1.0
-    needs_entropy: bool = False
-    entropy_grad: bool = False
-    factor: float = 1.0
-
-    def __call__(
-        self, logprobs: Tensor, entropy: Tensor | None, batch: TrainBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = -self.factor * (batch.token_weight * logprobs).sum()
-        return loss, {"tokens": (batch.token_weight > 0).sum()}
 
 
 def make(path: Path, ctx: ParallelContext, **policy: Any) -> MegatronPolicy:
@@ -203,6 +187,34 @@ def test_resume_is_exact(
     assert [resumed.train_step(packed(), WeightedNll()) for _ in range(2)] == expected
     want = exported(policy)
     assert all(torch.equal(tensor, want[name]) for name, tensor in exported(resumed).items())
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_resume_after_nothing_but_a_skipped_step(
+    distributed: bool, tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path / "hf")
+    policy = make(tmp_path / "hf", ctx, distributed_optimizer=distributed)
+    policy.train_step(packed(), WeightedNll(factor=math.inf))
+    policy.save(tmp_path / "state")
+    expected = [policy.train_step(packed(), WeightedNll()) for _ in range(2)]
+    resumed = make(tmp_path / "hf", ctx, distributed_optimizer=distributed)
+    resumed.load(tmp_path / "state")
+    assert [resumed.train_step(packed(), WeightedNll()) for _ in range(2)] == expected
+
+
+def test_state_of_the_other_kind_of_optimizer_is_refused(
+    tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path / "hf")
+    policy = make(tmp_path / "hf", ctx)
+    distributed = make(tmp_path / "hf", ctx, distributed_optimizer=True)
+    policy.save(tmp_path / "begin")
+    distributed.load(tmp_path / "begin")  # no step was made: no optimizer state
+    policy.train_step(packed(), WeightedNll())
+    policy.save(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=r"saved with policy\.distributed_optimizer=false"):
+        distributed.load(tmp_path / "state")
 
 
 def test_broken_state_is_refused(tmp_path: Path, ctx: ParallelContext) -> None:
