@@ -10,7 +10,7 @@ Three things of torch's Adam are not in Megatron's plan, and made up for:
 
 - it has no state before its first step, which cannot be stored, nor loaded into: it gets one,
 - its count of steps, one a parameter, is not among the stored tensors, and Megatron looks for it
-  there; it is stored with the parameter groups,
+  there; it is stored with the parameter groups, or nowhere if it is 0,
 - Megatron hands one tensor with the count to all parameters, and each would count it up.
 """
 
@@ -46,9 +46,13 @@ def restore(optimizer: Any, state: Any) -> None:
     several = len(optimizer.chained_optimizers) > 1
     pieces = []
     for number, part in enumerate(optimizer.chained_optimizers):
-        if isinstance(part, DistributedOptimizer) and _is_torch_adam(part):
-            own = state[number] if several else state
+        own = state[number] if several else state
+        if not _is_torch_adam(part):
+            continue
+        if isinstance(part, DistributedOptimizer):
             pieces.append((part, own.pop("param_state")))
+        else:
+            own.get("optimizer", own)["state"].setdefault("common_step", torch.zeros(()))
     optimizer.load_state_dict(state)  # parameter groups and their count of steps
     for part, tensors in pieces:
         counts = [values.pop("step") for values in part.optimizer.state.values()]

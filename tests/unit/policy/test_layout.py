@@ -57,7 +57,7 @@ def test_all_problems_at_once() -> None:
 
 def test_interleaved_pipelines() -> None:
     check_layout(section(pipeline_parallel=2, virtual_pipeline=2), Qwen3Config(**MODEL), 2)
-    with pytest.raises(ConfigError, match=r"virtual_pipeline=2 cuts .* parallel=1 has none"):
+    with pytest.raises(ConfigError, match=r"virtual_pipeline=2 cuts .*parallel=1 has none"):
         check_layout(section(virtual_pipeline=2), Qwen3Config(**MODEL), 1)
     with pytest.raises(
         ConfigError,

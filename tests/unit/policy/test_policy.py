@@ -189,16 +189,18 @@ def test_resume_is_exact(
     assert all(torch.equal(tensor, want[name]) for name, tensor in exported(resumed).items())
 
 
-@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "bf16"}, {"distributed_optimizer": True}], ids=str
+)
 def test_resume_after_nothing_but_a_skipped_step(
-    distributed: bool, tmp_path: Path, ctx: ParallelContext
+    changes: dict[str, Any], tmp_path: Path, ctx: ParallelContext
 ) -> None:
     tiny_hf_folder(tmp_path / "hf")
-    policy = make(tmp_path / "hf", ctx, distributed_optimizer=distributed)
+    policy = make(tmp_path / "hf", ctx, **changes)
     policy.train_step(packed(), WeightedNll(factor=math.inf))
     policy.save(tmp_path / "state")
     expected = [policy.train_step(packed(), WeightedNll()) for _ in range(2)]
-    resumed = make(tmp_path / "hf", ctx, distributed_optimizer=distributed)
+    resumed = make(tmp_path / "hf", ctx, **changes)
     resumed.load(tmp_path / "state")
     assert [resumed.train_step(packed(), WeightedNll()) for _ in range(2)] == expected
 
