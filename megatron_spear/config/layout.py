@@ -36,13 +36,29 @@ def layout_problems(
             "policy.sequence_parallel needs policy.tensor_parallel > 1; got 1, expected 2 or more "
             "or policy.sequence_parallel=false"
         )
+    if policy.overlap_param_gather and not (
+        policy.distributed_optimizer and policy.overlap_grad_reduce
+    ):
+        yield (
+            "policy.overlap_param_gather=true gathers what the ranks of a distributed optimizer "
+            "have updated, in the buckets of the overlapped reduction; set "
+            "policy.distributed_optimizer=true and policy.overlap_grad_reduce=true"
+        )
+    if policy.virtual_pipeline > 1 and pipeline == 1:
+        yield (
+            f"policy.virtual_pipeline={policy.virtual_pipeline} cuts the pieces of a pipeline, and "
+            "policy.pipeline_parallel=1 has none; use 2 or more, or policy.virtual_pipeline=1"
+        )
+    pieces = f"policy.pipeline_parallel={pipeline}"
+    if policy.virtual_pipeline > 1:
+        pieces += f" x policy.virtual_pipeline={policy.virtual_pipeline}"
     for sizes, key, parts in (
-        (by_tensor or {}, "policy.tensor_parallel", tensor),
-        (by_pipeline or {}, "policy.pipeline_parallel", pipeline),
+        (by_tensor or {}, f"policy.tensor_parallel={tensor}", tensor),
+        (by_pipeline or {}, pieces, pipeline * policy.virtual_pipeline),
     ):
         for name, size in sizes.items():
             if size % parts:
-                yield f"{name}={size} is not a multiple of {key}={parts}; choose a divisor"
+                yield f"{name}={size} is not a multiple of {key}; choose a divisor"
     yield from _expert_problems(policy, world_size, num_experts)
 
 

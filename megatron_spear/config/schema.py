@@ -109,6 +109,10 @@ class PolicySection(Section):
     expert_parallel: PositiveInt = 1
     """Ranks the experts of a mixture-of-experts model are spread over; divides the experts and the
     ranks of a pipeline stage (tensor x data parallel)."""
+    virtual_pipeline: PositiveInt = 1
+    """Pieces of the model a pipeline rank holds, in turn with the others', which shortens the wait
+    at both ends of a step (needs pipeline_parallel > 1; the product of both divides the number of
+    layers). Micro-batches then come in multiples of pipeline_parallel."""
     sequence_parallel: bool = False
     """Split the norms' activations along the sequence too (needs tensor_parallel > 1; models with
     experts need it then)."""
@@ -116,6 +120,17 @@ class PolicySection(Section):
     """Dtype of parameters and activations."""
     tokens_per_microbatch: PositiveInt = 4096
     """Most tokens packed into one micro-batch, per data-parallel rank."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept. ``selective``: those inside
+    the attention, between its linear layers. ``full``: all but each layer's input, for a third
+    forward pass."""
+    distributed_optimizer: bool = False
+    """Split the optimizer's state and its work over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Add gradients up over the data-parallel ranks during the last micro-batch's backward pass."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs (needs distributed_optimizer and
+    overlap_grad_reduce)."""
     optimizer: OptimizerSection = OptimizerSection()
     """Optimizer of the RL steps."""
 

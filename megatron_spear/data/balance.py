@@ -51,11 +51,13 @@ def plan_micro_batches(
     data_parallel: int,
     tokens_per_microbatch: int,
     mix_lengths: bool,
+    microbatch_multiple: int = 1,
 ) -> Plan:
     """Every sample once, the same number of micro-batches on each rank, ranks of like cost.
 
     A micro-batch has at most ``tokens_per_microbatch`` tokens unless one sample alone is longer; it
-    is empty only where there are fewer samples than micro-batches. Each rank's micro-batches are in
+    is empty only where there are fewer samples than micro-batches. Their number on a rank is a
+    multiple of ``microbatch_multiple``. Each rank's micro-batches are in
     falling order of cost, and so are the samples of each. Without ``mix_lengths`` a micro-batch is
     a run of the samples sorted by length. Samples of the same length may change places, nothing
     else depends on the order of ``lengths``.
@@ -68,7 +70,7 @@ def plan_micro_batches(
     falling = [lengths[i] for i in order]
     costs = [token_cost(length) for length in falling]
     fill = _fill_mixed if mix_lengths else _fill_runs
-    bins = fill(falling, costs, tokens_per_microbatch, data_parallel)
+    bins = fill(falling, costs, tokens_per_microbatch, data_parallel * microbatch_multiple)
     ranks = _deal(bins, costs, data_parallel)
     if mix_lengths:
         ranks = _swap(ranks, falling, costs, tokens_per_microbatch)

@@ -115,6 +115,7 @@ def pack(
     tokens_per_microbatch: int,
     pad_multiple: int = 1,
     mix_lengths: bool = False,
+    microbatch_multiple: int = 1,
     columns: _Columns | None = None,
     dtype: type[np.floating] = np.float32,
 ) -> PackedStep:
@@ -126,7 +127,9 @@ def pack(
     sample alone is longer (``data.balance``). Each is padded to a multiple of ``pad_multiple``
     (sequence parallelism needs the tensor-parallel size). Where attention lays sequences out to the
     longest of a micro-batch, those of like length should share one; ``mix_lengths`` is for where it
-    does not: it fills micro-batches better and ranks more evenly.
+    does not: it fills micro-batches better and ranks more evenly. Every rank gets a multiple of
+    ``microbatch_multiple`` of them (an interleaved pipeline needs its number of ranks), some being
+    padding alone if samples are few.
 
     ``columns[name][i]`` ``[L]`` are further values of each token, ``name`` of ``EXTRA_COLUMNS``;
     those not given are 0. ``dtype`` is that of the batch's floats.
@@ -140,6 +143,7 @@ def pack(
         lengths,
         data_parallel=data_parallel,
         tokens_per_microbatch=tokens_per_microbatch,
+        microbatch_multiple=microbatch_multiple,
         mix_lengths=mix_lengths,
     )
     values = {"token_weight": token_weights, **given}

@@ -17,7 +17,7 @@ import json
 import logging
 import pickle
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.policy import cpu
+from megatron_spear.policy import cpu, optimizer_state
 from megatron_spear.policy.parallel import ParallelContext
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,9 @@ _LIBRARY_ERRORS = (
 """What torch and Megatron raise for files that cannot be written, are damaged or do not fit."""
 
 
-def save(folder: Path, model: Any, optimizer: Any, num_steps: int, ctx: ParallelContext) -> None:
+def save(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, num_steps: int, ctx: ParallelContext
+) -> None:
     """Write everything that training needs to go on after ``num_steps`` steps; collective.
 
     ``folder`` is made if need be and must be empty; putting it in place as one commit is the
@@ -68,35 +70,38 @@ def save(folder: Path, model: Any, optimizer: Any, num_steps: int, ctx: Parallel
 
     def write() -> None:
         with cpu.cuda_means_cpu(), _write_in_this_process(), _errors_kept() as errors:
-            state = _state(model, optimizer, num_steps, loading=False)
+            state = _state(chunks, optimizer, num_steps, loading=False)
             dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
         if errors:
             raise errors[0]
 
     def end() -> None:
         if ctx.is_controller:
-            state = {"format": FORMAT, "num_steps": num_steps}
+            split = optimizer_state.is_distributed(optimizer)
+            state = {"format": FORMAT, "num_steps": num_steps, "distributed_optimizer": split}
             (folder / STATE_FILE).write_text(json.dumps(state))
 
     for action in (begin, write, end):
         _agree(action, f"{folder} cannot be written", ctx)
 
 
-def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
+def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelContext) -> int:
     """Restore what ``save`` wrote, at any layout; the number of optimizer steps taken. Collective.
 
     Raises CheckpointError on every rank if a file is missing, damaged or of another model.
     """
     misfit = "the checkpoint does not fit or is damaged"
-    num_steps: int = _agree(lambda: _read_alone(folder), misfit, ctx)
+    split = optimizer_state.is_distributed(optimizer)
+    num_steps: int = _agree(lambda: _read_alone(folder, split), misfit, ctx)
 
     def restore() -> None:
         with cpu.cuda_means_cpu():
-            request = _state(model, optimizer, num_steps, loading=True)
+            request = _state(chunks, optimizer, num_steps, loading=True)
             state = dist_checkpointing.load(request, str(folder))
-            model.load_state_dict(state["model"])
+            for number, chunk in enumerate(chunks):
+                chunk.load_state_dict(state[f"model{number}"])
             if num_steps:
-                optimizer.load_state_dict(state["optimizer"])
+                optimizer_state.restore(optimizer, state["optimizer"])
             else:
                 optimizer.reload_model_params()
 
@@ -104,19 +109,20 @@ def load(folder: Path, model: Any, optimizer: Any, ctx: ParallelContext) -> int:
     return num_steps
 
 
-def _state(model: Any, optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
-    """What is stored; the optimizer has no state before its first step."""
-    weights = model.sharded_state_dict()
+def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
+    """What is stored; before the first step the optimizer has no state worth it."""
+    weights = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
     if not num_steps:
-        return {"model": weights}
-    state = optimizer.sharded_state_dict(weights, is_loading=loading)
-    return {"model": weights, "optimizer": state}
+        return weights
+    state = optimizer_state.sharded_state(optimizer, weights, loading=loading)
+    return {**weights, "optimizer": state}
 
 
-def _read_alone(folder: Path) -> int:
+def _read_alone(folder: Path, distributed: bool) -> int:
     """``num_steps``; reads all that each rank reads by itself before Megatron's first collective.
 
-    A rank that cannot is found here, where the others do not wait for it yet.
+    A rank that cannot is found here, where the others do not wait for it yet. Refuses the state of
+    an optimizer that is not as ``distributed`` as the present one.
     """
     file = folder / STATE_FILE
     if not file.is_file():
@@ -127,6 +133,13 @@ def _read_alone(folder: Path) -> int:
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} has format {state.get('format')!r}, this version reads {FORMAT}"
+        )
+    stored = state.get("distributed_optimizer", False)
+    if state["num_steps"] and stored != distributed:
+        raise CheckpointError(
+            f"{folder} was saved with policy.distributed_optimizer={str(stored).lower()}, which "
+            f"stores the optimizer in another way than {str(distributed).lower()}; set it to "
+            f"{str(stored).lower()}"
         )
     dist_checkpointing.load_common_state_dict(str(folder))
     return int(state["num_steps"])

@@ -1,5 +1,7 @@
 """A Megatron-Core GPTModel for a Hugging Face model, for packed sequences."""
 
+from typing import Any
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -38,10 +40,22 @@ from megatron_spear.policy.parallel import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+"""Megatron's settings by ``policy.recompute``."""
+
 
 def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerConfig:
     """Megatron's config: no dropout, no fused kernels that need apex, losses as plain sums."""
     dtype = DTYPES[policy.precision]
+    interleaved = policy.virtual_pipeline if policy.virtual_pipeline > 1 else None
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -60,6 +74,10 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
         attention_dropout=0.0,
         tensor_model_parallel_size=policy.tensor_parallel,
         pipeline_model_parallel_size=policy.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=interleaved,
+        # interleaved, of two ranks each is next and previous of the other: one direction at a time
+        overlap_p2p_comm=interleaved is not None,
+        batch_p2p_comm=interleaved is None,
         sequence_parallel=policy.sequence_parallel,
         variable_seq_lengths=policy.pipeline_parallel > 1,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it without experts
@@ -76,6 +94,7 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **(experts_config(shape, policy.expert_parallel) if shape.num_experts else {}),
+        **RECOMPUTE[policy.recompute],
     )
 
 
@@ -113,11 +132,16 @@ class PackedModel(GPTModel):  # type: ignore[misc]
     """GPTModel that takes a ``TrainBatch`` and gives logits ``[T, V / tp]`` on the last stage.
 
     Positions are applied in the attention (see ``attention``), so Megatron's own are switched off.
+    With ``policy.virtual_pipeline`` c > 1 the layers are cut into c pieces for each of the p
+    pipeline ranks: rank r's ``chunk`` k is piece k p + r, and only the last of all gives logits.
     """
 
-    def __init__(self, shape: ModelShape, policy: PolicySection, ctx: ParallelContext) -> None:
+    def __init__(
+        self, shape: ModelShape, policy: PolicySection, ctx: ParallelContext, chunk: int = 0
+    ) -> None:
         config = transformer_config(shape, policy)
-        layers = shape.num_layers // ctx.pipeline_size
+        chunks = policy.virtual_pipeline
+        layers = shape.num_layers // (ctx.pipeline_size * chunks)
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
@@ -125,17 +149,18 @@ class PackedModel(GPTModel):  # type: ignore[misc]
             ),
             vocab_size=padded_vocab(shape.vocab_size, ctx.tensor_size),
             max_sequence_length=shape.max_length,
-            pre_process=ctx.pipeline_rank == 0,
-            post_process=ctx.is_last_stage,
+            pre_process=ctx.pipeline_rank == 0 and chunk == 0,
+            post_process=ctx.is_last_stage and chunk == chunks - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="none",
+            vp_stage=chunk if chunks > 1 else None,
         )
         if not shape.num_experts:
             for layer in self.decoder.layers:
                 GatedMlp.adopt(layer.mlp)
         _mark_split_weights(self)
-        self.first_layer = layers * ctx.pipeline_rank
+        self.first_layer = layers * (chunk * ctx.pipeline_size + ctx.pipeline_rank)
         self.first_expert = shape.num_experts // ctx.expert_size * ctx.expert_rank
         self.rotary = Rotary(shape, ctx.device, config.params_dtype)
         self.packed_attention = stays_packed(ctx.device, config.params_dtype)

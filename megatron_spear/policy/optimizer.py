@@ -10,11 +10,13 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 
-from megatron_spear.config.schema import OptimizerSection
+from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.policy import cpu
 
 
-def build_optimizer(model: DistributedDataParallel, section: OptimizerSection, bf16: bool) -> Any:
+def build_optimizer(
+    model: list[DistributedDataParallel], section: OptimizerSection, policy: PolicySection
+) -> Any:
     """Megatron's optimizer: AdamW without decay on norms and biases, gradients clipped by norm.
 
     Where torch's own AdamW serves (no apex, no TransformerEngine), its fused kernel is used.
@@ -28,13 +30,14 @@ def build_optimizer(model: DistributedDataParallel, section: OptimizerSection, b
         adam_beta2=section.beta2,
         adam_eps=section.eps,
         clip_grad=section.clip_grad,
-        bf16=bf16,
-        use_distributed_optimizer=False,
+        bf16=policy.precision == "bf16",
+        use_distributed_optimizer=policy.distributed_optimizer,
+        overlap_param_gather=policy.overlap_param_gather,
     )
     with cpu.cuda_means_cpu():
         optimizer = get_megatron_optimizer(
             config,
-            [model],
+            model,
             config_overrides=get_standard_config_overrides(config),
             use_gloo_process_groups=cpu.active(),
         )

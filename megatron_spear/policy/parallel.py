@@ -91,6 +91,7 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     parallel_state.initialize_model_parallel(
         policy.tensor_parallel,
         policy.pipeline_parallel,
+        policy.virtual_pipeline if policy.virtual_pipeline > 1 else None,
         expert_model_parallel_size=policy.expert_parallel,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class MegatronPolicy:
-    """A Megatron-Core model with its optimizer on this rank; see ``from_hf``."""
+    """This rank's pieces of a Megatron-Core model with their optimizer; see ``from_hf``."""
 
     def __init__(
         self,
@@ -46,13 +46,12 @@ class MegatronPolicy:
         self._section, self._total_steps = optimizer, total_steps
         self.num_steps = 0
         with cpu.cuda_means_cpu():
-            self._core = PackedModel(shape, policy, ctx).to(ctx.device)
-            self._model = DistributedDataParallel(
-                config=self._core.config,
-                ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-                module=self._core,
-            )
-        self._core.config.finalize_model_grads_func = step.finalize_sums
+            self._chunks = [
+                PackedModel(shape, policy, ctx, number).to(ctx.device)
+                for number in range(policy.virtual_pipeline)
+            ]
+            self._model = [_distributed(chunk, policy) for chunk in self._chunks]
+        step.prepare(self._model)
         self._policy = policy
         self._optimizer: Any = None
         self._reference: list[Tensor] = []
@@ -74,20 +73,19 @@ class MegatronPolicy:
         config = load_config(Path(path))
         check_layout(policy, config, ctx.world_size)
         made = cls(model_shape(config), policy, optimizer, total_steps, ctx)
-        weights.load_hf(made._core, Path(path), made.shape, ctx)
+        weights.load_hf(made._chunks, Path(path), made.shape, ctx)
         made.reset_optimizer(optimizer, total_steps)
         return made
 
     def reset_optimizer(self, optimizer: OptimizerSection, total_steps: int) -> None:
         """Start over with a new optimizer and schedule on the present weights."""
         self._section, self._total_steps, self.num_steps = optimizer, total_steps, 0
-        self._optimizer = build_optimizer(
-            self._model, optimizer, bf16=self._policy.precision == "bf16"
-        )
+        self._optimizer = build_optimizer(self._model, optimizer, self._policy)
 
     def keep_reference(self) -> None:
         """Keep the present weights, on the CPU, as the reference policy of ``logprobs``."""
-        self._reference = [p.detach().to("cpu", copy=True) for p in self._core.parameters()]
+        self._gather_weights()
+        self._reference = [p.detach().to("cpu", copy=True) for p in self._parameters()]
 
     @property
     def pad_multiple(self) -> int:
@@ -97,7 +95,12 @@ class MegatronPolicy:
     @property
     def mix_lengths(self) -> bool:
         """Whether ``pack`` may mix lengths: attention on packed tokens pays nothing for it."""
-        return bool(self._core.packed_attention)
+        return bool(self._chunks[0].packed_attention)
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of micro-batches that ``pack`` makes has to be a multiple of."""
+        return self.ctx.pipeline_size if self._policy.virtual_pipeline > 1 else 1
 
     def logprobs(
         self,
@@ -165,7 +168,8 @@ class MegatronPolicy:
 
     def compute_gradient(self, batches: Any, loss: TokenLoss) -> dict[str, float] | None:
         """Forward and backward of this rank's micro-batches; the reduced gradient stays."""
-        self._model.zero_grad_buffer()
+        for model in self._model:
+            model.zero_grad_buffer()
         self._optimizer.zero_grad()
         return step.forward_backward(self._model, batches, self.ctx, self.shape.vocab_size, loss)
 
@@ -173,7 +177,7 @@ class MegatronPolicy:
         self, batches: Any, loss: TokenLoss
     ) -> tuple[dict[str, float] | None, dict[str, float]]:
         """Add the gradient of ``batches`` to the one in the model: (its sums, both norms)."""
-        buffers = [*self._model.buffers, *self._model.expert_parallel_buffers]
+        buffers = [b for m in self._model for b in (*m.buffers, *m.expert_parallel_buffers)]
         first = self._gradient_norm()
         kept = [buffer.grad_data.clone() for buffer in buffers]
         sums = self.compute_gradient(batches, loss)
@@ -181,6 +185,15 @@ class MegatronPolicy:
         for buffer, gradient in zip(buffers, kept, strict=True):
             buffer.grad_data += gradient
         return sums, norms
+
+    def _gather_weights(self) -> None:
+        """Make all weights present that the next forward pass would have gathered; collective."""
+        if self._policy.overlap_param_gather:
+            for model in self._model:
+                model.start_param_sync(force_sync=True)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for chunk in self._chunks for parameter in chunk.parameters()]
 
     def _gradient_norm(self) -> float:
         with cpu.cuda_means_cpu():
@@ -195,7 +208,7 @@ class MegatronPolicy:
                 "log-probs of the reference policy were asked for, but none was kept; call "
                 "keep_reference while the model has its weights (algorithm.kl.coef > 0 does)"
             )
-        parameters = list(self._core.parameters())
+        parameters = self._parameters()
         present = [parameter.data for parameter in parameters]
         try:
             for parameter, value in zip(parameters, self._reference, strict=True):
@@ -230,13 +243,26 @@ class MegatronPolicy:
 
         See ``weights.export_hf``: iterate to the end, copy what is kept.
         """
-        return weights.export_hf(self._core, self.shape, self.ctx)
+        self._gather_weights()
+        return weights.export_hf(self._chunks, self.shape, self.ctx)
 
     def save(self, folder: Path) -> None:
         """Model, optimizer and step into ``folder``, loadable at another layout; collective."""
-        checkpoint.save(Path(folder), self._core, self._optimizer, self.num_steps, self.ctx)
+        self._gather_weights()
+        checkpoint.save(Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx)
 
     def load(self, folder: Path) -> None:
         """What ``save`` wrote; CheckpointError if it is missing, broken or of another model.
         Collective."""
-        self.num_steps = checkpoint.load(Path(folder), self._core, self._optimizer, self.ctx)
+        self.num_steps = checkpoint.load(Path(folder), self._chunks, self._optimizer, self.ctx)
+
+
+def _distributed(chunk: PackedModel, policy: PolicySection) -> DistributedDataParallel:
+    """Megatron's data-parallel wrapper, which adds gradients up in float32."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=policy.distributed_optimizer,
+        overlap_grad_reduce=policy.overlap_grad_reduce,
+        overlap_param_gather=policy.overlap_param_gather,
+    )
+    return DistributedDataParallel(config=chunk.config, ddp_config=settings, module=chunk)

@@ -2,7 +2,8 @@
 
 The loss is the plain sum of what the loss function gives for each micro-batch: each token carries
 its final weight, so nothing here divides by micro-batches, tokens or ranks, and loss and gradient
-do not depend on how the step was packed or laid out.
+do not depend on how the step was packed or laid out. ``model`` is this rank's pieces of the model,
+in the order they are run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from megatron_spear.policy.parallel import ParallelContext
 
 
 def forward_logprobs(
-    model: DistributedDataParallel,
+    model: list[DistributedDataParallel],
     batches: Sequence[TrainBatch],
     ctx: ParallelContext,
     vocab_size: int,
@@ -46,7 +47,7 @@ def forward_logprobs(
 
 
 def forward_backward(
-    model: DistributedDataParallel,
+    model: list[DistributedDataParallel],
     batches: Sequence[TrainBatch],
     ctx: ParallelContext,
     vocab_size: int,
@@ -81,13 +82,22 @@ def forward_backward(
     return total
 
 
+def prepare(model: list[DistributedDataParallel]) -> None:
+    """Tell Megatron's schedules how gradients are reduced: at the last micro-batch, as sums."""
+    pauses = [part.no_sync for part in model]
+    for part in model:
+        part.module.config.finalize_model_grads_func = finalize_sums
+        if part.ddp_config.overlap_grad_reduce:
+            part.module.config.no_sync_func = pauses if len(model) > 1 else pauses[0]
+
+
 def finalize_sums(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's gradient reduction without its division by the number of tokens."""
     megatron_finalize(model, None, **kwargs)
 
 
 def _run(
-    model: DistributedDataParallel,
+    model: list[DistributedDataParallel],
     batches: Sequence[TrainBatch],
     on_logits: Callable[..., Any],
     forward_only: bool,
@@ -98,8 +108,8 @@ def _run(
 
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in model],
+        model=model,
         num_microbatches=len(batches),
         seq_length=max(batch.num_tokens for batch in batches),
         micro_batch_size=1,

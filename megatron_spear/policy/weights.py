@@ -1,6 +1,6 @@
 """Hugging Face weights into and out of the distributed model, one parameter at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,22 @@ from megatron_spear.errors import CheckpointError
 from megatron_spear.policy.parallel import ParallelContext
 
 
-def load_hf(model: Any, path: Path, shape: ModelShape, ctx: ParallelContext) -> None:
-    """Copy the folder's weights into this rank's part of the model.
+def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelContext) -> None:
+    """Copy the folder's weights into this rank's pieces of the model.
 
     Each rank maps the files and reads only tensors of its own stage. Raises CheckpointError for
     tensors that are missing, of a wrong shape or left over, and for parameters that none sets.
     """
-    parameters = dict(model.named_parameters())
-    unset = set(parameters)
+    named = [dict(chunk.named_parameters()) for chunk in chunks]
+    unset = {(number, name) for number, own in enumerate(named) for name in own}
     with HfReader(path) as reader, torch.no_grad():
         table = weight_table(shape)
         check_complete(reader, table)
         for item in table:
-            name = item.local_name(model.first_layer, model.first_expert)
-            if not _is_here(item, shape, ctx) or name not in parameters:
+            stage, number = place_of(item, shape, ctx.pipeline_size, len(chunks))
+            chunk, parameters = chunks[number], named[number]
+            name = item.local_name(chunk.first_layer, chunk.first_expert)
+            if not _is_here(item, stage, shape, ctx) or name not in parameters:
                 continue
             sources = [
                 reader.get(source, expected)
@@ -44,13 +46,14 @@ def load_hf(model: Any, path: Path, shape: ModelShape, ctx: ParallelContext) -> 
                     f"expects {tuple(parameters[name].shape)}"
                 )
             parameters[name].copy_(part)
-            unset.discard(name)
+            unset.discard((number, name))
     if unset:
-        raise CheckpointError(f"no tensor of {path} sets {', '.join(sorted(unset))}")
+        names = ", ".join(sorted(name for _, name in unset))
+        raise CheckpointError(f"no tensor of {path} sets {names}")
 
 
 def export_hf(
-    model: Any, shape: ModelShape, ctx: ParallelContext
+    chunks: Sequence[Any], shape: ModelShape, ctx: ParallelContext
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Whole Hugging Face tensors by name: ``(name, tensor)`` on rank 0, ``(name, None)`` elsewhere.
 
@@ -59,15 +62,17 @@ def export_hf(
     has it to rank 0. Tied output
     embeddings are not repeated. Tensors may share memory with the model: copy what is kept.
     """
-    parameters = dict(model.named_parameters())
+    named = [dict(chunk.named_parameters()) for chunk in chunks]
     for item in weight_table(shape):
         if item.tied:
             continue
+        stage, number = place_of(item, shape, ctx.pipeline_size, len(chunks))
         part = None
-        if _is_here(item, shape, ctx):
-            part = parameters[item.local_name(model.first_layer, model.first_expert)].detach()
-        holder = _first_holder(item, shape, ctx)
-        full = _to_controller(item, part, holder, ctx, model.config.params_dtype)
+        if _is_here(item, stage, shape, ctx):
+            chunk = chunks[number]
+            part = named[number][item.local_name(chunk.first_layer, chunk.first_expert)].detach()
+        holder = _first_holder(item, stage, shape, ctx)
+        full = _to_controller(item, part, holder, ctx, chunks[0].config.params_dtype)
         if full is None:
             yield from ((name, None) for name in item.sources)
             continue
@@ -75,11 +80,18 @@ def export_hf(
         yield from zip(item.sources, (t.contiguous() for t in tensors), strict=True)
 
 
-def stage_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
-    """The pipeline rank that holds the parameter."""
-    if item.stage == "layer":
-        return item.layer // (shape.num_layers // ctx.pipeline_size)
-    return 0 if item.stage == "first" else ctx.pipeline_size - 1
+def place_of(
+    item: WeightMap, shape: ModelShape, num_stages: int, num_chunks: int
+) -> tuple[int, int]:
+    """The pipeline rank that holds the parameter, and which of its ``num_chunks`` pieces.
+
+    Example: 8 layers on 2 ranks of 2 pieces: layer 5 is in piece 2 of all, so (0, 1).
+    """
+    if item.stage != "layer":
+        return (0, 0) if item.stage == "first" else (num_stages - 1, num_chunks - 1)
+    piece = item.layer // (shape.num_layers // (num_stages * num_chunks))
+    chunk, stage = divmod(piece, num_stages)
+    return stage, chunk
 
 
 def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
@@ -88,16 +100,16 @@ def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext) ->
     return item.expert // (shape.num_experts // ctx.expert_size)
 
 
-def _is_here(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> bool:
-    """Whether this rank holds the parameter, or its part of it."""
-    if stage_of(item, shape, ctx) != ctx.pipeline_rank:
+def _is_here(item: WeightMap, stage: int, shape: ModelShape, ctx: ParallelContext) -> bool:
+    """Whether this rank holds the parameter of pipeline rank ``stage``, or its part of it."""
+    if stage != ctx.pipeline_rank:
         return False
     return item.expert is None or _expert_rank_of(item, shape, ctx) == ctx.expert_rank
 
 
-def _first_holder(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
-    """The lowest global rank that holds the parameter."""
-    first = stage_of(item, shape, ctx) * ctx.tensor_size * ctx.data_size
+def _first_holder(item: WeightMap, stage: int, shape: ModelShape, ctx: ParallelContext) -> int:
+    """The lowest global rank that holds the parameter of pipeline rank ``stage``."""
+    first = stage * ctx.tensor_size * ctx.data_size
     return first if item.expert is None else first + _expert_rank_of(item, shape, ctx)
 
 

@@ -196,6 +196,7 @@ class SpearStep:
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_multiple=self.policy.pad_multiple,
             mix_lengths=self.policy.mix_lengths,
+            microbatch_multiple=self.policy.microbatch_multiple,
             columns=columns,
         )
 

@@ -121,6 +121,7 @@ def _pack(
         tokens_per_microbatch=config.policy.tokens_per_microbatch,
         pad_multiple=policy.pad_multiple,
         mix_lengths=policy.mix_lengths,
+        microbatch_multiple=policy.microbatch_multiple,
     )
 
 

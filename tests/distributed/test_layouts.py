@@ -29,7 +29,37 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xPP2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
     "TP2xDP2+SP": (4, {"tensor_parallel": 2, "sequence_parallel": True}),
     "PP2xDP2": (4, {"pipeline_parallel": 2}),
+    "TP2+SP, recompute": (
+        2,
+        {"tensor_parallel": 2, "sequence_parallel": True, "recompute": "full"},
+    ),
+    "PP2xVPP2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+    "DP2, distributed": (2, {"distributed_optimizer": True}),
+    "TP2xPP2xVPP2+SP, recompute": (
+        4,
+        {
+            "tensor_parallel": 2,
+            "sequence_parallel": True,
+            "pipeline_parallel": 2,
+            "virtual_pipeline": 2,
+            "recompute": "full",
+        },
+    ),
+    "PP2xVPP2xDP2, distributed, overlapped, recompute": (
+        4,
+        {
+            "pipeline_parallel": 2,
+            "virtual_pipeline": 2,
+            "distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "recompute": "selective",
+        },
+    ),
 }
+DISTRIBUTED = [name for name in LAYOUTS if "distributed" in name]
+"""Layouts whose gradients stay in pieces on the data-parallel ranks."""
+
 STEPS = 3
 TEMPERATURE = 0.9
 
@@ -56,6 +86,7 @@ def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, A
                 data_parallel=ctx.data_size,
                 tokens_per_microbatch=150,
                 pad_multiple=policy.pad_multiple,
+                microbatch_multiple=policy.microbatch_multiple,
             )
             loss = PolicyLoss.from_sections(
                 AlgorithmSection(), ReplaySection().loss, temperature=TEMPERATURE
@@ -80,11 +111,16 @@ def load_one(folder: Path, names: list[str]) -> dict[str, dict[str, np.ndarray]]
     from megatron_spear.policy import parallel
     from megatron_spear.policy.policy import MegatronPolicy
 
-    section = PolicySection()
-    ctx = parallel.initialize(section, seed=0, timeout_s=60)
-    policy = MegatronPolicy.from_hf(folder, section, OptimizerSection(), 10, ctx)
+    ctx = parallel.initialize(PolicySection(), seed=0, timeout_s=60)
+    policies = {
+        split: MegatronPolicy.from_hf(
+            folder, PolicySection(distributed_optimizer=split), OptimizerSection(), 10, ctx
+        )
+        for split in (False, True)
+    }
     loaded = {}
     for name in names:
+        policy = policies[name in DISTRIBUTED]
         policy.load(folder / f"state-{name}")
         assert policy.num_steps == STEPS
         loaded[name] = exported(policy)
@@ -97,7 +133,7 @@ def exported(policy: Any) -> dict[str, np.ndarray]:
 
 def exported_gradient(policy: Any) -> dict[str, np.ndarray]:
     """The clipped gradient of the last step, by way of the weight export."""
-    parameters = list(policy._core.parameters())
+    parameters = policy._parameters()
     kept = [parameter.data for parameter in parameters]
     for parameter in parameters:
         parameter.data = parameter.main_grad
@@ -136,17 +172,21 @@ tied_or_not = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tie
 @every_layout
 def test_equals_one_rank(name: str, tied: bool, root: Path) -> None:
     one = results_of(1, tied, root)["one"]
-    assert_equal(results_of(LAYOUTS[name][0], tied, root)[name], one)
+    got = results_of(LAYOUTS[name][0], tied, root)[name]
+    assert_equal(got, one, gradients=name not in DISTRIBUTED)
 
 
-def assert_equal(got: Any, one: Any) -> None:
-    """What ``run_layouts`` gave for a layout is what it gave for one rank."""
+def assert_equal(got: Any, one: Any, *, gradients: bool = True) -> None:
+    """What ``run_layouts`` gave for a layout is what it gave for one rank.
+
+    ``gradients`` False: no rank of a distributed optimizer has whole ones.
+    """
     for ours, theirs in zip(got[0], one[0], strict=True):  # log-probs, entropies
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     assert worst(got[1], one[1]) == 0.0  # import and export
     assert set(got[2]) == set(one[2])
-    for key, gradient in one[2].items():
+    for key, gradient in one[2].items() if gradients else ():
         difference = np.linalg.norm(got[2][key] - gradient) / np.linalg.norm(gradient)
         assert difference < 1e-5, f"gradient of {key} differs by {difference}"
     for ours, theirs in zip(got[3], one[3], strict=True):

@@ -41,7 +41,7 @@ def test_equals_transformers(
     )
     loss.backward()
     policy.compute_gradient([b.to(ctx.device) for b in packed.micro_batches[0]], NllLoss())
-    ours = dict(policy._core.named_parameters())
+    ours = dict(policy._chunks[0].named_parameters())
     for name, theirs in (
         ("decoder.layers.0.mlp.linear_fc2.weight", model.model.layers[0].mlp.down_proj),
         ("decoder.layers.1.input_layernorm.weight", model.model.layers[1].input_layernorm),

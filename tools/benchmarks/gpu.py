@@ -57,7 +57,7 @@ def numerics(folder: Path, ctx: ParallelContext) -> Iterator[Row]:
         policy = _policy(folder, ctx, precision)
         logprobs = np.concatenate(policy.logprobs(packed, 1.0))
         policy.compute_gradient(_on(ctx, packed), NllLoss())
-        gradient = torch.cat([p.main_grad.flatten().double() for p in policy._core.parameters()])
+        gradient = torch.cat([p.main_grad.flatten().double() for p in policy._parameters()])
         found[precision] = logprobs, gradient.cpu()
     (exact, full), (rounded, half) = found["fp32"], found["bf16"]
     gap = np.abs(exact - rounded)

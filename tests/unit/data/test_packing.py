@@ -107,6 +107,35 @@ def test_unpack_undoes_pack(
             assert np.array_equal(value[1:], original[1:])
 
 
+@settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.integers(1, 64), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
+def test_micro_batches_come_in_multiples(
+    lengths: list[int], limit: int, data_parallel: int, multiple: int, pad: int
+) -> None:
+    samples = [sample_of(length, number) for number, length in enumerate(lengths)]
+    weights = [np.ones(length) * (np.arange(length) > 0) for length in lengths]
+    step = pack(
+        samples,
+        weights,
+        [Origin.ON_POLICY] * len(samples),
+        data_parallel=data_parallel,
+        tokens_per_microbatch=limit,
+        pad_multiple=pad,
+        microbatch_multiple=multiple,
+    )
+    (count,) = {len(rank) for rank in step.micro_batches}
+    assert count % multiple == 0
+    assert sorted(i for r in step.members for g in r for i in g) == list(range(len(lengths)))
+    empty = [
+        b
+        for r, m in zip(step.micro_batches, step.members, strict=True)
+        for b, g in zip(r, m, strict=True)
+        if not g
+    ]
+    assert all(b.num_tokens == pad and not b.token_weight.any() for b in empty)
+    assert not empty or len(lengths) < count * data_parallel
+
+
 def test_ranks_get_about_the_same_cost() -> None:
     lengths = np.random.default_rng(0).integers(50, 300, 80).tolist()
     _, _, step = packed_of(lengths, 4096, 2, 1)

@@ -4,9 +4,12 @@ import pytest
 from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_spear.config.schema import OptimizerSection, PolicySection
+from megatron_spear.conversion.families import weight_table
+from megatron_spear.conversion.shape import model_shape
 from megatron_spear.errors import ConfigError
 from megatron_spear.policy.optimizer import learning_rate
 from megatron_spear.policy.parallel import check_layout
+from megatron_spear.policy.weights import place_of
 
 MODEL = {
     "hidden_size": 64,
@@ -50,6 +53,48 @@ def test_all_problems_at_once() -> None:
         "  the model's num_hidden_layers=4 is not a multiple of policy.pipeline_parallel=3; "
         "choose a divisor",
     ]
+
+
+def test_interleaved_pipelines() -> None:
+    check_layout(section(pipeline_parallel=2, virtual_pipeline=2), Qwen3Config(**MODEL), 2)
+    with pytest.raises(ConfigError, match=r"virtual_pipeline=2 cuts .*parallel=1 has none"):
+        check_layout(section(virtual_pipeline=2), Qwen3Config(**MODEL), 1)
+    with pytest.raises(
+        ConfigError,
+        match=r"num_hidden_layers=4 is not a multiple of policy\.pipeline_parallel=2 x "
+        r"policy\.virtual_pipeline=3; choose a divisor",
+    ):
+        check_layout(section(pipeline_parallel=2, virtual_pipeline=3), Qwen3Config(**MODEL), 2)
+
+
+@pytest.mark.parametrize("missing", ["distributed_optimizer", "overlap_grad_reduce"])
+def test_overlapped_gathering_needs_something_to_gather(missing: str) -> None:
+    overlapped = {
+        "distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    }
+    check_layout(section(**overlapped), Qwen3Config(**MODEL), 2)
+    with pytest.raises(ConfigError, match=f"overlap_param_gather=true .* policy.{missing}=true"):
+        check_layout(section(**overlapped | {missing: False}), Qwen3Config(**MODEL), 2)
+
+
+@pytest.mark.parametrize(
+    ("num_chunks", "places"),
+    [
+        (1, [(0, 0), (0, 0), (0, 0), (0, 0), (1, 0), (1, 0), (1, 0), (1, 0)]),
+        (2, [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1)]),
+        (4, [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (0, 3), (1, 3)]),
+    ],
+)
+def test_where_weights_are(num_chunks: int, places: list[tuple[int, int]]) -> None:
+    shape = model_shape(Qwen3Config(**MODEL | {"num_hidden_layers": 8}))
+    found: dict[object, set[tuple[int, int]]] = {}
+    for item in weight_table(shape):
+        key = item.layer if item.stage == "layer" else item.stage
+        found.setdefault(key, set()).add(place_of(item, shape, 2, num_chunks))
+    ends = {"first": {(0, 0)}, "last": {(1, num_chunks - 1)}}
+    assert found == {number: {place} for number, place in enumerate(places)} | ends
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """One rank: equal to transformers, independent of packing, exact after a resume."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.hf_io import HfReader
-from megatron_spear.data.packing import PackedStep, TrainBatch, pack
+from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.testing.nll import WeightedNll
 from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
 from megatron_spear.trainer.work import forward_flops
-
-
-@dataclass
-class WeightedNll:
-    """Plain sum of token_weight * -log p."""
-
-    temperature: float = 1.0
-    needs_entropy: bool = False
-    entropy_grad: bool = False
-    factor: float = 1.0
-
-    def __call__(
-        self, logprobs: Tensor, entropy: Tensor | None, batch: TrainBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = -self.factor * (batch.token_weight * logprobs).sum()
-        return loss, {"tokens": (batch.token_weight > 0).sum()}
 
 
 def make(path: Path, ctx: ParallelContext, **policy: Any) -> MegatronPolicy:
@@ -45,9 +30,11 @@ def packed(limit: int = 200) -> PackedStep:
     return pack(*random_samples(), tokens_per_microbatch=limit)
 
 
-def gradient(policy: MegatronPolicy, step: PackedStep) -> dict[str, Tensor]:
-    policy.compute_gradient(step.micro_batches[0], WeightedNll())
-    return {name: p.main_grad.clone() for name, p in policy._core.named_parameters()}
+def gradient(
+    policy: MegatronPolicy, step: PackedStep, loss: TokenLoss | None = None
+) -> dict[str, Tensor]:
+    policy.compute_gradient(step.micro_batches[0], loss or WeightedNll())
+    return {name: p.main_grad.clone() for name, p in policy._chunks[0].named_parameters()}
 
 
 def exported(policy: MegatronPolicy) -> dict[str, Tensor]:
@@ -102,6 +89,43 @@ def test_gradient_does_not_depend_on_packing(tmp_path: Path, ctx: ParallelContex
         assert len(step.micro_batches[0]) > 2
         for name, grad in gradient(policy, step).items():
             assert ((grad - one[name]).norm() / one[name].norm()).item() < 1e-5, name
+
+
+class KeptBytes(WeightedNll):
+    """Counts what autograd keeps of the forward pass, weights apart, until the loss is there."""
+
+    def __init__(self, policy: MegatronPolicy) -> None:
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in policy._chunks[0].parameters()}
+        self.seen: dict[int, torch.UntypedStorage] = {}
+        self.total = 0
+
+    def count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.seen[storage.data_ptr()] = storage  # held, so that no other gets its address
+        return tensor
+
+    def __call__(self, *args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        self.total = sum(s.nbytes() for at, s in self.seen.items() if at not in self.weights)
+        return super().__call__(*args)
+
+
+def test_recomputed_activations_are_not_kept_and_change_nothing(
+    tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path)
+    step, gradients, kept = packed(10_000), {}, {}
+    for recompute in ("none", "selective", "full"):
+        policy = make(tmp_path, ctx, recompute=recompute)
+        loss = KeptBytes(policy)
+        with torch.autograd.graph.saved_tensors_hooks(loss.count, lambda tensor: tensor):
+            gradients[recompute] = gradient(policy, step, loss)
+        kept[recompute] = loss.total
+    for recompute in ("selective", "full"):
+        for name, grad in gradients[recompute].items():
+            torch.testing.assert_close(grad, gradients["none"][name], rtol=1e-6, atol=1e-9)
+    assert kept["selective"] < 0.8 * kept["none"]
+    assert kept["full"] < 0.2 * kept["none"]
 
 
 def test_training_lowers_the_loss_and_reports(tmp_path: Path, ctx: ParallelContext) -> None:
@@ -173,6 +197,36 @@ def test_resume_is_exact(
     assert [resumed.train_step(packed(), WeightedNll()) for _ in range(2)] == expected
     want = exported(policy)
     assert all(torch.equal(tensor, want[name]) for name, tensor in exported(resumed).items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "bf16"}, {"distributed_optimizer": True}], ids=str
+)
+def test_resume_after_nothing_but_a_skipped_step(
+    changes: dict[str, Any], tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path / "hf")
+    policy = make(tmp_path / "hf", ctx, **changes)
+    policy.train_step(packed(), WeightedNll(factor=math.inf))
+    policy.save(tmp_path / "state")
+    expected = [policy.train_step(packed(), WeightedNll()) for _ in range(2)]
+    resumed = make(tmp_path / "hf", ctx, **changes)
+    resumed.load(tmp_path / "state")
+    assert [resumed.train_step(packed(), WeightedNll()) for _ in range(2)] == expected
+
+
+def test_state_of_the_other_kind_of_optimizer_is_refused(
+    tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path / "hf")
+    policy = make(tmp_path / "hf", ctx)
+    distributed = make(tmp_path / "hf", ctx, distributed_optimizer=True)
+    policy.save(tmp_path / "begin")
+    distributed.load(tmp_path / "begin")  # no step was made: no optimizer state
+    policy.train_step(packed(), WeightedNll())
+    policy.save(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=r"saved with policy\.distributed_optimizer=false"):
+        distributed.load(tmp_path / "state")
 
 
 def test_broken_state_is_refused(tmp_path: Path, ctx: ParallelContext) -> None:

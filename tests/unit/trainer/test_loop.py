@@ -69,6 +69,7 @@ class _Policy:
 
     pad_multiple = 1
     mix_lengths = False
+    microbatch_multiple = 1
     shape = ONE_LAYER
     ctx = SimpleNamespace(data_size=1)
 

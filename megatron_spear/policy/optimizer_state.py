@@ -1,0 +1,133 @@
+"""The optimizer's state for checkpoints, whatever the layout, with torch's Adam too.
+
+The distributed optimizer keeps each parameter's state in pieces, one on each data-parallel rank. It
+is stored whole, by parameter (Megatron's "fully reshardable" format), so that any layout reads it.
+Megatron puts the pieces together without the padding between the buckets of a gradient buffer, and
+then cuts parameters out as if it were there: with several buckets (overlapped reduction, tied
+embeddings in a pipeline) it stores wrong values. So they are put together here.
+
+Three things of torch's Adam are not in Megatron's plan, and made up for:
+
+- it has no state before its first step, which cannot be stored, nor loaded into: it gets one,
+- its count of steps, one a parameter, is not among the stored tensors, and Megatron looks for it
+  there; it is stored with the parameter groups, or nowhere if it is 0,
+- Megatron hands one tensor with the count to all parameters, and each would count it up.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+
+
+def is_distributed(optimizer: Any) -> bool:
+    """Whether its state is split over the data-parallel ranks."""
+    return any(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
+
+
+def sharded_state(optimizer: Any, weights: dict[str, Any], *, loading: bool) -> Any:
+    """What to store, or with ``loading`` to ask for; ``weights`` are the model's. Collective."""
+    _begin(optimizer)
+    with _own_gathering(optimizer):
+        state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=METADATA)
+    _count_apart(optimizer)
+    return state
+
+
+def restore(optimizer: Any, state: Any) -> None:
+    """Take over what was asked for by ``sharded_state`` and has been loaded."""
+    several = len(optimizer.chained_optimizers) > 1
+    pieces = []
+    for number, part in enumerate(optimizer.chained_optimizers):
+        own = state[number] if several else state
+        if not _is_torch_adam(part):
+            continue
+        if isinstance(part, DistributedOptimizer):
+            pieces.append((part, own.pop("param_state")))
+        else:
+            own.get("optimizer", own)["state"].setdefault("common_step", torch.zeros(()))
+    optimizer.load_state_dict(state)  # parameter groups and their count of steps
+    for part, tensors in pieces:
+        counts = [values.pop("step") for values in part.optimizer.state.values()]
+        part.load_parameter_state_from_fully_reshardable(tensors)
+        for values, count in zip(part.optimizer.state.values(), counts, strict=True):
+            values["step"] = count
+    _count_apart(optimizer)
+
+
+@contextlib.contextmanager
+def _own_gathering(optimizer: Any) -> Iterator[None]:
+    parts = [p for p in optimizer.chained_optimizers if isinstance(p, DistributedOptimizer)]
+    for part in parts:
+        part.get_parameter_state_dp_zero = functools.partial(_whole_buffers, part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.get_parameter_state_dp_zero
+
+
+def _whole_buffers(part: Any, *, empty_data: bool, **kwargs: Any) -> dict[int, Any]:
+    """By number and dtype of a buffer, each kind of state for all of it, padding included."""
+    found: dict[int, Any] = {}
+    for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
+        ((dtype, pieces),) = ranges.items()
+        whole = {kind: torch.zeros(buffer.numel, device="cpu") for kind in KINDS}
+        if not empty_data:
+            for bucket, piece in zip(buffer.buckets, pieces, strict=True):
+                size = bucket.grad_data.numel()
+                for kind, values in _gathered(part, bucket, piece["param_map"]).items():
+                    whole[kind][bucket.offset : bucket.offset + size] = values
+        found[number] = {dtype: whole}
+    return found
+
+
+def _gathered(part: Any, bucket: Any, places: dict[Any, Any]) -> dict[str, torch.Tensor]:
+    """A bucket's state on the CPU, of the pieces of all data-parallel ranks. Collective."""
+    group, gradient = part.data_parallel_group, bucket.grad_data
+    states = {p: part._get_main_param_and_optimizer_states(p) for p in places}
+    found = {}
+    for kind in KINDS:
+        mine = torch.zeros(gradient.numel() // group.size(), device=gradient.device)
+        for parameter, place in places.items():
+            local = place["gbuf_local"]
+            mine[local.start : local.end] = states[parameter][kind].detach()
+        whole = torch.empty(gradient.numel(), device=gradient.device)
+        dist.all_gather_into_tensor(whole, mine, group=group)
+        found[kind] = whole.cpu()
+    return found
+
+
+def _begin(optimizer: Any) -> None:
+    """Give parameters that torch's Adam has not updated yet the state it would begin with."""
+    for part in _torch_adams(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if "step" not in state:
+                    device = parameter.device if group["fused"] else "cpu"
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _count_apart(optimizer: Any) -> None:
+    """A count of steps of its own for each parameter."""
+    for part in _torch_adams(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_adams(optimizer: Any) -> Iterator[Any]:
+    return (part for part in optimizer.chained_optimizers if _is_torch_adam(part))
+
+
+def _is_torch_adam(part: Any) -> bool:
+    return isinstance(part.optimizer, torch.optim.Adam)
