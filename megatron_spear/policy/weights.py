@@ -13,7 +13,7 @@ from megatron_spear.conversion.hf_io import HfReader, check_complete
 from megatron_spear.conversion.mapping import WeightMap
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import CheckpointError
-from megatron_spear.policy.parallel import ParallelContext
+from megatron_spear.policy.parallel import ParallelContext, Place
 
 
 def load_hf(model: Any, path: Path, shape: ModelShape, ctx: ParallelContext) -> None:
@@ -72,7 +72,7 @@ def export_hf(
         yield from zip(item.sources, (t.contiguous() for t in tensors), strict=True)
 
 
-def stage_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
+def stage_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext | Place) -> int:
     """The pipeline rank that holds the parameter."""
     if item.stage == "layer":
         return item.layer // (shape.num_layers // ctx.pipeline_size)
