@@ -40,12 +40,13 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
 
 def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
     """The layout, and how it cuts the made model; a loaded one has its own shape."""
-    tiny, by_tensor, by_pipeline = config.model.tiny, {}, {}
+    tiny, by_tensor, by_pipeline, num_experts = config.model.tiny, {}, {}, None
     if config.model.path is None:
+        num_experts = 0
         by_tensor["model.tiny.num_kv_heads"] = tiny.num_kv_heads
         by_tensor["model.tiny.ffn_size"] = tiny.ffn_size
         by_pipeline["model.tiny.num_layers"] = tiny.num_layers
-    yield from layout_problems(config.policy, world_size, by_tensor, by_pipeline)
+    yield from layout_problems(config.policy, world_size, by_tensor, by_pipeline, num_experts)
 
 
 def _preset(config: RunConfig) -> Iterator[str]:

@@ -20,6 +20,7 @@ RESUME_MAY_DIFFER = (
     "preset",
     "policy.tensor_parallel",
     "policy.pipeline_parallel",
+    "policy.expert_parallel",
     "policy.sequence_parallel",
     "policy.tokens_per_microbatch",
     "rollout.max_slots",

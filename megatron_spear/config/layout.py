@@ -8,8 +8,9 @@ from megatron_spear.config.schema import PolicySection
 def layout_problems(
     policy: PolicySection,
     world_size: int,
-    by_tensor: Mapping[str, int],
-    by_pipeline: Mapping[str, int],
+    by_tensor: Mapping[str, int] | None = None,
+    by_pipeline: Mapping[str, int] | None = None,
+    num_experts: int | None = None,
 ) -> Iterator[str]:
     """What keeps ``policy``'s layout from ``world_size`` ranks, and from a model of these sizes.
 
@@ -18,6 +19,7 @@ def layout_problems(
         world_size: ranks in all.
         by_tensor: sizes that tensor parallel has to divide, by the name to tell.
         by_pipeline: sizes that pipeline parallel has to divide, by the name to tell.
+        num_experts: experts of a layer, 0 for a dense model; None where the model is not known.
 
     Example: ``policy.tensor_parallel=2`` on 2 ranks with ``by_tensor={"heads": 3}`` gives
     ``heads=3 is not a multiple of policy.tensor_parallel=2; choose a divisor``.
@@ -35,9 +37,38 @@ def layout_problems(
             "or policy.sequence_parallel=false"
         )
     for sizes, key, parts in (
-        (by_tensor, "policy.tensor_parallel", tensor),
-        (by_pipeline, "policy.pipeline_parallel", pipeline),
+        (by_tensor or {}, "policy.tensor_parallel", tensor),
+        (by_pipeline or {}, "policy.pipeline_parallel", pipeline),
     ):
         for name, size in sizes.items():
             if size % parts:
                 yield f"{name}={size} is not a multiple of {key}={parts}; choose a divisor"
+    yield from _expert_problems(policy, world_size, num_experts)
+
+
+def _expert_problems(
+    policy: PolicySection, world_size: int, num_experts: int | None
+) -> Iterator[str]:
+    """Experts are whole, and spread over the ranks of a pipeline stage."""
+    parts, stage = policy.expert_parallel, world_size // policy.pipeline_parallel
+    if num_experts == 0:
+        if parts > 1:
+            yield f"policy.expert_parallel={parts}, but the model has no experts; use 1"
+        return
+    if stage % parts:
+        yield (
+            f"a pipeline stage of {stage} ranks (tensor x data parallel) is not a multiple of "
+            f"policy.expert_parallel={parts}; choose a divisor"
+        )
+    if num_experts is None:
+        return
+    if num_experts % parts:
+        yield (
+            f"the model's num_experts={num_experts} is not a multiple of "
+            f"policy.expert_parallel={parts}; choose a divisor"
+        )
+    if policy.tensor_parallel > 1 and not policy.sequence_parallel:
+        yield (
+            f"policy.tensor_parallel={policy.tensor_parallel} of a model with experts needs "
+            "policy.sequence_parallel=true: each rank sends its part of the sequence to the experts"
+        )

@@ -107,8 +107,12 @@ class PolicySection(Section):
     """Ranks one layer is split over; divides heads, KV groups and the world size."""
     pipeline_parallel: PositiveInt = 1
     """Ranks the layers are split over; divides the number of layers."""
+    expert_parallel: PositiveInt = 1
+    """Ranks the experts of a mixture-of-experts model are spread over; divides the experts and the
+    ranks of a pipeline stage (tensor x data parallel)."""
     sequence_parallel: bool = False
-    """Split the norms' activations along the sequence too (needs tensor_parallel > 1)."""
+    """Split the norms' activations along the sequence too (needs tensor_parallel > 1; models with
+    experts need it then)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Dtype of parameters and activations."""
     tokens_per_microbatch: PositiveInt = 4096

@@ -2,8 +2,8 @@
 
 A ``WeightMap`` names one Megatron parameter (``target``), the tensors it is made of (``sources``,
 with their shapes) and four pure functions: ``to_megatron`` and ``to_hf`` for whole tensors,
-``shard`` and ``unshard`` for tensor parallelism. One table serves import, export and weight
-transfer.
+``shard`` and ``unshard`` for tensor parallelism. An expert's parameters are whole on the
+expert-parallel ranks that hold the expert. One table serves import, export and weight transfer.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ class WeightMap:
     """A renamed parameter, the same on every rank of the tensor-parallel group.
 
     ``target`` is the Megatron name; for ``stage="layer"`` it is the name within the layer, and
-    ``layer`` is the global layer number. ``tied`` marks a copy of a tensor that another map owns.
+    ``layer`` is the global layer number. A parameter of an expert has its name within the expert
+    and the expert's global number. ``tied`` marks a copy of a tensor that another map owns.
     """
 
     target: str
@@ -30,13 +31,22 @@ class WeightMap:
     shapes: tuple[Shape, ...]
     stage: Stage = "layer"
     layer: int = 0
+    expert: int | None = None
     tied: bool = False
 
-    def local_name(self, first_layer: int) -> str:
-        """The parameter's name in a stage whose layers start at ``first_layer``."""
+    def local_name(self, first_layer: int, first_expert: int = 0) -> str:
+        """The parameter's name on a rank whose layers and experts start at these.
+
+        Example: ``linear_fc2.weight`` of expert 5 in layer 3 is
+        ``decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.weight`` where they start at
+        layer 2 and expert 4.
+        """
         if self.stage != "layer":
             return self.target
-        return f"decoder.layers.{self.layer - first_layer}.{self.target}"
+        layer = f"decoder.layers.{self.layer - first_layer}."
+        if self.expert is None:
+            return layer + self.target
+        return f"{layer}mlp.experts.local_experts.{self.expert - first_expert}.{self.target}"
 
     @property
     def full_shape(self) -> Shape:

@@ -7,15 +7,21 @@ from typing import Any, Literal
 
 from megatron_spear.errors import CheckpointError, ConfigError
 
-SUPPORTED = ("qwen3", "qwen2", "llama")
+SUPPORTED = ("qwen3", "qwen3_moe", "qwen2", "llama")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """A dense decoder-only transformer with rotary positions, grouped queries and a gated MLP."""
+    """A decoder-only transformer with rotary positions, grouped queries and a gated MLP.
 
-    family: Literal["qwen3", "qwen2", "llama"]
+    With ``num_experts`` > 0 every layer's MLP is a mixture of that many experts, each of inner
+    width ``ffn_size``: a token goes through the ``experts_per_token`` with the highest router
+    probabilities (softmax over all), weighted with these, which ``normalize_routing`` makes sum
+    to 1.
+    """
+
+    family: Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -30,6 +36,9 @@ class ModelShape:
     qkv_bias: bool = False
     qk_norm: bool = False
     max_length: int = 32768
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalize_routing: bool = False
 
 
 def load_config(path: Path) -> Any:
@@ -55,6 +64,7 @@ def model_shape(config: Any) -> ModelShape:
             f"model_type {family!r} has no weight table; expected one of {', '.join(SUPPORTED)}"
         )
     _refuse_unsupported(config, family)
+    experts = _experts(config) if family == "qwen3_moe" else {"ffn_size": config.intermediate_size}
     heads = config.num_attention_heads
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if not rope:  # transformers 4 keeps theta and scaling apart
@@ -67,7 +77,6 @@ def model_shape(config: Any) -> ModelShape:
         family=family,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        ffn_size=config.intermediate_size,
         num_heads=heads,
         num_groups=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -77,9 +86,35 @@ def model_shape(config: Any) -> ModelShape:
         rope=rope,
         tied=bool(config.tie_word_embeddings),
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         max_length=config.max_position_embeddings,
+        **experts,
     )
+
+
+def _experts(config: Any) -> dict[str, Any]:
+    """The fields that speak of experts; ConfigError unless all layers have the same ones."""
+    experts, chosen = config.num_experts, config.num_experts_per_tok
+    wrong = []
+    if config.mlp_only_layers:
+        wrong.append(f"mlp_only_layers {config.mlp_only_layers} (expected none)")
+    if config.decoder_sparse_step != 1:
+        wrong.append(f"decoder_sparse_step {config.decoder_sparse_step} (expected 1)")
+    if not 1 <= chosen <= experts:
+        wrong.append(f"num_experts_per_tok {chosen} (expected 1 to num_experts {experts})")
+    if chosen == 1 and config.norm_topk_prob:
+        wrong.append("norm_topk_prob with one expert a token (its weight would always be 1)")
+    if wrong:
+        raise ConfigError(
+            "qwen3_moe config has what policy and engine do not support, which is a mixture of "
+            f"experts in every layer: {'; '.join(wrong)}"
+        )
+    return {
+        "ffn_size": config.moe_intermediate_size,
+        "num_experts": experts,
+        "experts_per_token": chosen,
+        "normalize_routing": bool(config.norm_topk_prob),
+    }
 
 
 def _refuse_unsupported(config: Any, family: str) -> None:

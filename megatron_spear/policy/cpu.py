@@ -132,10 +132,19 @@ def patch_megatron() -> None:
         return
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 asks for it without TransformerEngine
+        moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_on_cpu
     schedules.torch = _TorchOnCpu()
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Sizes of an all-to-all as plain numbers, which gloo asks for; the rest is on the CPU."""
+    return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]

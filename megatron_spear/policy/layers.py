@@ -65,9 +65,15 @@ class GatedMlp(MLP):  # type: ignore[misc]
         assert type(mlp) is MLP and mlp.config.gated_linear_unit, "a plain gated MLP is expected"
         mlp.__class__ = cls
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """``per_token_scale`` ``[T]`` weights the output of an expert."""
         both, _ = self.linear_fc1(hidden_states)
-        output, bias = self.linear_fc2(_SiluGate.apply(both))
+        inner = _SiluGate.apply(both)
+        if per_token_scale is not None:
+            inner = (inner * per_token_scale.unsqueeze(-1)).to(inner.dtype)
+        output, bias = self.linear_fc2(inner)
         return output, bias
 
 

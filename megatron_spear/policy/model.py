@@ -32,6 +32,7 @@ from megatron_spear.policy.attention import (
     packed_layout,
     stays_packed,
 )
+from megatron_spear.policy.experts import experts_config, experts_spec
 from megatron_spear.policy.layers import GatedMlp, RMSNorm
 from megatron_spear.policy.parallel import ParallelContext
 
@@ -61,7 +62,7 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
         pipeline_model_parallel_size=policy.pipeline_parallel,
         sequence_parallel=policy.sequence_parallel,
         variable_seq_lengths=policy.pipeline_parallel > 1,
-        moe_token_dispatcher_type="alltoall",  # unused; asked for by variable_seq_lengths
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths asks for it without experts
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -74,6 +75,7 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **(experts_config(shape, policy.expert_parallel) if shape.num_experts else {}),
     )
 
 
@@ -101,7 +103,7 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
+            mlp=experts_spec() if shape.num_experts else mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -129,10 +131,12 @@ class PackedModel(GPTModel):  # type: ignore[misc]
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="none",
         )
-        for layer in self.decoder.layers:
-            GatedMlp.adopt(layer.mlp)
+        if not shape.num_experts:
+            for layer in self.decoder.layers:
+                GatedMlp.adopt(layer.mlp)
         _mark_split_weights(self)
         self.first_layer = layers * ctx.pipeline_rank
+        self.first_expert = shape.num_experts // ctx.expert_size * ctx.expert_rank
         self.rotary = Rotary(shape, ctx.device, config.params_dtype)
         self.packed_attention = stays_packed(ctx.device, config.params_dtype)
 

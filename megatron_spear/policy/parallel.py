@@ -34,8 +34,12 @@ class Place:
 class ParallelContext:
     """This process's place in the layout.
 
-    Ranks are ordered tensor parallel first, then data parallel, then pipeline parallel. ``control``
-    is a gloo group of all ranks for Python objects; ``tensor`` the tensor-parallel group.
+    Ranks are ordered tensor parallel first, then data parallel, then pipeline parallel. Experts are
+    spread over the first two together, neighbours first. ``control`` is a gloo group of all ranks
+    for Python objects; ``tensor`` the tensor-parallel group.
+
+    Example: of 4 ranks with tensor parallel 2 and expert parallel 2, the experts' first half is on
+    ranks 0 and 2, the second on 1 and 3.
     """
 
     rank: int
@@ -46,6 +50,8 @@ class ParallelContext:
     pipeline_size: int
     data_rank: int
     data_size: int
+    expert_rank: int
+    expert_size: int
     device: torch.device
     control: dist.ProcessGroup
     tensor: dist.ProcessGroup
@@ -81,7 +87,7 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    _refuse(layout_problems(policy, world_size, {}, {}))
+    _refuse(layout_problems(policy, world_size))
     timeout = timedelta(seconds=timeout_s)
     device = _device()
     if not dist.is_initialized():
@@ -95,6 +101,8 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     parallel_state.initialize_model_parallel(
         policy.tensor_parallel,
         policy.pipeline_parallel,
+        expert_model_parallel_size=policy.expert_parallel,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
         create_gloo_process_groups=device.type == "cpu",
     )
@@ -109,11 +117,14 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
         pipeline_size=policy.pipeline_parallel,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=policy.expert_parallel,
         device=device,
         control=dist.new_group(backend="gloo", timeout=timeout),
         tensor=parallel_state.get_tensor_model_parallel_group(),
     )
-    assert ctx.data_rank_of(ctx.rank) == ctx.data_rank, "Megatron's rank order has changed"
+    places = (ctx.data_rank_of(ctx.rank), ctx.rank % ctx.expert_size)
+    assert places == (ctx.data_rank, ctx.expert_rank), "Megatron's rank order has changed"
     return ctx
 
 
@@ -140,10 +151,11 @@ def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None
     by_tensor = {
         "the model's num_attention_heads": shape.num_heads,
         "the model's num_key_value_heads": shape.num_groups,
-        "the model's intermediate_size": shape.ffn_size,
     }
+    if not shape.num_experts:
+        by_tensor["the model's intermediate_size"] = shape.ffn_size
     by_pipeline = {"the model's num_hidden_layers": shape.num_layers}
-    _refuse(layout_problems(policy, world_size, by_tensor, by_pipeline))
+    _refuse(layout_problems(policy, world_size, by_tensor, by_pipeline, shape.num_experts))
 
 
 def _refuse(problems: Iterable[str]) -> None:

@@ -28,14 +28,16 @@ def load_hf(model: Any, path: Path, shape: ModelShape, ctx: ParallelContext) -> 
         table = weight_table(shape)
         check_complete(reader, table)
         for item in table:
-            name = item.local_name(model.first_layer)
-            if stage_of(item, shape, ctx) != ctx.pipeline_rank or name not in parameters:
+            name = item.local_name(model.first_layer, model.first_expert)
+            if not _is_here(item, shape, ctx) or name not in parameters:
                 continue
             sources = [
                 reader.get(source, expected)
                 for source, expected in zip(item.sources, item.shapes, strict=True)
             ]
-            part = item.shard(item.to_megatron(sources), ctx.tensor_rank, ctx.tensor_size)
+            part = item.to_megatron(sources)
+            if item.expert is None:
+                part = item.shard(part, ctx.tensor_rank, ctx.tensor_size)
             if part.shape != parameters[name].shape:
                 raise CheckpointError(
                     f"{name} became {tuple(part.shape)} from {', '.join(item.sources)}; the model "
@@ -53,18 +55,19 @@ def export_hf(
     """Whole Hugging Face tensors by name: ``(name, tensor)`` on rank 0, ``(name, None)`` elsewhere.
 
     Collective: every rank has to run the iterator to its end. One parameter is gathered at a time:
-    within the tensor-parallel group that holds it, then from its first rank to rank 0. Tied output
+    within the tensor-parallel group that holds it, if it is split, then from the first rank that
+    has it to rank 0. Tied output
     embeddings are not repeated. Tensors may share memory with the model: copy what is kept.
     """
     parameters = dict(model.named_parameters())
     for item in weight_table(shape):
         if item.tied:
             continue
-        stage = stage_of(item, shape, ctx)
         part = None
-        if stage == ctx.pipeline_rank and ctx.data_rank == 0:
-            part = parameters[item.local_name(model.first_layer)].detach()
-        full = _to_controller(item, part, stage, ctx, model.config.params_dtype)
+        if _is_here(item, shape, ctx):
+            part = parameters[item.local_name(model.first_layer, model.first_expert)].detach()
+        holder = _first_holder(item, shape, ctx)
+        full = _to_controller(item, part, holder, ctx, model.config.params_dtype)
         if full is None:
             yield from ((name, None) for name in item.sources)
             continue
@@ -79,21 +82,38 @@ def stage_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext | Place) -
     return 0 if item.stage == "first" else ctx.pipeline_size - 1
 
 
+def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
+    """The expert-parallel rank that holds the expert."""
+    assert item.expert is not None
+    return item.expert // (shape.num_experts // ctx.expert_size)
+
+
+def _is_here(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> bool:
+    """Whether this rank holds the parameter, or its part of it."""
+    if stage_of(item, shape, ctx) != ctx.pipeline_rank:
+        return False
+    return item.expert is None or _expert_rank_of(item, shape, ctx) == ctx.expert_rank
+
+
+def _first_holder(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
+    """The lowest global rank that holds the parameter."""
+    first = stage_of(item, shape, ctx) * ctx.tensor_size * ctx.data_size
+    return first if item.expert is None else first + _expert_rank_of(item, shape, ctx)
+
+
 def _to_controller(
-    item: WeightMap, part: Tensor | None, stage: int, ctx: ParallelContext, dtype: torch.dtype
+    item: WeightMap, part: Tensor | None, holder: int, ctx: ParallelContext, dtype: torch.dtype
 ) -> Tensor | None:
     """Gather a parameter's shards on rank 0 (None elsewhere)."""
-    full = None
-    if part is not None:
+    full = part
+    if part is not None and item.expert is None and ctx.data_rank == 0:
         shards = [part]
         if ctx.tensor_size > 1:
             shards = [torch.empty_like(part) for _ in range(ctx.tensor_size)]
             dist.all_gather(shards, part.contiguous(), group=ctx.tensor)
-        if ctx.tensor_rank == 0:
-            full = item.unshard(shards)
-    if stage == 0:
+        full = item.unshard(shards) if ctx.tensor_rank == 0 else None
+    if holder == 0:
         return full if ctx.is_controller else None
-    holder = stage * ctx.tensor_size * ctx.data_size
     if ctx.rank == holder:
         assert full is not None
         dist.send(full.to("cpu").contiguous(), dst=0, group=ctx.control)

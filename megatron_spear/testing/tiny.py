@@ -15,8 +15,8 @@ VOCAB = 211
 def tiny_hf_folder(path: Path, architecture: str = "Qwen3", **changes: Any) -> Any:
     """Save a random float32 model of transformers' ``<architecture>ForCausalLM``; returns it.
 
-    Two layers per default, 4 heads in 2 groups; norms and biases are random too, so that an
-    exchanged or forgotten tensor shows.
+    Two layers per default, 4 heads in 2 groups, and of ``Qwen3Moe`` 8 experts, 2 a token; norms and
+    biases are random too, so that an exchanged or forgotten tensor shows.
     """
     import transformers
 
@@ -33,6 +33,9 @@ def tiny_hf_folder(path: Path, architecture: str = "Qwen3", **changes: Any) -> A
     }
     if architecture == "Qwen2":
         values.pop("head_dim")
+    if architecture == "Qwen3Moe":
+        values |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        values |= {"norm_topk_prob": True}
     config = getattr(transformers, f"{architecture}Config")(**values | changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -4,7 +4,8 @@ FLOPs of a forward pass, a multiplication and an addition being two (Kaplan et a
 2001.08361, Table 1; Narayanan et al. 2021, arXiv 2104.04473, Eq. 3, is the same but for causality,
 the gated MLP and a second forward pass):
 
-    2 * weights * tokens           the layers' matrices: attention projections and gated MLP
+    2 * weights * tokens           the layers' matrices: attention projections and gated MLP, or
+                                   router and the experts a token goes through
     2 * hidden * vocab * tokens    the output head
     2 * layers * width * sum(L^2)  scores and values, causal: half of 2 * 2 * width * L^2 a layer
 
@@ -35,7 +36,9 @@ def forward_flops(
     """
     width = shape.num_heads * shape.head_dim
     projections = shape.hidden_size * (2 * width + 2 * shape.num_groups * shape.head_dim)
-    weights = shape.num_layers * (projections + 3 * shape.hidden_size * shape.ffn_size)
+    mlp = 3 * shape.hidden_size * shape.ffn_size * max(shape.experts_per_token, 1)
+    router = shape.hidden_size * shape.num_experts
+    weights = shape.num_layers * (projections + mlp + router)
     tokens = sum(lengths)
     head = shape.hidden_size * shape.vocab_size * (tokens if num_logits is None else num_logits)
     squares = sum(length * length for length in lengths)

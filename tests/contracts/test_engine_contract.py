@@ -24,10 +24,10 @@ from megatron_spear.testing.tiny import tiny_hf_folder
 from megatron_spear.trainer.build import ENGINES
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["Qwen3", "Qwen3Moe"])
+def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    tiny_hf_folder(path)
+    tiny_hf_folder(path, request.param)
     return path
 
 

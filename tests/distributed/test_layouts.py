@@ -136,7 +136,11 @@ tied_or_not = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tie
 @every_layout
 def test_equals_one_rank(name: str, tied: bool, root: Path) -> None:
     one = results_of(1, tied, root)["one"]
-    got = results_of(LAYOUTS[name][0], tied, root)[name]
+    assert_equal(results_of(LAYOUTS[name][0], tied, root)[name], one)
+
+
+def assert_equal(got: Any, one: Any) -> None:
+    """What ``run_layouts`` gave for a layout is what it gave for one rank."""
     for ours, theirs in zip(got[0], one[0], strict=True):  # log-probs, entropies
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)

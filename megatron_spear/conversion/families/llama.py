@@ -50,7 +50,12 @@ def output(shape: ModelShape) -> tuple[WeightMap, ...]:
 
 def layer(shape: ModelShape, number: int) -> tuple[WeightMap, ...]:
     """One decoder layer."""
-    name, hidden, ffn = f"model.layers.{number}.", shape.hidden_size, shape.ffn_size
+    return (*attention(shape, number), *_mlp(shape, number))
+
+
+def attention(shape: ModelShape, number: int) -> tuple[WeightMap, ...]:
+    """One decoder layer up to the norm before its MLP."""
+    name, hidden = f"model.layers.{number}.", shape.hidden_size
     heads = shape.num_heads * shape.head_dim
     groups = shape.num_groups * shape.head_dim
     return (
@@ -81,15 +86,21 @@ def layer(shape: ModelShape, number: int) -> tuple[WeightMap, ...]:
             shapes=((hidden,),),
             layer=number,
         ),
+    )
+
+
+def _mlp(shape: ModelShape, number: int) -> tuple[WeightMap, ...]:
+    name, hidden, ffn = f"model.layers.{number}.mlp.", shape.hidden_size, shape.ffn_size
+    return (
         GatedMap(
             target="mlp.linear_fc1.weight",
-            sources=(name + "mlp.gate_proj.weight", name + "mlp.up_proj.weight"),
+            sources=(name + "gate_proj.weight", name + "up_proj.weight"),
             shapes=((ffn, hidden), (ffn, hidden)),
             layer=number,
         ),
         SplitMap(
             target="mlp.linear_fc2.weight",
-            sources=(name + "mlp.down_proj.weight",),
+            sources=(name + "down_proj.weight",),
             shapes=((hidden, ffn),),
             layer=number,
             axis=1,

@@ -8,7 +8,7 @@ from megatron_spear.conversion.shape import ModelShape
 def table(shape: ModelShape) -> tuple[WeightMap, ...]:
     """All maps of a Qwen3 model."""
     layers = (
-        (*llama.layer(shape, number), *_norms(shape, number)) for number in range(shape.num_layers)
+        (*llama.layer(shape, number), *norms(shape, number)) for number in range(shape.num_layers)
     )
     return (
         *llama.embedding(shape),
@@ -17,7 +17,8 @@ def table(shape: ModelShape) -> tuple[WeightMap, ...]:
     )
 
 
-def _norms(shape: ModelShape, number: int) -> tuple[WeightMap, ...]:
+def norms(shape: ModelShape, number: int) -> tuple[WeightMap, ...]:
+    """The norms on the heads of query and key of one layer."""
     return tuple(
         WeightMap(
             target=f"self_attention.{part}_layernorm.weight",

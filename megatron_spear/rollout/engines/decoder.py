@@ -1,5 +1,7 @@
 """Forward pass of a Llama-kind decoder over a slot cache: prefill of prompts, one-token decode.
 
+An MLP may be a mixture of experts.
+
 Plain tensor functions over fused weights instead of modules: at a batch of 32 and a few million
 parameters, module and cache bookkeeping costs as much as the arithmetic. Linear layers run over
 packed tokens ``[N, H]`` (no padding); only attention sees the batch as slots.
@@ -103,8 +105,11 @@ class Decoder:
                 x, queries = x[rows], queries[rows]
             x = layer.output.add_to(x, attend(queries, stored))
             normed = F.rms_norm(x, (s.hidden_size,), layer.mlp_norm, s.norm_eps)
-            gate, up = layer.gate_up(normed).chunk(2, -1)
-            x = layer.down.add_to(x, F.silu(gate).mul_(up))
+            if layer.router is None:
+                ((gate_up, down),) = layer.mlps
+                x = down.add_to(x, _gated(gate_up(normed)))
+            else:
+                x = x + self._mixture(layer, layer.router, normed)
         return F.rms_norm(x, (s.hidden_size,), self.weights.final_norm, s.norm_eps)
 
     def _project(
@@ -122,6 +127,23 @@ class Decoder:
         turned[..., :half].addcmul_(qk[..., half:], sin, value=-1)
         turned[..., half:].addcmul_(qk[..., :half], sin)
         return turned[:, : s.num_heads], turned[:, s.num_heads :], qkv[:, split:]
+
+    def _mixture(self, layer: LayerWeights, router: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What the chosen experts make of ``x`` ``[N, H]``, weighted; routed in fp32 as the policy.
+
+        One expert after the other, with the tokens that chose it.
+        """
+        probabilities = F.linear(x.float(), router.float()).softmax(-1)
+        weights, chosen = probabilities.topk(self.shape.experts_per_token, -1)
+        if self.shape.normalize_routing:
+            weights = weights / weights.sum(-1, keepdim=True)
+        mixed = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            rows, places = torch.where(chosen == expert)
+            gate_up, down = layer.mlps[expert]
+            inner = _gated(gate_up(x[rows])) * weights[rows, places, None]
+            mixed.index_add_(0, rows, down(inner.to(x.dtype)))
+        return mixed
 
     def _one_token_attention(self, slots: np.ndarray, lengths: np.ndarray) -> Attention:
         """One query a slot over its first ``lengths`` positions: ``[B, heads * D]``."""
@@ -198,6 +220,12 @@ class Decoder:
             return mixed.transpose(1, 2).reshape(len(slots) * block, -1)[cells]
 
         return attend
+
+
+def _gated(both: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` ``[N, F]`` of the two side by side."""
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate).mul_(up)
 
 
 def _rope_tables(

@@ -6,6 +6,7 @@ Face parameter is a view into these, so a weight update is one copy and nothing 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -20,7 +21,8 @@ LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 class LayerWeights:
     """One layer. H = hidden, Q/K = query/key-value heads, D = head size, F = inner width.
 
-    ``qkv`` maps H to (Q + 2K) * D, ``output`` Q * D to H, ``gate_up`` H to 2F, ``down`` F to H;
+    ``qkv`` maps H to (Q + 2K) * D, ``output`` Q * D to H; each pair of ``mlps`` maps H to 2F (gate
+    and up) and F to H (down). There is one pair, or one an expert with ``router`` ``[experts, H]``.
     ``qk_scale`` ``[Q + K, D]`` repeats the query and key norms over the heads.
     """
 
@@ -28,8 +30,8 @@ class LayerWeights:
     qkv: Linear
     output: Linear
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    mlps: list[tuple[Linear, Linear]]
+    router: torch.Tensor | None = None
     qk_scale: torch.Tensor | None = None
 
 
@@ -88,7 +90,7 @@ class DecoderWeights:
         """Remake what is derived: packed matrices, and the norms repeated over the heads."""
         self.head.pack()
         for i, layer in enumerate(self.layers):
-            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            for linear in (layer.qkv, layer.output, *chain.from_iterable(layer.mlps)):
                 linear.pack()
             if self.shape.qk_norm:
                 query = self.views[f"model.layers.{i}.self_attn.q_norm.weight"]
@@ -128,10 +130,19 @@ class DecoderWeights:
             ),
             output=self._linear([f"{attention}o_proj"], [s.hidden_size], sizes[0]),
             mlp_norm=self._new(f"{prefix}post_attention_layernorm.weight", s.hidden_size),
-            gate_up=self._linear(
-                [f"{mlp}gate_proj", f"{mlp}up_proj"], [s.ffn_size] * 2, s.hidden_size
-            ),
-            down=self._linear([f"{mlp}down_proj"], [s.hidden_size], s.ffn_size),
+            mlps=[self._new_mlp(f"{mlp}experts.{i}.") for i in range(s.num_experts)]
+            or [self._new_mlp(mlp)],
+            router=self._new(f"{mlp}gate.weight", s.num_experts, s.hidden_size)
+            if s.num_experts
+            else None,
+        )
+
+    def _new_mlp(self, prefix: str) -> tuple[Linear, Linear]:
+        s = self.shape
+        names = [f"{prefix}gate_proj", f"{prefix}up_proj"]
+        return (
+            self._linear(names, [s.ffn_size] * 2, s.hidden_size),
+            self._linear([f"{prefix}down_proj"], [s.hidden_size], s.ffn_size),
         )
 
     def _linear(

@@ -112,6 +112,8 @@ def test_the_defaults_work_on_one_rank() -> None:
         (["policy.sequence_parallel=true"], 1, "needs policy.tensor_parallel > 1"),
         (["policy.tensor_parallel=4"], 4, "num_kv_heads=2 is not a multiple of"),
         (["policy.pipeline_parallel=3"], 3, "num_layers=4 is not a multiple of"),
+        (["policy.expert_parallel=2"], 2, "the model has no experts"),
+        (["model.path=/m", "policy.expert_parallel=2"], 1, "a pipeline stage of 1 ranks"),
         (["model.tiny.hidden_size=130"], 1, "hidden_size=130 is not a multiple of"),
         (["model.tiny.hidden_size=132"], 1, "is odd"),
         (["rollout.max_new_tokens=512"], 1, "leaves no room for a prompt"),

@@ -76,13 +76,32 @@ def test_local_names_count_from_the_stage() -> None:
     assert second.local_name(1).startswith("decoder.layers.0.")
 
 
+def test_an_expert_has_its_place_on_the_rank_that_holds_it() -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+    table = weight_table(model_shape(transformers.Qwen3MoeConfig(**SMALL, **experts)))
+    names = {item.sources: item.local_name(1, 2) for item in table if item.layer == 1}
+    experts_of_layer = "model.layers.1.mlp.experts."
+    down, gate, up = (experts_of_layer + f"3.{x}_proj.weight" for x in ("down", "gate", "up"))
+    place = "decoder.layers.0.mlp.experts.local_experts.1."
+    assert names[down,] == place + "linear_fc2.weight"
+    assert names[gate, up] == place + "linear_fc1.weight"
+    assert names["model.layers.1.mlp.gate.weight",] == "decoder.layers.0.mlp.router.weight"
+    assert sum(name.startswith(experts_of_layer) for names in names for name in names) == 4 * 3
+
+
 def test_unsupported_models_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"'gpt2'.*qwen3, qwen2, llama"):
+    with pytest.raises(ConfigError, match=r"'gpt2'.*qwen3, qwen3_moe, qwen2, llama"):
         model_shape(transformers.GPT2Config())
     with pytest.raises(ConfigError, match="mlp_bias"):
         model_shape(transformers.LlamaConfig(mlp_bias=True))
     with pytest.raises(ConfigError, match="use_sliding_window"):
         model_shape(transformers.Qwen2Config(use_sliding_window=True))
+    with pytest.raises(ConfigError, match=r"mlp_only_layers \[1\].*decoder_sparse_step 2"):
+        model_shape(transformers.Qwen3MoeConfig(mlp_only_layers=[1], decoder_sparse_step=2))
+    with pytest.raises(ConfigError, match=r"num_experts_per_tok 8 .*num_experts 4"):
+        model_shape(transformers.Qwen3MoeConfig(num_experts=4))
+    with pytest.raises(ConfigError, match="norm_topk_prob with one expert a token"):
+        model_shape(transformers.Qwen3MoeConfig(num_experts_per_tok=1, norm_topk_prob=True))
     with pytest.raises(ConfigError, match="rope_type 'dynamic'"):
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         model_shape(transformers.LlamaConfig(rope_parameters=rope))

@@ -1,7 +1,7 @@
 """Layouts that do not fit are refused with all reasons; learning-rate schedules by hand."""
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.errors import ConfigError
@@ -50,6 +50,39 @@ def test_all_problems_at_once() -> None:
         "  the model's num_hidden_layers=4 is not a multiple of policy.pipeline_parallel=3; "
         "choose a divisor",
     ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        ({"expert_parallel": 2}, 2),
+        ({"expert_parallel": 4, "tensor_parallel": 2, "sequence_parallel": True}, 4),
+        ({"expert_parallel": 2, "pipeline_parallel": 2}, 4),
+    ],
+)
+def test_fitting_layouts_of_experts_pass(layout: dict, world_size: int) -> None:
+    """``intermediate_size`` is of no layer there, so nothing has to divide it."""
+    experts = Qwen3MoeConfig(**MODEL | {"intermediate_size": 91}, num_experts=8)
+    check_layout(section(**layout), experts, world_size)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "told"),
+    [
+        ({"expert_parallel": 2}, 3, "a pipeline stage of 3 ranks"),
+        ({"expert_parallel": 4, "pipeline_parallel": 2}, 4, "a pipeline stage of 2 ranks"),
+        ({"expert_parallel": 3}, 3, "num_experts=8 is not a multiple of policy.expert_parallel=3"),
+        ({"tensor_parallel": 2}, 2, "needs policy.sequence_parallel=true"),
+    ],
+)
+def test_layouts_of_experts_that_do_not_fit(layout: dict, world_size: int, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_layout(section(**layout), Qwen3MoeConfig(**MODEL, num_experts=8), world_size)
+
+
+def test_a_dense_model_has_no_experts_to_spread() -> None:
+    with pytest.raises(ConfigError, match="expert_parallel=2, but the model has no experts; use 1"):
+        check_layout(section(expert_parallel=2), Qwen3Config(**MODEL), 2)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_spear.config.schema import OptimizerSection, PolicySection
+from megatron_spear.conversion.hf_io import HfReader
 from megatron_spear.data.packing import PackedStep, TrainBatch, pack
 from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.policy.parallel import ParallelContext
@@ -109,8 +110,11 @@ def test_training_lowers_the_loss_and_reports(tmp_path: Path, ctx: ParallelConte
     assert reports[0]["grad_norm"] > 0 and reports[0]["skipped"] == 0
 
 
-def test_update_is_adamw_without_decay_on_norms(tmp_path: Path, ctx: ParallelContext) -> None:
-    model = tiny_hf_folder(tmp_path)
+@pytest.mark.parametrize("architecture", ["Qwen3", "Qwen3Moe"])
+def test_update_is_adamw_without_decay_on_norms(
+    architecture: str, tmp_path: Path, ctx: ParallelContext
+) -> None:
+    model = tiny_hf_folder(tmp_path, architecture)
     optimizer = OptimizerSection(lr=1e-3, weight_decay=0.5, clip_grad=0.1)
     policy = MegatronPolicy.from_hf(tmp_path, PolicySection(), optimizer, 10, ctx)
     samples, weights, _ = random_samples()
@@ -131,9 +135,10 @@ def test_update_is_adamw_without_decay_on_norms(tmp_path: Path, ctx: ParallelCon
         plain.step()
         report = policy.train_step(packed(), WeightedNll())
         assert report["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    state = model.state_dict()
-    for name, tensor in policy.export_weights():
-        torch.testing.assert_close(tensor, state[name], rtol=0, atol=2e-5, msg=name)
+    model.save_pretrained(tmp_path / "after")
+    with HfReader(tmp_path / "after") as reader:
+        for name, tensor in policy.export_weights():
+            torch.testing.assert_close(tensor, reader.get(name), rtol=0, atol=2e-5, msg=name)
 
 
 def test_not_finite_gradient_is_skipped(tmp_path: Path, ctx: ParallelContext) -> None:
@@ -268,11 +273,12 @@ def test_the_reference_keeps_its_weights(tmp_path: Path, ctx: ParallelContext) -
     assert all((a == b).all() for a, b in zip(policy.logprobs(packed(), 1.0), after, strict=True))
 
 
+@pytest.mark.parametrize("architecture", ["Qwen3", "Qwen3Moe"])
 def test_its_matrix_products_are_those_the_work_counts(
-    tmp_path: Path, ctx: ParallelContext
+    architecture: str, tmp_path: Path, ctx: ParallelContext
 ) -> None:
     """All but attention, whose kernel torch does not count on a CPU."""
-    tiny_hf_folder(tmp_path)
+    tiny_hf_folder(tmp_path, architecture)
     policy, step = make(tmp_path, ctx), packed()
     lengths = [1] * step.num_tokens
     attention = 2 * policy.shape.num_layers * policy.shape.num_heads * policy.shape.head_dim

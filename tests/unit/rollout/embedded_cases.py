@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_spear.rollout.engine import Generation, GenerationRequest, SamplingParams
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
@@ -27,6 +27,17 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES,
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+    ),
+    "qwen3_moe, weights as they are": Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24
+    ),
     "llama3-rope": LlamaConfig(
         **SIZES,
         rope_parameters={

@@ -197,7 +197,7 @@ def test_closing_and_releasing_fail_what_is_under_way():
 def test_what_the_decoder_cannot_run_is_refused(tmp_path):
     room = {"max_slots": 1, "deadline_s": 1.0}
     MistralConfig(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"mistral.*qwen3, qwen2, llama"):
+    with pytest.raises(ConfigError, match=r"mistral.*qwen3, qwen3_moe, qwen2, llama"):
         EmbeddedEngine.from_hf(tmp_path, max_context=64, **room)
     folder, most = saved_model()[1], CONFIGS["qwen3"].max_position_embeddings
     with pytest.raises(ConfigError, match=f"max_position_embeddings={most}"):

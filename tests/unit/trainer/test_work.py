@@ -1,5 +1,6 @@
 """FLOPs and tokens of a step: by hand, against torch's counter, and what the metrics say."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def test_by_hand() -> None:
         ONE_LAYER, [3]
     )
     assert forward_flops(ONE_LAYER, []) == 0
+    # Two of three experts and the router, 3 matrices of 2 x 3 each and one of 2 x 3.
+    experts = replace(ONE_LAYER, num_experts=3, experts_per_token=2)
+    assert forward_flops(experts, [4]) == forward_flops(ONE_LAYER, [4]) + 2 * (18 + 6) * 4
 
 
 @pytest.mark.parametrize("architecture", ["Qwen3", "Qwen2", "Llama"])
