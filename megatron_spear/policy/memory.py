@@ -12,10 +12,12 @@ with sequence parallel wherever tensor parallel t > 1. A layer keeps in bf16, ea
     (heads + groups) d + heads d                  query and key after rotary positions, the result
     2 ffn + ffn                                   gate and up, and the input of the down projection
 
-which is ``2 T (4 hidden + 3 (heads + groups) d + 3 ffn) / t`` bytes. Pipeline stage s of p keeps up
-to p - s micro-batches at a time (one forward, one backward); the last stage also has the logits and
-their gradient, ``4 T V / t`` bytes. Norms on query and key, one micro-batch's gathered sequences,
-and buffers of CUDA and NCCL are left out.
+which is ``2 T (4 hidden + 3 (heads + groups) d + 3 ffn) / t`` bytes. With experts, of which k see a
+token, the last line is ``k (3 ffn + 2 hidden)``: what goes into and comes out of each too, if the
+router spreads tokens evenly. Pipeline stage s of p keeps up to p - s micro-batches at a time (one
+forward, one backward); the last stage also has the logits and their gradient, ``4 T V / t`` bytes.
+Norms on query and key, one micro-batch's gathered sequences, and buffers of CUDA and NCCL are left
+out.
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.mapping import Shape, padded_vocab
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.policy.parallel import Place
-from megatron_spear.policy.weights import stage_of
+from megatron_spear.policy.weights import is_here
 
 STATE_BYTES = 2 + 4 + 4 + 8
 """Bytes a parameter: weight, gradient, master weight, Adam's moments."""
@@ -53,14 +55,16 @@ def local_shapes(shape: ModelShape, place: Place) -> dict[str, Shape]:
     Example: ``output_layer.weight`` of 50,257 x 8 on the last stage, tensor parallel 2: (25129, 8).
     """
     first_layer = shape.num_layers // place.pipeline_size * place.pipeline_rank
+    first_expert = shape.num_experts // place.expert_size * place.expert_rank
     found: dict[str, Shape] = {}
     for item in weight_table(shape):
         copied = item.tied and place.pipeline_size == 1  # one stage has the embedding itself
-        if copied or stage_of(item, shape, place) != place.pipeline_rank:
+        if copied or not is_here(item, shape, place):
             continue
-        full = torch.empty(item.full_shape, device="meta")
-        part = item.shard(full, place.tensor_rank, place.tensor_size)
-        found[item.local_name(first_layer)] = tuple(part.shape)
+        part = torch.empty(item.full_shape, device="meta")
+        if item.expert is None:
+            part = item.shard(part, place.tensor_rank, place.tensor_size)
+        found[item.local_name(first_layer, first_expert)] = tuple(part.shape)
     return found
 
 
@@ -72,10 +76,19 @@ def fullest_rank(shape: ModelShape, policy: PolicySection) -> RankBytes:
 
 def _stage_bytes(shape: ModelShape, policy: PolicySection, stage: int) -> RankBytes:
     tensor, pipeline = policy.tensor_parallel, policy.pipeline_parallel
-    place = Place(tensor_rank=0, tensor_size=tensor, pipeline_rank=stage, pipeline_size=pipeline)
+    place = Place(
+        tensor_rank=0,
+        tensor_size=tensor,
+        pipeline_rank=stage,
+        pipeline_size=pipeline,
+        expert_size=policy.expert_parallel,
+    )
     parameters = sum(prod(part) for part in local_shapes(shape, place).values())
     tokens, width = policy.tokens_per_microbatch, 3 * (shape.num_heads + shape.num_groups)
-    layer = 4 * shape.hidden_size + width * shape.head_dim + 3 * shape.ffn_size
+    mlp = 3 * shape.ffn_size
+    if shape.num_experts:
+        mlp = shape.experts_per_token * (mlp + 2 * shape.hidden_size)
+    layer = 4 * shape.hidden_size + width * shape.head_dim + mlp
     kept = (pipeline - stage) * (shape.num_layers // pipeline) * 2 * layer * tokens // tensor
     logits = 4 * tokens * padded_vocab(shape.vocab_size, tensor) // tensor
     return RankBytes(

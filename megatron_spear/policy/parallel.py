@@ -28,6 +28,8 @@ class Place:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    expert_rank: int = 0
+    expert_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

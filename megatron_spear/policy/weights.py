@@ -29,7 +29,7 @@ def load_hf(model: Any, path: Path, shape: ModelShape, ctx: ParallelContext) -> 
         check_complete(reader, table)
         for item in table:
             name = item.local_name(model.first_layer, model.first_expert)
-            if not _is_here(item, shape, ctx) or name not in parameters:
+            if not is_here(item, shape, ctx) or name not in parameters:
                 continue
             sources = [
                 reader.get(source, expected)
@@ -64,7 +64,7 @@ def export_hf(
         if item.tied:
             continue
         part = None
-        if _is_here(item, shape, ctx):
+        if is_here(item, shape, ctx):
             part = parameters[item.local_name(model.first_layer, model.first_expert)].detach()
         holder = _first_holder(item, shape, ctx)
         full = _to_controller(item, part, holder, ctx, model.config.params_dtype)
@@ -82,13 +82,13 @@ def stage_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext | Place) -
     return 0 if item.stage == "first" else ctx.pipeline_size - 1
 
 
-def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
+def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext | Place) -> int:
     """The expert-parallel rank that holds the expert."""
     assert item.expert is not None
     return item.expert // (shape.num_experts // ctx.expert_size)
 
 
-def _is_here(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> bool:
+def is_here(item: WeightMap, shape: ModelShape, ctx: ParallelContext | Place) -> bool:
     """Whether this rank holds the parameter, or its part of it."""
     if stage_of(item, shape, ctx) != ctx.pipeline_rank:
         return False

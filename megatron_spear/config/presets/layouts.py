@@ -1,10 +1,10 @@
 """The presets: which ``policy.*`` settings a model wants on so many GPUs, and why.
 
 All are for GPUs of 80 GB in nodes of 8 and bf16, and obey the same rules, which tests check: tensor
-parallel divides heads, KV groups and the MLP and stays within a node; pipeline parallel divides the
-layers; the fullest rank stays below ``MAX_RANK_BYTES`` by the estimate of ``policy/memory.py``.
-Data parallel is what is left of the GPUs, so a preset also runs on other multiples of tensor x
-pipeline parallel.
+parallel divides heads, KV groups and the MLP; it and expert parallel stay within a node; pipeline
+parallel divides the layers; the fullest rank stays below ``MAX_RANK_BYTES`` by the estimate of
+``policy/memory.py``. Data parallel is what is left of the GPUs, so a preset also runs on other
+multiples of tensor x pipeline parallel.
 """
 
 from collections.abc import Mapping
@@ -48,11 +48,14 @@ def unknown_preset(name: str) -> str:
     return f"got {name!r}, no such preset; {hint}"
 
 
-def _preset(model: str, gpus: int, tensor: int, pipeline: int, tokens: int, why: str) -> Preset:
-    """A dense model's; sequence parallel wherever it is possible, since it costs nothing."""
+def _preset(
+    model: str, gpus: int, tensor: int, pipeline: int, tokens: int, why: str, experts: int = 1
+) -> Preset:
+    """Sequence parallel wherever it is possible, since it costs nothing."""
     policy = {
         "tensor_parallel": tensor,
         "pipeline_parallel": pipeline,
+        "expert_parallel": experts,
         "sequence_parallel": tensor > 1,
         "precision": "bf16",
         "tokens_per_microbatch": tokens,
@@ -84,6 +87,9 @@ _TABLE = (
             (512, 4, 16384, f"16 replicas; {_TWICE}"),
         )
     ),
+    _preset("qwen3-30b-a3b", 32, 4, 2, 8192, "the experts over a node; one stage does not fit", 8),
+    _preset("qwen3-30b-a3b", 128, 4, 2, 8192, "as on 32, four times the replicas", 8),
+    _preset("qwen3-30b-a3b", 512, 4, 4, 16384, f"32 replicas; {_TWICE}", 8),
     _preset("llama-3.1-70b", 32, 8, 4, 8192, "a node a stage; 2 stages would not hold it"),
     _preset("llama-3.1-70b", 128, 8, 4, 8192, "as on 32, four replicas"),
     _preset("llama-3.1-70b", 512, 8, 8, 8192, "8 replicas; stages of 10 layers, half the states"),

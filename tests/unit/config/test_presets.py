@@ -15,6 +15,7 @@ NAME = "qwen2.5-32b-32gpus"
 LAYOUT = {
     "tensor_parallel": 8,
     "pipeline_parallel": 2,
+    "expert_parallel": 1,
     "sequence_parallel": True,
     "precision": "bf16",
     "tokens_per_microbatch": 8192,

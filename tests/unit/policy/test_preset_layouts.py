@@ -23,7 +23,6 @@ from megatron_spear.policy.parallel import Place, check_layout
 from megatron_spear.policy.weights import stage_of
 from megatron_spear.testing.ranks import run_ranks
 
-EXPERTS = "expert_parallel" in PolicySection.model_fields
 each_preset = pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
 
 
@@ -39,31 +38,45 @@ def shape_of(model: str) -> ModelShape:
 
 @cache
 def hf_shapes(model: str) -> dict[str, Shape]:
-    """Name and shape of every parameter of transformers' own model."""
+    """Name and shape of every tensor of transformers' own model, as checkpoints have them."""
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(hf_config(model))
-    return {name: tuple(p.shape) for name, p in built.named_parameters()}
+    shapes: dict[str, Shape] = {}
+    for name, parameter in built.named_parameters():
+        layer, experts, part = name.partition("experts.")
+        if not experts:
+            shapes[name] = tuple(parameter.shape)
+            continue
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[part]
+        number, rows, columns = parameter.shape  # all experts' in one; checkpoints have each apart
+        for expert in range(number):
+            for own in parts:
+                shapes[f"{layer}experts.{expert}.{own}.weight"] = (rows // len(parts), columns)
+    return shapes
 
 
-def rank_of(policy: PolicySection, world_size: int, tensor_rank: int, stage: int) -> int:
+def rank_of(policy: PolicySection, world_size: int, number: int, stage: int) -> int:
     """The global rank: tensor parallel counts first, then data, then pipeline."""
-    return tensor_rank + stage * (world_size // policy.pipeline_parallel)
+    return number + stage * (world_size // policy.pipeline_parallel)
 
 
 def kinds_of_ranks(preset: Preset) -> list[tuple[int, int]]:
-    """(tensor rank, stage) of the first, a middle and the last stage, first and last slice."""
+    """(rank in the stage, stage): first, middle and last stage, first and last slice of each."""
     policy = PolicySection(**preset.policy)
     last = policy.pipeline_parallel - 1
-    slices = {0, policy.tensor_parallel - 1}
+    slices = {0, max(policy.tensor_parallel, policy.expert_parallel) - 1}
     return [(part, stage) for stage in sorted({0, last // 2, last}) for part in sorted(slices)]
 
 
-def place(policy: PolicySection, tensor_rank: int, stage: int) -> Place:
+def place(policy: PolicySection, number: int, stage: int) -> Place:
+    """That of the stage's rank ``number``."""
     return Place(
-        tensor_rank=tensor_rank,
+        tensor_rank=number % policy.tensor_parallel,
         tensor_size=policy.tensor_parallel,
         pipeline_rank=stage,
         pipeline_size=policy.pipeline_parallel,
+        expert_rank=number % policy.expert_parallel,
+        expert_size=policy.expert_parallel,
     )
 
 
@@ -79,7 +92,8 @@ def build_on_meta(
         policy = PolicySection(**settings)
         with fake_rank(policy, rank, world_size) as ctx, torch.device("meta"):
             model = PackedModel(shape, policy, ctx)
-            stands = (ctx.rank, ctx.world_size, ctx.tensor_rank, ctx.pipeline_rank, ctx.data_size)
+            slices = (ctx.tensor_rank, ctx.expert_rank)
+            stands = (ctx.rank, ctx.world_size, *slices, ctx.pipeline_rank, ctx.data_size)
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
             assert all(p.is_meta for p in model.parameters())
         built[name, rank] = stands, shapes
@@ -120,10 +134,11 @@ def test_the_positions_of_published_models() -> None:
 
 
 @each_preset
-def test_layout_is_possible_and_tensor_parallel_stays_in_a_node(preset: Preset) -> None:
+def test_layout_is_possible_and_tensor_and_experts_stay_in_a_node(preset: Preset) -> None:
     policy = PolicySection(**preset.policy)
     check_layout(policy, hf_config(preset.model), preset.gpus)
     assert GPUS_PER_NODE % policy.tensor_parallel == 0
+    assert GPUS_PER_NODE % policy.expert_parallel == 0
     assert policy.sequence_parallel == (policy.tensor_parallel > 1)
     assert policy.precision == "bf16"
 
@@ -133,19 +148,25 @@ def test_ranks_together_hold_every_parameter_once(preset: Preset) -> None:
     """Shards of all tensor ranks, put together, are the Hugging Face tensors; nothing is left."""
     policy, shape = PolicySection(**preset.policy), shape_of(preset.model)
     stages, size = policy.pipeline_parallel, policy.tensor_parallel
+    numbers = range(max(size, policy.expert_parallel))  # all slices and all experts are among them
     held = {
-        stage: [local_shapes(shape, place(policy, part, stage)) for part in range(size)]
+        stage: [local_shapes(shape, place(policy, number, stage)) for number in numbers]
         for stage in range(stages)
     }
     covered: dict[str, Shape] = {}
     for item in weight_table(shape):
         stage = stage_of(item, shape, place(policy, 0, 0))
-        name = item.local_name(shape.num_layers // stages * stage)
+        ranks, first_expert = held[stage], 0
+        if item.expert is not None:  # whole, on one of the ranks
+            per_rank = shape.num_experts // policy.expert_parallel
+            holder, first_expert = item.expert // per_rank, item.expert // per_rank * per_rank
+            ranks = [ranks[holder]]
+        name = item.local_name(shape.num_layers // stages * stage, first_expert)
         if item.tied and stages == 1:
-            assert name not in held[stage][0]
+            assert name not in ranks[0]
             continue
-        shards = [torch.empty(rank.pop(name), device="meta") for rank in held[stage]]
-        tensors = item.to_hf(item.unshard(shards))
+        parts = [torch.empty(rank.pop(name), device="meta") for rank in ranks]
+        tensors = item.to_hf(parts[0] if item.expert is not None else item.unshard(parts[:size]))
         if item.tied:  # a copy on the last stage of what the first one owns
             assert covered[item.sources[0]] == tuple(tensors[0].shape)
             continue
@@ -164,7 +185,8 @@ def test_megatron_builds_what_the_tables_say(preset: Preset, megatron: dict[Any,
     for part, stage in kinds_of_ranks(preset):
         rank = rank_of(policy, preset.gpus, part, stage)
         stands, shapes = megatron[preset.name, rank]
-        assert stands == (rank, preset.gpus, part, stage, replicas)
+        slices = (part % policy.tensor_parallel, part % policy.expert_parallel)
+        assert stands == (rank, preset.gpus, *slices, stage, replicas)
         assert shapes == local_shapes(shape_of(preset.model), place(policy, part, stage))
 
 
@@ -181,6 +203,7 @@ def test_the_fullest_rank_fits_its_gpu(preset: Preset) -> None:
         ("qwen2.5-7b", {"tensor_parallel": 2, "tokens_per_microbatch": 4096}),
         ("qwen3-8b", {"tensor_parallel": 2, "tokens_per_microbatch": 4096}),
         ("qwen2.5-32b", {"tensor_parallel": 8, "tokens_per_microbatch": 4096}),
+        ("qwen3-30b-a3b", {"tensor_parallel": 4, "expert_parallel": 8}),
         ("llama-3.1-70b", {"tensor_parallel": 8, "pipeline_parallel": 2}),
         ("qwen2.5-1.5b", {"tokens_per_microbatch": 16384}),
     ],
@@ -205,8 +228,3 @@ def test_memory_of_a_small_model_by_hand() -> None:
     assert needs.activations == 2 * 2 * kept  # two micro-batches of two layers
     one = policy.model_copy(update={"pipeline_parallel": 1})
     assert fullest_rank(shape, one).activations == 4 * kept + 4 * 10 * 25
-
-
-@pytest.mark.skipif(not EXPERTS, reason="policy.expert_parallel is not there yet")
-def test_a_model_with_experts_has_presets() -> None:
-    assert any(preset.model == "qwen3-30b-a3b" for preset in PRESETS.values())
