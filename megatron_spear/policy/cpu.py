@@ -138,7 +138,9 @@ def patch_megatron() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
-class _CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]
+class CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]
+    """Inside, tensors asked to CUDA are made on the CPU, or stay where they are."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -165,5 +167,5 @@ def cuda_means_cpu() -> Iterator[None]:
     if not active():
         yield
         return
-    with _CudaMeansCpu():
+    with CudaMeansCpu():
         yield
