@@ -1,7 +1,7 @@
 """One rank of a world that is not there: to build what a rank of hundreds would hold.
 
-Process groups have their true sizes and members, and their collectives do nothing. Together with
-torch's meta device, a model of any size is built in a second and no memory.
+Process groups have their true sizes and members, and their collectives do nothing. On torch's meta
+device a model of any size is built in a second and no memory.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.policy import parallel
+from megatron_spear.policy.cpu import CudaMeansCpu
 
 
 @contextlib.contextmanager
@@ -25,8 +26,8 @@ def fake_rank(
 ) -> Iterator[parallel.ParallelContext]:
     """This process as ``rank`` of ``world_size``, set up by the policy's own ``initialize``.
 
-    The context's device is torch's meta device. The process must be in no world yet; use
-    ``run_ranks(function, 1)`` for one of its own.
+    What is built in the block lies on torch's meta device, which is the context's. The process must
+    be in no world yet; use ``run_ranks(function, 1)`` for one of its own.
     """
     make_group = dist.new_group
 
@@ -40,6 +41,8 @@ def fake_rank(
             patch.object(dist, "new_group", fake_group),  # gloo's would look for the others
         ):
             ctx = parallel.initialize(policy, seed=0)
-        yield dataclasses.replace(ctx, device=torch.device("meta"))
+        meta = torch.device("meta")
+        with CudaMeansCpu(), meta:  # Megatron moves some weights to CUDA, from meta in vain
+            yield dataclasses.replace(ctx, device=meta)
     finally:
         parallel.destroy()

@@ -24,6 +24,14 @@ from megatron_spear.policy.weights import stage_of
 from megatron_spear.testing.ranks import run_ranks
 
 each_preset = pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
+TIED = Preset(
+    model="qwen2.5-1.5b",
+    gpus=16,
+    policy={"tensor_parallel": 2, "pipeline_parallel": 4, "sequence_parallel": True},
+    why="no preset, but the only layout here with a tied embedding on two stages",
+)
+LAYOUTS = (*PRESETS.values(), TIED)
+each_layout = pytest.mark.parametrize("preset", LAYOUTS, ids=lambda p: p.name)
 
 
 @cache
@@ -90,7 +98,7 @@ def build_on_meta(
     built = {}
     for name, world_size, settings, shape, rank in jobs:
         policy = PolicySection(**settings)
-        with fake_rank(policy, rank, world_size) as ctx, torch.device("meta"):
+        with fake_rank(policy, rank, world_size) as ctx:
             model = PackedModel(shape, policy, ctx)
             slices = (ctx.tensor_rank, ctx.expert_rank)
             stands = (ctx.rank, ctx.world_size, *slices, ctx.pipeline_rank, ctx.data_size)
@@ -102,9 +110,9 @@ def build_on_meta(
 
 @pytest.fixture(scope="module")
 def megatron() -> dict[tuple[str, int], tuple[Any, dict[str, Shape]]]:
-    """Models of all kinds of ranks of all presets, built in a process of their own."""
+    """Models of all kinds of ranks of all layouts, built in a process of their own."""
     jobs = []
-    for preset in PRESETS.values():
+    for preset in LAYOUTS:
         policy = PolicySection(**preset.policy)
         for part, stage in kinds_of_ranks(preset):
             rank = rank_of(policy, preset.gpus, part, stage)
@@ -143,7 +151,7 @@ def test_layout_is_possible_and_tensor_and_experts_stay_in_a_node(preset: Preset
     assert policy.precision == "bf16"
 
 
-@each_preset
+@each_layout
 def test_ranks_together_hold_every_parameter_once(preset: Preset) -> None:
     """Shards of all tensor ranks, put together, are the Hugging Face tensors; nothing is left."""
     policy, shape = PolicySection(**preset.policy), shape_of(preset.model)
@@ -178,7 +186,7 @@ def test_ranks_together_hold_every_parameter_once(preset: Preset) -> None:
     assert sum(map(prod, covered.values())) == preset.published.num_parameters
 
 
-@each_preset
+@each_layout
 def test_megatron_builds_what_the_tables_say(preset: Preset, megatron: dict[Any, Any]) -> None:
     policy = PolicySection(**preset.policy)
     replicas = preset.gpus // (policy.tensor_parallel * policy.pipeline_parallel)
