@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_spear.config.layout import layout_problems
+from megatron_spear.config.presets.layouts import PRESETS
 from megatron_spear.config.schema import OptimizerSection, RunConfig
 
 Use = Literal["train", "sft", "evaluate"]
@@ -22,6 +23,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
     if use != "evaluate":
         checks += [
             _layout(config, world_size),
+            _preset(config),
             _tiny_model(config),
             _groups(config),
             _replay(config),
@@ -45,6 +47,15 @@ def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
         by_tensor["model.tiny.ffn_size"] = tiny.ffn_size
         by_pipeline["model.tiny.num_layers"] = tiny.num_layers
     yield from layout_problems(config.policy, world_size, by_tensor, by_pipeline, num_experts)
+
+
+def _preset(config: RunConfig) -> Iterator[str]:
+    if config.preset is not None and config.model.path is None:
+        hub_name = PRESETS[config.preset].published.hub_name
+        yield (
+            f"preset={config.preset} is a layout of {hub_name}, and model.path=null makes the tiny "
+            "model; set model.path to a folder of that model, or preset=null"
+        )
 
 
 def _tiny_model(config: RunConfig) -> Iterator[str]:

@@ -17,6 +17,7 @@ RESUME_MAY_DIFFER = (
     "run.hang_limit_s",
     "resume",
     "model.cache_dir",
+    "preset",
     "policy.tensor_parallel",
     "policy.pipeline_parallel",
     "policy.expert_parallel",

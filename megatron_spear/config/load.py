@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from megatron_spear.config.complaints import validated
+from megatron_spear.config.presets.layouts import PRESETS
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.config.sources import Settings, merged, read_overrides, read_yaml
 from megatron_spear.errors import ConfigError
@@ -16,7 +17,7 @@ CONFIG_NAME = "config.yaml"
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a run: defaults, then the YAML file, then the overrides in order.
+    """The configuration of a run: defaults, the preset, the YAML file, the overrides in order.
 
     Overrides are ``a.b=c``, ``--a.b=c`` or ``--a.b c``; values are YAML (``null``, ``[a, b]``,
     ``{window: 2}``). A map changes the keys it names and leaves its neighbours alone. Relative
@@ -24,7 +25,7 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
 
     ``resume=DIR`` without a file takes ``DIR/config.yaml`` as the file, except ``run.stop_after``,
     which belongs to one launch. With ``resume`` the run directory is ``DIR``, whatever ``run.dir``
-    says.
+    says. That file has a value for every setting: a ``preset`` among the overrides comes over it.
 
     Raises ConfigError naming every mistake at once.
 
@@ -39,8 +40,13 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     elif isinstance(resumed, str):
         read_yaml(Path(resumed) / CONFIG_NAME, settings)
         _forget_launch(settings.tree)
-    settings.tree = merged(settings.tree, given.tree)
     settings.origins.update(given.origins)
+    preset = _preset_layer(given.tree.get("preset", settings.tree.get("preset")))
+    if path is None and "preset" in given.tree:
+        settings.tree = merged(settings.tree, preset)
+    else:
+        settings.tree = merged(preset, settings.tree)
+    settings.tree = merged(settings.tree, given.tree)
     return _validated(settings)
 
 
@@ -64,6 +70,12 @@ def _validated(settings: Settings) -> RunConfig:
         run = config.run.model_copy(update={"dir": config.resume})
         config = config.model_copy(update={"run": run})
     return config
+
+
+def _preset_layer(name: Any) -> dict[str, Any]:
+    """The settings of a preset; nothing without one, or for a name that the schema refuses."""
+    known = isinstance(name, str) and name in PRESETS
+    return {"policy": dict(PRESETS[name].policy)} if known else {}
 
 
 def _forget_launch(tree: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from the defaults here; ``megatron-spear check-config FILE`` prints the result.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_spear.config.base import (
     Fraction,
@@ -24,6 +24,7 @@ from megatron_spear.config.method import (
     ReplaySection,
     RewardSection,
 )
+from megatron_spear.config.presets.layouts import PRESETS, unknown_preset
 from megatron_spear.types import TASK_TYPES, TaskType
 
 
@@ -290,6 +291,9 @@ class RunConfig(Section):
     """A run directory to continue."""
     model: ModelSection = ModelSection()
     """The initial policy."""
+    preset: str | None = None
+    """A layout for a published model on so many GPUs (docs/presets.md): ``policy.*`` settings that
+    those of the file and the command line come over. None = no preset."""
     policy: PolicySection = PolicySection()
     """Megatron layout and optimizer."""
     env: AlfworldSection = AlfworldSection()
@@ -314,3 +318,10 @@ class RunConfig(Section):
     """Run checkpoints."""
     tracking: TrackingSection = TrackingSection()
     """Sinks."""
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in PRESETS:
+            raise ValueError(unknown_preset(name))
+        return name

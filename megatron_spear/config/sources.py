@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_spear.config.knobs import known_paths
+from megatron_spear.config.knobs import Knob, known_paths
 
 
 @dataclass(slots=True)
@@ -150,9 +150,16 @@ def _put_override(settings: Settings, key: str, text: str, origin: str) -> None:
     except yaml.YAMLError as error:
         settings.problems.append(f"{key}: got {text!r}, not YAML: {_reason(error)} ({origin})")
         return
-    if knob is not None and (str in knob.types or (Path in knob.types and value is not None)):
+    if knob is not None and _is_literal(knob, text, value):
         value = text
     settings.put(key, value, origin)
+
+
+def _is_literal(knob: Knob, text: str, value: Any) -> bool:
+    """Whether the text itself is the value: for texts and paths, but for a null that they take."""
+    if value is not None:
+        return str in knob.types or Path in knob.types
+    return str in knob.types and not (text.strip() and type(None) in knob.types)
 
 
 def _paths_of(value: Any) -> Iterator[str]:

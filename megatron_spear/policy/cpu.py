@@ -146,7 +146,9 @@ def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False)
     return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-class _CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]
+class CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]
+    """Inside, tensors asked to CUDA are made on the CPU, or stay where they are."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -173,5 +175,5 @@ def cuda_means_cpu() -> Iterator[None]:
     if not active():
         yield
         return
-    with _CudaMeansCpu():
+    with CudaMeansCpu():
         yield

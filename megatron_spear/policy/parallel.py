@@ -21,6 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A rank's coordinates in a layout; whether such a rank runs does not matter."""
+
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    expert_rank: int = 0
+    expert_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelContext:
     """This process's place in the layout.
 

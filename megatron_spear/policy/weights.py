@@ -13,7 +13,7 @@ from megatron_spear.conversion.hf_io import HfReader, check_complete
 from megatron_spear.conversion.mapping import WeightMap
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import CheckpointError
-from megatron_spear.policy.parallel import ParallelContext
+from megatron_spear.policy.parallel import ParallelContext, Place
 
 
 def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelContext) -> None:
@@ -31,7 +31,7 @@ def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelC
             stage, number = place_of(item, shape, ctx.pipeline_size, len(chunks))
             chunk, parameters = chunks[number], named[number]
             name = item.local_name(chunk.first_layer, chunk.first_expert)
-            if not _is_here(item, stage, shape, ctx) or name not in parameters:
+            if not is_here(item, stage, shape, ctx) or name not in parameters:
                 continue
             sources = [
                 reader.get(source, expected)
@@ -68,7 +68,7 @@ def export_hf(
             continue
         stage, number = place_of(item, shape, ctx.pipeline_size, len(chunks))
         part = None
-        if _is_here(item, stage, shape, ctx):
+        if is_here(item, stage, shape, ctx):
             chunk = chunks[number]
             part = named[number][item.local_name(chunk.first_layer, chunk.first_expert)].detach()
         holder = _first_holder(item, stage, shape, ctx)
@@ -94,13 +94,13 @@ def place_of(
     return stage, chunk
 
 
-def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext) -> int:
+def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext | Place) -> int:
     """The expert-parallel rank that holds the expert."""
     assert item.expert is not None
     return item.expert // (shape.num_experts // ctx.expert_size)
 
 
-def _is_here(item: WeightMap, stage: int, shape: ModelShape, ctx: ParallelContext) -> bool:
+def is_here(item: WeightMap, stage: int, shape: ModelShape, ctx: ParallelContext | Place) -> bool:
     """Whether this rank holds the parameter of pipeline rank ``stage``, or its part of it."""
     if stage != ctx.pipeline_rank:
         return False

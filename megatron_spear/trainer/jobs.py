@@ -219,12 +219,13 @@ def _warm_model(config: RunConfig, context: Any, console: Console, stop: Any) ->
     """The Hugging Face folder RL starts from."""
     from megatron_spear.trainer import sft
     from megatron_spear.trainer.build import make_renderer
-    from megatron_spear.trainer.models import initial_model
+    from megatron_spear.trainer.models import check_preset, initial_model
     from megatron_spear.trainer.ranks import broadcast
 
     if context.is_controller:
         console.phase("Initial model")
     folder = broadcast(initial_model(config.model) if context.is_controller else Path())
+    check_preset(config.preset, folder)
     console.line(f"Hugging Face folder: {folder}")
     if not config.sft.enabled:
         return folder

@@ -9,12 +9,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_spear.config.presets.layouts import PRESETS
+from megatron_spear.config.presets.models import SHAPE_KEYS
 from megatron_spear.config.schema import ModelSection
 from megatron_spear.conversion.hf_io import check_tokenizer
 from megatron_spear.conversion.shape import load_config
 from megatron_spear.conversion.tiny_model import make_tiny_model
 from megatron_spear.envs.alfworld.phrases import NAMES, PHRASES
 from megatron_spear.envs.alfworld.vocabulary import alfworld_words
+from megatron_spear.errors import ConfigError
 
 _FORMAT = 3  # raise it when the making of tiny models changes, so that old ones are not used
 
@@ -55,6 +58,23 @@ def made_once(folder: Path) -> Iterator[Path]:
 def check_model(folder: Path) -> None:
     """Raise CheckpointError unless config and tokenizer are there and fit each other."""
     check_tokenizer(folder, load_config(folder).vocab_size)
+
+
+def check_preset(preset: str | None, folder: Path) -> None:
+    """ConfigError if the preset's layout is for a model of another shape than the folder's."""
+    if preset is None:
+        return
+    config, published = load_config(folder), PRESETS[preset].published
+    wrong = [
+        f"{key} is {getattr(config, key, None)}, expected {published.config[key]}"
+        for key in SHAPE_KEYS
+        if getattr(config, key, None) != published.config[key]
+    ]
+    if wrong:
+        raise ConfigError(
+            f"preset={preset} is a layout of {published.hub_name}, and {folder} is another model: "
+            f"{'; '.join(wrong)}; name a preset of this model, or none and policy.* settings"
+        )
 
 
 def tiny_model_folder(section: ModelSection) -> Path:

@@ -1,16 +1,19 @@
 """The initial model's folder: named by shape and vocabulary, made once, never half-made."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_spear.config.presets.models import MODELS
 from megatron_spear.config.schema import ModelSection, TinyModelSection
-from megatron_spear.errors import CheckpointError
+from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.trainer import models
 from megatron_spear.trainer.models import (
     check_model,
+    check_preset,
     initial_model,
     made_once,
     tiny_model_folder,
@@ -141,3 +144,15 @@ def test_what_is_made_once(tmp_path: Path) -> None:
     folder.parent.joinpath("file").touch()
     with pytest.raises(NotADirectoryError), made_once(folder.parent / "file") as work:
         work.mkdir()
+
+
+def test_a_preset_is_for_models_of_its_shape(tmp_path: Path) -> None:
+    config = dict(MODELS["qwen2.5-7b"].config) | {"vocab_size": 152100, "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_preset("qwen2.5-7b-8gpus", tmp_path)  # a fine-tuned one with more words
+    check_preset(None, tmp_path)
+    with pytest.raises(ConfigError) as told:
+        check_preset("qwen2.5-32b-32gpus", tmp_path)
+    assert "is a layout of Qwen/Qwen2.5-32B, and " in str(told.value)
+    assert "hidden_size is 3584, expected 5120; num_hidden_layers is 28" in str(told.value)
+    assert "model_type" not in str(told.value)
