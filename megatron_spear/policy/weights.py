@@ -59,8 +59,8 @@ def export_hf(
 
     Collective: every rank has to run the iterator to its end. One parameter is gathered at a time:
     within the tensor-parallel group that holds it, if it is split, then from the first rank that
-    has it to rank 0. Tied output
-    embeddings are not repeated. Tensors may share memory with the model: copy what is kept.
+    has it to rank 0. Tied output embeddings are not repeated. Tensors may share memory with the
+    model: copy what is kept.
     """
     named = [dict(chunk.named_parameters()) for chunk in chunks]
     for item in weight_table(shape):
