@@ -18,7 +18,7 @@ from megatron_spear.conversion import fp8_blocks, hf_io
 from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.mapping import Shape, WeightMap
 from megatron_spear.conversion.safetensors_out import write_safetensors
-from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
+from megatron_spear.conversion.shape import ModelShape, load_config, model_shape, split_sizes
 from megatron_spear.conversion.shards import Shard, write_shards
 from megatron_spear.conversion.torch_dist import (
     Block,
@@ -28,7 +28,7 @@ from megatron_spear.conversion.torch_dist import (
     place_in_checkpoint,
     write_description,
 )
-from megatron_spear.errors import CheckpointError
+from megatron_spear.errors import CheckpointError, ConfigError
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -65,6 +65,7 @@ def hf_to_megatron(
     folder, tensors too many or too few, values that are not finite, and a full disk.
     """
     model, table = _model(source)
+    _check_layout(model, layout)
     with hf_io.HfReader(source) as reader:
         hf_io.check_complete(reader, table)
         stated = _stated_dtype(source) if dtype is None else None
@@ -215,6 +216,22 @@ def _kept_or(kept: torch.dtype, dtype: str | None) -> torch.dtype:
     if dtype is None:
         return kept
     return torch.bfloat16 if dtype == FP8 else DTYPES[dtype]
+
+
+def _check_layout(model: ModelShape, layout: Layout) -> None:
+    """ConfigError unless the layout divides the model."""
+    if layout.expert > 1 and not model.num_experts:
+        raise ConfigError(f"--expert-parallel {layout.expert}, but the model has no experts; use 1")
+    sizes = [("--tensor-parallel", layout.tensor, *size) for size in split_sizes(model).items()]
+    sizes.append(("--pipeline-parallel", layout.pipeline, "num_hidden_layers", model.num_layers))
+    sizes.append(("--expert-parallel", layout.expert, "num_experts", model.num_experts))
+    wrong = [
+        f"the model's {name}={size} is not a multiple of {option} {parts}; choose a divisor"
+        for option, parts, name, size in sizes
+        if size % parts
+    ]
+    if wrong:
+        raise ConfigError("this layout cannot work:\n" + "\n".join(f"  {w}" for w in wrong))
 
 
 def _entries(

@@ -41,6 +41,12 @@ class ModelShape:
     normalize_routing: bool = False
 
 
+def split_sizes(shape: ModelShape) -> dict[str, int]:
+    """What tensor parallelism has to divide, by its name in config.json."""
+    sizes = {"num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_groups}
+    return sizes if shape.num_experts else sizes | {"intermediate_size": shape.ffn_size}
+
+
 def load_config(path: Path) -> Any:
     """The folder's transformers config; CheckpointError if there is none that can be read."""
     from transformers import AutoConfig
