@@ -22,7 +22,6 @@ from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.conversion.torch_dist import METADATA, TorchDistReader, place_in_checkpoint
 from megatron_spear.errors import CheckpointError
 
-
 EQUAL, ROUNDED, QUANTIZED = "equal", "rounded", "quantized"
 
 
