@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megatron_spear.errors import CheckpointError, ConfigError
 
-SUPPORTED = ("qwen3", "qwen3_moe", "qwen2", "llama")
+SUPPORTED = ("qwen3", "qwen3_moe", "qwen2", "llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -21,7 +21,7 @@ class ModelShape:
     to 1.
     """
 
-    family: Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
+    family: Literal["qwen3", "qwen3_moe", "qwen2", "llama", "mistral"]
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -67,7 +67,8 @@ def model_shape(config: Any) -> ModelShape:
     family = getattr(config, "model_type", None)
     if family not in SUPPORTED:
         raise ConfigError(
-            f"model_type {family!r} has no weight table; expected one of {', '.join(SUPPORTED)}"
+            f"model_type {family!r} has no weight table; expected one of {', '.join(SUPPORTED)} "
+            "(checkpoints of others can be converted through megatron-bridge, docs/checkpoints.md)"
         )
     _refuse_unsupported(config, family)
     experts = _experts(config) if family == "qwen3_moe" else {"ffn_size": config.intermediate_size}
@@ -133,6 +134,8 @@ def _refuse_unsupported(config: Any, family: str) -> None:
         wrong.append("mlp_bias (expected false)")
     if getattr(config, "use_sliding_window", False):
         wrong.append("use_sliding_window (expected false)")
+    if family == "mistral" and config.sliding_window is not None:
+        wrong.append(f"sliding_window {config.sliding_window} (expected null)")
     if getattr(config, "attention_dropout", 0.0):
         wrong.append(f"attention_dropout {config.attention_dropout} (expected 0)")
     if wrong:
