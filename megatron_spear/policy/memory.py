@@ -5,7 +5,8 @@ A rank's **states** are 18 bytes a parameter, with the plain optimizer (not the 
     2 weight (bf16) + 4 gradient + 4 master weight + 8 Adam's two moments (float32)
 
 Its **activations** are what autograd keeps of a micro-batch of T tokens, without recomputation and
-with sequence parallel wherever tensor parallel t > 1. A layer keeps in bf16, each split over t:
+with sequence parallel wherever tensor parallel t > 1. Context parallel c leaves a rank T / c of
+them, as T below. A layer keeps in bf16, each split over t:
 
     4 hidden                                      the inputs of both norms, and what they give
     (heads + 2 groups) d                          query, key and value as they come
@@ -85,7 +86,8 @@ def _stage_bytes(shape: ModelShape, policy: PolicySection, stage: int) -> RankBy
         expert_size=policy.expert_parallel,
     )
     parameters = sum(prod(part) for part in local_shapes(shape, place).values())
-    tokens, width = policy.tokens_per_microbatch, 3 * (shape.num_heads + shape.num_groups)
+    tokens = policy.tokens_per_microbatch // policy.context_parallel
+    width = 3 * (shape.num_heads + shape.num_groups)
     mlp = 3 * shape.ffn_size
     if shape.num_experts:
         mlp = shape.experts_per_token * (mlp + 2 * shape.hidden_size)
