@@ -106,9 +106,9 @@ class PolicySection(Section):
     tensor_parallel: PositiveInt = 1
     """Ranks one layer is split over; divides heads, KV groups and the world size."""
     context_parallel: PositiveInt = 1
-    """Ranks the tokens of each sequence are split over, for long contexts: each keeps its share of
-    the activations and gathers keys and values, a layer at a time. Sequences are padded to
-    multiples of twice this number."""
+    """Ranks the tokens of each sequence are split over, for long contexts: each has its share of
+    the activations, and gathers all keys and values in each layer (with recompute it keeps none of
+    those). Sequences are padded to multiples of twice this number."""
     pipeline_parallel: PositiveInt = 1
     """Ranks the layers are split over; divides the number of layers."""
     expert_parallel: PositiveInt = 1

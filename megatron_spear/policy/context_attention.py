@@ -4,7 +4,7 @@ Context parallelism as Llama 3 was trained with (arXiv 2407.21783, section 3.3.2
 queries, keys and values of its own tokens (``data.zigzag``), gathers all ranks' keys and values in
 one collective, and its queries attend to them; on the way back the gradients of keys and values are
 added up over the ranks, each taking those of its tokens. What is gathered is small where query
-heads share keys and values, and lives for one layer only.
+heads share keys and values; ``policy.recompute`` gathers again instead of keeping it.
 
 In half precision on a GPU a rank's two chunks of a sequence are queries of their own, and the keys
 of each are all up to its end, which is what the flash kernel's causal mask says of fewer queries
@@ -63,15 +63,12 @@ def context_layout(
     """The layout of ``batch``, a rank's part of a micro-batch, shared by all layers."""
     cos, sin = (t.index_select(0, batch.position_ids) for t in rotary.tables(batch.max_seqlen))
     order = zigzag_order(batch.cu_seqlens, ranks).flatten()
-    if packed:
-        index = _chunk_index(batch, order.argsort(), rank, ranks)
-    else:
-        index = _padded_index(batch, order, ranks)
+    index = (_chunk_index if packed else _padded_index)(batch, order, rank, ranks)
     # Megatron takes its plain path with this format, as with PackedLayout
     return ContextLayout(qkv_format="sbhd", cos=cos, sin=sin, group=group, **index)
 
 
-def _padded_index(batch: TrainBatch, order: Tensor, ranks: int) -> dict[str, Any]:
+def _padded_index(batch: TrainBatch, order: Tensor, rank: int, ranks: int) -> dict[str, Any]:
     """Queries and keys one sequence a row. ``order`` int64 ``[T]``: the gathered keys' tokens."""
     cu_seqlens, longest = batch.cu_seqlens, batch.max_seqlen
     sequences = len(cu_seqlens) - 1
@@ -93,9 +90,8 @@ def _padded_index(batch: TrainBatch, order: Tensor, ranks: int) -> dict[str, Any
     }
 
 
-def _chunk_index(batch: TrainBatch, place: Tensor, rank: int, ranks: int) -> dict[str, Any]:
-    """Two chunks of queries a sequence and all keys up to the end of each. ``place`` int64 ``[T]``:
-    where each token's key is among the gathered.
+def _chunk_index(batch: TrainBatch, order: Tensor, rank: int, ranks: int) -> dict[str, Any]:
+    """Two chunks of queries a sequence and all keys up to the end of each; ``order`` as above.
 
     Example: of a sequence of 8 tokens on 2 ranks, rank 0 has queries 0, 1 with keys 0 to 1 and
     queries 6, 7 with keys 0 to 7; rank 1 queries 2, 3 with keys 0 to 3 and 4, 5 with 0 to 5.
@@ -106,11 +102,11 @@ def _chunk_index(batch: TrainBatch, place: Tensor, rank: int, ranks: int) -> dic
     ends = seen.cumsum(0)
     total = int(ends[-1])
     offsets = starts.repeat_interleave(2) - (ends - seen)
-    tokens = torch.arange(total, device=place.device)
+    tokens = torch.arange(total, device=order.device)
     tokens = tokens + torch.repeat_interleave(offsets, seen, output_size=total)
     longest = batch.max_seqlen // (2 * ranks)
     return {
-        "key_rows": place[tokens],
+        "key_rows": order.argsort()[tokens],
         "cu_seqlens_q": F.pad(size.repeat_interleave(2).cumsum(0), (1, 0)).int(),
         "cu_seqlens_kv": F.pad(ends, (1, 0)).int(),
         "max_seqlen_q": longest,
