@@ -5,14 +5,16 @@ A rank's **states** are 18 bytes a parameter, with the plain optimizer (not the 
     2 weight (bf16) + 4 gradient + 4 master weight + 8 Adam's two moments (float32)
 
 Its **activations** are what autograd keeps of a micro-batch of T tokens, without recomputation and
-with sequence parallel wherever tensor parallel t > 1. A layer keeps in bf16, each split over t:
+with sequence parallel wherever tensor parallel t > 1. Context parallel c leaves a rank T / c of
+them, which is T below. A layer keeps in bf16, each split over t:
 
     4 hidden                                      the inputs of both norms, and what they give
     (heads + 2 groups) d                          query, key and value as they come
     (heads + groups) d + heads d                  query and key after rotary positions, the result
     2 ffn + ffn                                   gate and up, and the input of the down projection
 
-which is ``2 T (4 hidden + 3 (heads + groups) d + 3 ffn) / t`` bytes. With experts, of which k see a
+and with c > 1 the keys and values it has gathered, ``(2 c + 1) groups d``; without them this
+is ``2 T (4 hidden + 3 (heads + groups) d + 3 ffn) / t`` bytes. With experts, of which k see a
 token, the last line is ``k (3 ffn + 2 hidden)``: what goes into and comes out of each too, if the
 router spreads tokens evenly. Pipeline stage s of p keeps up to p - s micro-batches at a time (one
 forward, one backward); the last stage also has the logits and their gradient, ``4 T V / t`` bytes.
@@ -85,7 +87,10 @@ def _stage_bytes(shape: ModelShape, policy: PolicySection, stage: int) -> RankBy
         expert_size=policy.expert_parallel,
     )
     parameters = sum(prod(part) for part in local_shapes(shape, place).values())
-    tokens, width = policy.tokens_per_microbatch, 3 * (shape.num_heads + shape.num_groups)
+    tokens = policy.tokens_per_microbatch // policy.context_parallel
+    width = 3 * (shape.num_heads + shape.num_groups)
+    if policy.context_parallel > 1:
+        width += (2 * policy.context_parallel + 1) * shape.num_groups
     mlp = 3 * shape.ffn_size
     if shape.num_experts:
         mlp = shape.experts_per_token * (mlp + 2 * shape.hidden_size)

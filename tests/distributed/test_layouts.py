@@ -35,6 +35,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "PP2xVPP2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
     "DP2, distributed": (2, {"distributed_optimizer": True}),
+    "CP2, recompute": (2, {"context_parallel": 2, "recompute": "selective"}),
+    "CP2, distributed": (2, {"context_parallel": 2, "distributed_optimizer": True}),
+    "CP2xDP2": (4, {"context_parallel": 2}),
+    "TP2xCP2+SP": (4, {"tensor_parallel": 2, "context_parallel": 2, "sequence_parallel": True}),
+    "CP2xPP2xVPP2": (4, {"context_parallel": 2, "pipeline_parallel": 2, "virtual_pipeline": 2}),
     "TP2xPP2xVPP2+SP, recompute": (
         4,
         {
@@ -86,6 +91,7 @@ def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, A
                 data_parallel=ctx.data_size,
                 tokens_per_microbatch=150,
                 pad_multiple=policy.pad_multiple,
+                sequence_multiple=policy.sequence_multiple,
                 microbatch_multiple=policy.microbatch_multiple,
             )
             loss = PolicyLoss.from_sections(

@@ -45,6 +45,7 @@ def run_float64(folder: Path, layouts: list[dict[str, Any]]) -> list[Any]:
                 data_parallel=ctx.data_size,
                 tokens_per_microbatch=150,
                 pad_multiple=policy.pad_multiple,
+                sequence_multiple=policy.sequence_multiple,
                 microbatch_multiple=policy.microbatch_multiple,
                 dtype=np.float64,
             )

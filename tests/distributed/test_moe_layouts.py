@@ -20,6 +20,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, TP2),
     "TP2, its ranks the experts'": (2, {"expert_parallel": 2, **TP2}),
     "EP2xTP2": (4, {"expert_parallel": 2, **TP2}),
+    "EP2, context parallel ranks": (2, {"expert_parallel": 2, "context_parallel": 2}),
+    "EP4xTP2xCP2": (4, {"expert_parallel": 4, "context_parallel": 2, **TP2}),
     "EP4": (4, {"expert_parallel": 4, **TP2}),
     "EP2xPP2": (4, {"expert_parallel": 2, "pipeline_parallel": 2}),
 }

@@ -234,5 +234,8 @@ def test_memory_of_a_small_model_by_hand() -> None:
     assert STATE_BYTES == 18
     assert needs.states == 18 * stage  # the first stage: an embedding, but no final norm
     assert needs.activations == 2 * 2 * kept  # two micro-batches of two layers
+    long = policy.model_copy(update={"context_parallel": 2, "tokens_per_microbatch": 20})
+    gathered = 2 * 10 * (2 * 2 + 1) * 2 * 2 // 2  # half of the tokens, and others' keys and values
+    assert fullest_rank(shape, long).activations == 2 * 2 * (kept + gathered)
     one = policy.model_copy(update={"pipeline_parallel": 1})
     assert fullest_rank(shape, one).activations == 4 * kept + 4 * 10 * 25
