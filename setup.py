@@ -41,6 +41,7 @@ setup(
             "import-linter>=2.16",
             "types-PyYAML",
             "psutil",
+            "accelerate>=1.10",  # transformers reads GGUF files and FP8 folders with it
         ],
     },
     entry_points={"console_scripts": ["megatron-spear = megatron_spear.cli.main:main"]},

@@ -57,7 +57,10 @@ def sync_folder(path: Path) -> None:
 def says_disk_full(error: BaseException) -> bool:
     """Whether a failed write met a full disk or a quota.
 
-    torch, safetensors and tokenizers raise errors of their own for it, so the text counts too.
+    torch, safetensors and tokenizers raise errors of their own for it, so the text counts too, and
+    what an error came up in the handling of (torch's "unexpected pos").
     """
     text = str(error).lower()
-    return getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_IN_WORDS)
+    if getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_IN_WORDS):
+        return True
+    return error.__context__ is not None and says_disk_full(error.__context__)

@@ -74,7 +74,7 @@ def test_table_covers_the_model_both_ways(family: str, tied: bool, size: int) ->
         whole = torch.full((padded_vocab(len(full), size), *full.shape[1:]), torch.nan)
         for rank in range(size):
             for offset, piece in item.pieces(sources, rank, size):
-                region = [slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True)]
+                region = tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))
                 assert whole[region].isnan().all(), "pieces do not overlap"
                 whole[region] = piece
         assert torch.equal(whole[: len(full)], full) and not whole.isnan().any()
