@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_spear.conversion.mapping import WeightMap
 from megatron_spear.errors import CheckpointError
-from megatron_spear.files import says_disk_full
+from megatron_spear.files import disk_full_behind
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -214,7 +214,8 @@ def full_disk_told(target: Path, kept: Path | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not says_disk_full(error):
+        cause = disk_full_behind(error)
+        if cause is None:
             raise
         then = (
             f"{kept} has what was finished; free some space and give the same command again"
@@ -223,7 +224,7 @@ def full_disk_told(target: Path, kept: Path | None = None) -> Iterator[None]:
             "checkpoints with resume=DIR"
         )
         raise CheckpointError(
-            f"{target} was not written: the disk is full or a quota is reached ({error}); {then}"
+            f"{target} was not written: the disk is full or a quota is reached ({cause}); {then}"
         ) from error
 
 
