@@ -269,6 +269,11 @@ class CheckpointSection(Section):
     """Trainer steps between checkpoints; 0 = only at the end or at a clean stop."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    async_save: bool = False
+    """Write the files while the run goes on: a step waits only until its state has been copied to
+    host memory (as much again as a checkpoint takes, shared out among the ranks). The checkpoint
+    counts one or two steps later, when all ranks have written; a kill before that goes back to the
+    one before."""
 
 
 class TrackingSection(Section):

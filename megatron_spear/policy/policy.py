@@ -251,6 +251,14 @@ class MegatronPolicy:
         self._gather_weights()
         checkpoint.save(Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx)
 
+    def begin_save(self, folder: Path) -> checkpoint.PendingSave:
+        """``save`` of the present state, written beside what is done next; ``finish`` it.
+        Collective."""
+        self._gather_weights()
+        return checkpoint.begin_save(
+            Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx
+        )
+
     def load(self, folder: Path) -> None:
         """What ``save`` wrote; CheckpointError if it is missing, broken or of another model.
         Collective."""
