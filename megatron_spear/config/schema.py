@@ -127,6 +127,10 @@ class PolicySection(Section):
     a second forward pass."""
     distributed_optimizer: bool = False
     """Split the optimizer's state and its work over the data-parallel ranks."""
+    optimizer_offload: Fraction = 0.0
+    """Share of the parameters whose optimizer state and update are on the CPU: 12 bytes of GPU
+    memory a parameter and data-parallel rank less, for a slower step (needs
+    distributed_optimizer)."""
     overlap_grad_reduce: bool = False
     """Add gradients up over the data-parallel ranks during the last micro-batch's backward pass."""
     overlap_param_gather: bool = False

@@ -156,7 +156,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
             if num_steps:
                 optimizer_state.restore(optimizer, state["optimizer"])
             else:
-                optimizer.reload_model_params()
+                optimizer_state.reload_weights(optimizer)
 
     _agree(restore, misfit, ctx)
     return num_steps

@@ -1,8 +1,10 @@
 """Megatron's Adam for the model, and the learning rate as a pure function of the step."""
 
+import contextlib
 import math
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     OptimizerConfig,
@@ -11,7 +13,7 @@ from megatron.core.optimizer import (
 )
 
 from megatron_spear.config.schema import OptimizerSection, PolicySection
-from megatron_spear.policy import cpu
+from megatron_spear.policy import cpu, offload
 
 
 def build_optimizer(
@@ -33,14 +35,20 @@ def build_optimizer(
         bf16=policy.precision == "bf16",
         use_distributed_optimizer=policy.distributed_optimizer,
         overlap_param_gather=policy.overlap_param_gather,
+        **offload.settings(policy),
     )
-    with cpu.cuda_means_cpu():
+    offload.prepare(config)
+    # without gradients, pieces of float32 parameters are tensors of their own to Megatron's offload
+    without_grad = torch.no_grad() if policy.optimizer_offload else contextlib.nullcontext()
+    with cpu.cuda_means_cpu(), without_grad:
         optimizer = get_megatron_optimizer(
             config,
             model,
             config_overrides=get_standard_config_overrides(config),
             use_gloo_process_groups=cpu.active(),
         )
+    for part in filter(offload.is_hybrid, optimizer.chained_optimizers):
+        offload.clean_groups(part)
     for group in optimizer.param_groups:
         # Megatron's own scheduler would do this; the schedule here is a pure function
         group["weight_decay"] = section.weight_decay * group.get("wd_mult", 1.0)

@@ -23,7 +23,7 @@ from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.data.packing import PackedStep
 from megatron_spear.errors import ConfigError
-from megatron_spear.policy import checkpoint, cpu, exchange, step, weights
+from megatron_spear.policy import checkpoint, cpu, exchange, offload, step, weights
 from megatron_spear.policy.model import PackedModel
 from megatron_spear.policy.optimizer import build_optimizer, learning_rate
 from megatron_spear.policy.parallel import ParallelContext, check_layout
@@ -234,7 +234,8 @@ class MegatronPolicy:
                 return {"grad_norm": math.nan, "skipped": 1.0}
             if self._section.clip_grad > 0:
                 params = [p for group in self._optimizer.param_groups for p in group["params"]]
-                clip_grad_by_total_norm_fp32(params, self._section.clip_grad, norm)
+                decoupled = offload.decouples_gradients(self._optimizer.config)
+                clip_grad_by_total_norm_fp32(params, self._section.clip_grad, norm, decoupled)
             self._optimizer.step_with_ready_grads()
         return {"grad_norm": norm, "skipped": 0.0}
 

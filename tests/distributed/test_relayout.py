@@ -27,6 +27,7 @@ SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "split DP2": (2, OVERLAPPED),
     "split PP2xDP2": (4, SPLIT | {"pipeline_parallel": 2}),  # tied: embeddings in a bucket apart
     "split DP2, bf16": (2, SPLIT | {"precision": "bf16"}),
+    "half on the CPU, DP2": (2, OVERLAPPED | {"optimizer_offload": 0.5}),
 }
 LOADED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "TP2xPP2 to one rank": ("TP2xPP2", 1, {}),
@@ -39,6 +40,17 @@ LOADED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "split DP1 to DP2, overlapped": ("split DP1", 2, OVERLAPPED),
     "split PP2xDP2 to TP2": ("split PP2xDP2", 2, SPLIT | {"tensor_parallel": 2}),
     "split DP2, bf16 to DP2": ("split DP2, bf16", 2, SPLIT | {"precision": "bf16"}),
+    "split DP2, bf16 to all on the CPU": (
+        "split DP2, bf16",
+        2,
+        OVERLAPPED | {"precision": "bf16", "optimizer_offload": 1.0},
+    ),
+    "half on the CPU, DP2 to DP1": ("half on the CPU, DP2", 1, SPLIT),
+    "split PP2xDP2 to PP2, half on the CPU": (
+        "split PP2xDP2",
+        2,
+        SPLIT | {"pipeline_parallel": 2, "optimizer_offload": 0.5},
+    ),
 }
 BEFORE, AFTER = 2, 3
 
