@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.policy import cpu, optimizer_state
+from megatron_spear.policy import cpu, optimizer_state, random_state
 from megatron_spear.policy.checkpoint_files import FilesToWrite, errors_kept
 from megatron_spear.policy.parallel import ParallelContext
 
@@ -104,15 +104,22 @@ def _plan(
 
     def plan() -> FilesToWrite:
         with cpu.cuda_means_cpu(), errors_kept() as errors:
-            planned = FilesToWrite(_state(chunks, optimizer, num_steps, loading=False), folder)
+            state = _state(chunks, optimizer, num_steps, loading=False)
+            state["rng"] = random_state.sharded_state(ctx)
+            planned = FilesToWrite(state, folder)
         if errors:
             raise errors[0]
         return planned
 
     _agree(begin, _unwritten(folder), ctx)
     files = _agree(plan, _unwritten(folder), ctx)
-    split = optimizer_state.is_distributed(optimizer)
-    return files, {"format": FORMAT, "num_steps": num_steps, "distributed_optimizer": split}
+    about = {
+        "format": FORMAT,
+        "num_steps": num_steps,
+        "distributed_optimizer": optimizer_state.is_distributed(optimizer),
+        "rng_layout": random_state.layout(ctx),
+    }
+    return files, about
 
 
 def _complete(
@@ -141,15 +148,20 @@ def _unwritten(folder: Path) -> str:
 def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelContext) -> int:
     """Restore what ``save`` wrote, at any layout; the number of optimizer steps taken. Collective.
 
-    Raises CheckpointError on every rank if a file is missing, damaged or of another model.
+    The random generators are taken back at the layout they were saved at, else seeded anew. Raises
+    CheckpointError on every rank if a file is missing, damaged or of another model.
     """
     misfit = "the checkpoint does not fit or is damaged"
     split = optimizer_state.is_distributed(optimizer)
-    num_steps: int = _agree(lambda: _read_alone(folder, split), misfit, ctx)
+    about = _agree(lambda: _read_alone(folder, split), misfit, ctx)
+    num_steps, rng_layout = int(about["num_steps"]), about.get("rng_layout")
+    same_layout = rng_layout == random_state.layout(ctx)
 
     def restore() -> None:
         with cpu.cuda_means_cpu():
             request = _state(chunks, optimizer, num_steps, loading=True)
+            if same_layout:
+                request["rng"] = random_state.sharded_state(ctx)
             state = dist_checkpointing.load(request, str(folder))
             for number, chunk in enumerate(chunks):
                 chunk.load_state_dict(state[f"model{number}"])
@@ -157,6 +169,10 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
                 optimizer_state.restore(optimizer, state["optimizer"])
             else:
                 optimizer_state.reload_weights(optimizer)
+            if same_layout:
+                random_state.restore(state["rng"])
+            else:
+                random_state.seed_anew(rng_layout, ctx)
 
     _agree(restore, misfit, ctx)
     return num_steps
@@ -171,8 +187,8 @@ def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool)
     return {**weights, "optimizer": state}
 
 
-def _read_alone(folder: Path, distributed: bool) -> int:
-    """``num_steps``; reads all that each rank reads by itself before Megatron's first collective.
+def _read_alone(folder: Path, distributed: bool) -> dict[str, Any]:
+    """``policy.json``; reads all that each rank reads by itself before Megatron's first collective.
 
     A rank that cannot is found here, where the others do not wait for it yet. Refuses the state of
     an optimizer that is not as ``distributed`` as the present one.
@@ -182,7 +198,7 @@ def _read_alone(folder: Path, distributed: bool) -> int:
         raise CheckpointError(
             f"{folder} has no {STATE_FILE}: not a policy checkpoint, or its saving was cut off"
         )
-    state = json.loads(file.read_text())
+    state: dict[str, Any] = json.loads(file.read_text())
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} has format {state.get('format')!r}, this version reads {FORMAT}"
@@ -195,7 +211,7 @@ def _read_alone(folder: Path, distributed: bool) -> int:
             f"{str(stored).lower()}"
         )
     dist_checkpointing.load_common_state_dict(str(folder))
-    return int(state["num_steps"])
+    return state
 
 
 def _agree(action: Callable[[], Any], failed: str, ctx: ParallelContext) -> Any:

@@ -38,12 +38,14 @@ class ParallelContext:
 
     Ranks are ordered tensor parallel first, then data parallel, then pipeline parallel. Experts are
     spread over the first two together, neighbours first. ``control`` is a gloo group of all ranks
-    for Python objects; ``tensor`` the tensor-parallel group.
+    for Python objects; ``tensor`` the tensor-parallel group. ``seed`` is what the generators were
+    seeded with.
 
     Example: of 4 ranks with tensor parallel 2 and expert parallel 2, the experts' first half is on
     ranks 0 and 2, the second on 1 and 3.
     """
 
+    seed: int
     rank: int
     world_size: int
     tensor_rank: int
@@ -86,7 +88,6 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     ConfigError if the layout does not fit the world size.
     """
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _refuse(layout_problems(policy, world_size))
@@ -109,9 +110,9 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
         create_gloo_process_groups=device.type == "cpu",
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    seed_generators(seed)
     ctx = ParallelContext(
+        seed=seed,
         rank=dist.get_rank(),
         world_size=world_size,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -131,6 +132,14 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     return ctx
 
 
+def seed_generators(seed: int) -> None:
+    """Seed this rank's generators; Megatron adds the rank where ranks have to differ."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
 def destroy(keep_world: bool = False) -> None:
     """Leave all process groups; harmless when there are none.
 
@@ -141,8 +150,14 @@ def destroy(keep_world: bool = False) -> None:
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and not keep_world:
+    if not dist.is_initialized():
+        return
+    if not keep_world:
         dist.destroy_process_group()
+        return
+    # Megatron only forgets its groups; gloo's keep a thread each
+    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None:
