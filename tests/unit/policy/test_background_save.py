@@ -80,5 +80,9 @@ def test_an_abandoned_save_stops_at_the_next_tensor(
     go.set()
     with pytest.raises(CheckpointError, match=r"cannot be written.*the save was abandoned"):
         pending.finish()
-    assert sum(file.stat().st_size for file in (tmp_path / "state").glob("*.distcp")) < 20_000
     policy.save(tmp_path / "another")
+    written, whole = (
+        sum(file.stat().st_size for file in (tmp_path / name).glob("*.distcp"))
+        for name in ("state", "another")
+    )
+    assert 4 * written < whole
