@@ -132,6 +132,10 @@ class PolicySection(Section):
     a second forward pass."""
     distributed_optimizer: bool = False
     """Split the optimizer's state and its work over the data-parallel ranks."""
+    optimizer_offload: Fraction = 0.0
+    """Share of the parameters whose optimizer state and update are on the CPU: 12 bytes of GPU
+    memory a parameter and data-parallel rank less, for a slower step (needs
+    distributed_optimizer)."""
     overlap_grad_reduce: bool = False
     """Add gradients up over the data-parallel ranks during the last micro-batch's backward pass."""
     overlap_param_gather: bool = False
@@ -274,6 +278,11 @@ class CheckpointSection(Section):
     """Trainer steps between checkpoints; 0 = only at the end or at a clean stop."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    async_save: bool = False
+    """Write the files while the run goes on: a step waits only until its state has been copied to
+    host memory (as much again as a checkpoint takes, shared out among the ranks). The checkpoint
+    counts one or two steps later, when all ranks have written; a kill before that goes back to the
+    one before."""
 
 
 class TrackingSection(Section):

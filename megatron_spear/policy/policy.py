@@ -24,7 +24,7 @@ from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.data.packing import PackedStep
 from megatron_spear.data.zigzag import joined
 from megatron_spear.errors import ConfigError
-from megatron_spear.policy import checkpoint, cpu, exchange, step, weights
+from megatron_spear.policy import checkpoint, cpu, exchange, offload, step, weights
 from megatron_spear.policy.model import PackedModel
 from megatron_spear.policy.optimizer import build_optimizer, learning_rate
 from megatron_spear.policy.parallel import ParallelContext, check_layout
@@ -240,7 +240,8 @@ class MegatronPolicy:
                 return {"grad_norm": math.nan, "skipped": 1.0}
             if self._section.clip_grad > 0:
                 params = [p for group in self._optimizer.param_groups for p in group["params"]]
-                clip_grad_by_total_norm_fp32(params, self._section.clip_grad, norm)
+                decoupled = offload.decouples_gradients(self._optimizer.config)
+                clip_grad_by_total_norm_fp32(params, self._section.clip_grad, norm, decoupled)
             self._optimizer.step_with_ready_grads()
         return {"grad_norm": norm, "skipped": 0.0}
 
@@ -256,6 +257,14 @@ class MegatronPolicy:
         """Model, optimizer and step into ``folder``, loadable at another layout; collective."""
         self._gather_weights()
         checkpoint.save(Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx)
+
+    def begin_save(self, folder: Path) -> checkpoint.PendingSave:
+        """``save`` of the present state, written beside what is done next; ``finish`` it.
+        Collective."""
+        self._gather_weights()
+        return checkpoint.begin_save(
+            Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx
+        )
 
     def load(self, folder: Path) -> None:
         """What ``save`` wrote; CheckpointError if it is missing, broken or of another model.

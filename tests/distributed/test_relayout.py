@@ -28,6 +28,7 @@ SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "split PP2xDP2": (4, SPLIT | {"pipeline_parallel": 2}),  # tied: embeddings in a bucket apart
     "split CP2": (2, OVERLAPPED | {"context_parallel": 2}),
     "split DP2, bf16": (2, SPLIT | {"precision": "bf16"}),
+    "half on the CPU, DP2": (2, OVERLAPPED | {"optimizer_offload": 0.5}),
 }
 LOADED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "TP2xPP2 to one rank": ("TP2xPP2", 1, {}),
@@ -42,6 +43,17 @@ LOADED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "split CP2 to DP1": ("split CP2", 1, SPLIT),
     "split DP1 to CP2": ("split DP1", 2, SPLIT | {"context_parallel": 2}),
     "split DP2, bf16 to DP2": ("split DP2, bf16", 2, SPLIT | {"precision": "bf16"}),
+    "split DP2, bf16 to all on the CPU": (
+        "split DP2, bf16",
+        2,
+        OVERLAPPED | {"precision": "bf16", "optimizer_offload": 1.0},
+    ),
+    "half on the CPU, DP2 to DP1": ("half on the CPU, DP2", 1, SPLIT),
+    "split PP2xDP2 to PP2, half on the CPU": (
+        "split PP2xDP2",
+        2,
+        SPLIT | {"pipeline_parallel": 2, "optimizer_offload": 0.5},
+    ),
 }
 BEFORE, AFTER = 2, 3
 

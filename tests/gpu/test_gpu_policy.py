@@ -1,5 +1,6 @@
 """The policy on a GPU: equal to transformers in float32, close in bf16, exact after a load."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,51 @@ def test_saved_and_loaded_is_the_same(precision: str, tmp_path: Path, ctx: Paral
     found = [other.train_step(packed, NllLoss())["loss/total"] for _ in range(3)]
     assert found == pytest.approx(expected, rel=1e-6 if precision == "fp32" else 1e-3)
     assert np.isfinite(found).all() and found[-1] < expected[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_optimizer_on_the_cpu_gives_the_same_weights_for_less_memory(
+    precision: str, tmp_path: Path, ctx: ParallelContext
+) -> None:
+    """A share of 0, 0.5 and 1, in a model whose states outweigh its activations."""
+    tiny_hf_folder(tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    packed = pack(*random_samples(), tokens_per_microbatch=200)
+    weights, peaks = [], []
+    for share in (0.0, 0.5, 1.0):
+        section = PolicySection(
+            precision=precision, distributed_optimizer=True, optimizer_offload=share
+        )
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        policy = MegatronPolicy.from_hf(tmp_path, section, OptimizerSection(lr=1e-3), 10, ctx)
+        for _ in range(3):
+            policy.train_step(packed, NllLoss())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        weights.append({n: t.float().cpu() for n, t in policy.export_weights() if t is not None})
+        del policy
+        gc.collect()
+    rounding = {"rtol": 0.0, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.01, "atol": 1e-3}
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, msg=name, **rounding)
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_a_save_beside_the_training_is_of_its_beginning(
+    tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path)
+    policy = _policy(tmp_path, ctx, "bf16")
+    packed = pack(*random_samples(), tokens_per_microbatch=200)
+    policy.train_step(packed, NllLoss())
+    policy.save(tmp_path / "waited-for")
+    pending = policy.begin_save(tmp_path / "beside")
+    for _ in range(3):
+        policy.train_step(packed, NllLoss())
+    pending.finish()
+    files = sorted(path.name for path in (tmp_path / "beside").glob("*.distcp"))
+    assert files
+    for name in files:
+        one, other = (tmp_path / folder / name for folder in ("waited-for", "beside"))
+        assert one.read_bytes() == other.read_bytes()
