@@ -137,8 +137,8 @@ class PackedAttention(torch.nn.Module):  # type: ignore[misc]
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(
-            _Turn.apply(query, layout),
-            _Turn.apply(key, layout),
+            turn(query, layout),
+            turn(key, layout),
             value,
             layout.cu_seqlens_q,
             layout.cu_seqlens_kv,
@@ -167,8 +167,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     return out
 
 
-class _Turn(torch.autograd.Function):  # type: ignore[misc]
+def turn(x: Tensor, layout: PackedLayout) -> Tensor:
     """Packed ``[T, H, D]`` turned by the tokens' angles."""
+    return _Turn.apply(x, layout)
+
+
+class _Turn(torch.autograd.Function):  # type: ignore[misc]
+    """``turn`` with its derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: PackedLayout) -> Tensor:

@@ -25,11 +25,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.policy import cpu, optimizer_state
+from megatron_spear.policy import cpu, fp8, optimizer_state
 from megatron_spear.policy.parallel import ParallelContext
 
 logger = logging.getLogger(__name__)
@@ -97,9 +98,10 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
     def restore() -> None:
         with cpu.cuda_means_cpu():
             request = _state(chunks, optimizer, num_steps, loading=True)
+            missing = _without_missing_extras(request, folder)
             state = dist_checkpointing.load(request, str(folder))
             for number, chunk in enumerate(chunks):
-                chunk.load_state_dict(state[f"model{number}"])
+                chunk.load_state_dict(state[f"model{number}"] | missing[number])
             if num_steps:
                 optimizer_state.restore(optimizer, state["optimizer"])
             else:
@@ -112,10 +114,32 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
 def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
     """What is stored; before the first step the optimizer has no state worth it."""
     weights = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
-    if not num_steps:
-        return weights
-    state = optimizer_state.sharded_state(optimizer, weights, loading=loading)
-    return {**weights, "optimizer": state}
+    state = dict(weights)
+    if num_steps:
+        state["optimizer"] = optimizer_state.sharded_state(optimizer, weights, loading=loading)
+    fp8.make_plain(weights)
+    return state
+
+
+def _without_missing_extras(request: dict[str, Any], folder: Path) -> list[dict[str, None]]:
+    """Take out of ``request`` the layers' extra states (FP8 scales) that are not stored.
+
+    Gives them by name, for each piece of the model, as None, which a layer passes over. Layers of
+    another implementation stored other ones, and TransformerEngine's have some without content.
+    """
+    stored = serialization.load_sharded_metadata(str(folder))
+    found = []
+    for number in range(sum(key.startswith("model") for key in request)):
+        own = request[f"model{number}"]
+        names = [
+            name
+            for name, entry in own.items()
+            if isinstance(entry, ShardedObject) and entry.unique_key not in stored
+        ]
+        found.append(dict.fromkeys(names))
+        for name in names:
+            del own[name]
+    return found
 
 
 def _read_alone(folder: Path, distributed: bool) -> int:

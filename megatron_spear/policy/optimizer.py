@@ -33,6 +33,7 @@ def build_optimizer(
         bf16=policy.precision == "bf16",
         use_distributed_optimizer=policy.distributed_optimizer,
         overlap_param_gather=policy.overlap_param_gather,
+        fp8_recipe=policy.fp8.recipe if policy.fp8.parameters else None,
     )
     with cpu.cuda_means_cpu():
         optimizer = get_megatron_optimizer(
