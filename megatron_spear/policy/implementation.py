@@ -6,7 +6,7 @@ from megatron_spear.config.precision import capability_problem
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.errors import ConfigError
 
-INSTALL = "pip install transformer-engine[pytorch], docs/precision.md"
+INSTALL = 'pip install --no-build-isolation "transformer-engine[pytorch]", see docs/precision.md'
 
 
 def cuda_capability() -> tuple[int, int] | None:
@@ -41,7 +41,8 @@ def decide(
         missing.append("there is no CUDA device")
     if missing and asked == "transformer_engine":
         raise ConfigError(
-            f"policy.transformer_impl=transformer_engine: {' and '.join(missing)}; {_remedy(missing)}"
+            f"policy.transformer_impl=transformer_engine: {' and '.join(missing)}; "
+            f"{_remedy(missing)}"
         )
     used = "local" if missing or asked == "local" else "transformer_engine"
     recipe = policy.fp8.recipe

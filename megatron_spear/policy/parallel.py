@@ -142,8 +142,14 @@ def destroy(keep_world: bool = False) -> None:
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and not keep_world:
+    if not dist.is_initialized():
+        return
+    if not keep_world:
         dist.destroy_process_group()
+        return
+    # Megatron only forgets its groups; gloo's keep a thread each
+    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None:

@@ -87,8 +87,8 @@ def table(seen: Iterable[Seen]) -> list[str]:
         by_layer[entry.layer][entry.words].append(entry.name)
     alike: dict[tuple[str, str], list[int]] = defaultdict(list)
     for layer, groups in by_layer.items():
-        for words, names in groups.items():
-            alike[", ".join(sorted(names)), words].append(layer)
+        for words, members in groups.items():
+            alike[", ".join(sorted(members)), words].append(layer)
     lines = []
     for (names, words), layers in sorted(alike.items(), key=lambda item: item[1]):
         where = "" if layers == [-1] else f"layers {ranges(layers)}: "

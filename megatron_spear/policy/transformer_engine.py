@@ -1,9 +1,9 @@
 """The model's layers of TransformerEngine (TE), by Megatron's wrappers around it.
 
 The norm before a linear is part of it: ``linear_qkv`` and a dense layer's ``linear_fc1`` hold it as
-``layer_norm_weight``. Experts are one grouped linear. Attention runs on packed tokens ("thd"), with
-context parallelism where Megatron has a group for it. Weight tables and checkpoints know the local
-layers' names only: ``weights.local_name`` translates, and the layer spec's map does for checkpoints.
+``layer_norm_weight``. Experts are two grouped linears. Attention runs on packed tokens ("thd"),
+with context parallelism where Megatron has a group for it. Weight tables and checkpoints know the
+local layers' names only: ``weights.local_name`` translates, for checkpoints the layer spec's map.
 
 For where TE is installed; imported when it has been chosen (``implementation``).
 """

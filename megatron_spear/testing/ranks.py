@@ -32,8 +32,9 @@ def run_ranks(
     ``function`` must be importable (a module's top level), ``args`` and results picklable. Each
     process has the environment torchrun gives it (RANK, WORLD_SIZE, MASTER_ADDR, ...) and one
     thread. With ``fake_te`` they are new processes that have the stand-in for TransformerEngine
-    (``testing.fake_te``), which takes some seconds. Raises RankFailed with the first failing rank's traceback, or naming the ranks that
-    were not done after ``timeout_s`` seconds; all processes are killed then.
+    (``testing.fake_te``), which takes some seconds. Raises RankFailed with the first failing rank's
+    traceback, or naming the ranks that were not done after ``timeout_s`` seconds; all processes are
+    killed then.
     """
     from torch.distributed import TCPStore
 

@@ -8,9 +8,11 @@ import torch
 
 from megatron_spear.algorithms.logprobs import token_logprobs
 from megatron_spear.algorithms.policy_loss import NllLoss
+from megatron_spear.config.precision import CAPABILITY, capability_problem
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import pack
 from megatron_spear.policy.attention import PackedAttention, Rotary, packed_layout
+from megatron_spear.policy.implementation import cuda_capability, has_transformer_engine
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
@@ -106,3 +108,23 @@ def test_saved_and_loaded_is_the_same(precision: str, tmp_path: Path, ctx: Paral
     found = [other.train_step(packed, NllLoss())["loss/total"] for _ in range(3)]
     assert found == pytest.approx(expected, rel=1e-6 if precision == "fp32" else 1e-3)
     assert np.isfinite(found).all() and found[-1] < expected[0]
+
+
+@pytest.mark.parametrize("recipe", CAPABILITY)
+def test_fp8_is_near_float32_and_trains(recipe: str, tmp_path: Path, ctx: ParallelContext) -> None:
+    """The audit has looked at every linear when ``from_hf`` returns."""
+    if not has_transformer_engine():
+        pytest.skip("TransformerEngine is not installed")
+    if problem := capability_problem(recipe, cuda_capability()):
+        pytest.skip(problem)
+    tiny_hf_folder(tmp_path, num_hidden_layers=4)
+    ends = int(recipe != "delayed")
+    fp8 = {"recipe": recipe, "bf16_layers_at_start": ends, "bf16_layers_at_end": ends}
+    section = PolicySection(precision="bf16", fp8=fp8)
+    policy = MegatronPolicy.from_hf(tmp_path, section, OptimizerSection(lr=1e-3), 10, ctx)
+    packed = pack(*random_samples(), tokens_per_microbatch=200, pad_multiple=policy.pad_multiple)
+    exact = np.concatenate(_policy(tmp_path, ctx, "fp32").logprobs(packed, 1.0))
+    error = np.abs(np.concatenate(policy.logprobs(packed, 1.0)) - exact)
+    assert 1e-4 < error.mean() < 0.1
+    losses = [policy.train_step(packed, NllLoss())["loss/total"] for _ in range(4)]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]

@@ -1,15 +1,17 @@
 """A stand-in for TransformerEngine (TE), for tests on machines that cannot have it.
 
-It is **not** TransformerEngine: a small package in plain torch, on the CPU, with the names, arguments
-and behaviours of TE 2 that megatron-core 0.16.1 and 0.19.2 use for the layers of this project, so
-that everything around TE can be tested: layer specs, weights in and out, checkpoints, which layer
-enters FP8, the start-up audit. ``install`` lets a process import it as ``transformer_engine``, which
-has to happen before megatron is imported: ``run_ranks(..., fake_te=True)`` does so.
+It is **not** TransformerEngine: a small package in plain torch, on the CPU, with the names,
+arguments and behaviours of TE 2 that megatron-core 0.16.1 and 0.19.2 use for the layers of this
+project, so that everything around TE can be tested: layer specs, weights in and out, checkpoints,
+which layer enters FP8, the start-up audit. ``install`` lets a process import it as
+``transformer_engine``, which has to happen before megatron is imported: ``run_ranks(...,
+fake_te=True)`` does so.
 
-What it has: Linear, LayerNormLinear and GroupedLinear with tensor and sequence parallelism, RMSNorm,
-causal attention of packed sequences ("thd"), FP8 contexts and state, recomputation, weights held in
-FP8, and the sizes that TE refuses. In FP8 a linear rounds input, weight and the output's gradient to
-float8 with a scale per tensor or block, and multiplies the rounded values in float32.
+What it has: Linear, LayerNormLinear and GroupedLinear with tensor and sequence parallelism,
+RMSNorm, causal attention of packed sequences ("thd"), FP8 contexts and state, recomputation,
+weights held in FP8, and the sizes that TE refuses. In FP8 a linear rounds input, weight and the
+output's gradient to float8 with a scale per tensor or block, and multiplies the rounded values in
+float32.
 
 What it has not: TE's kernels, their speed, their order of summation, user buffers, context parallel
 attention, transposes kept beside FP8 data. Delayed scaling keeps one amax a tensor and does not

@@ -36,7 +36,12 @@ def test_choice(
 @pytest.mark.parametrize(
     ("policy", "installed", "capability", "told"),
     [
-        (section("transformer_engine"), False, HOPPER, r"not installed; install it \(pip install"),
+        (
+            section("transformer_engine"),
+            False,
+            HOPPER,
+            "not installed; install it .pip install",
+        ),
         (section("transformer_engine"), True, None, "no CUDA device; start on a machine"),
         (section(recipe="delayed"), False, HOPPER, "delayed needs TransformerEngine on a GPU"),
         (section(recipe="mxfp8"), True, HOPPER, "compute capability 10.0"),

@@ -12,7 +12,7 @@ NAMES = ("linear_qkv", "linear_proj")
 
 
 def observed(num_layers: int = 6, **changes: str) -> Iterator[Seen]:
-    """A model as it should be with one bf16 layer at each end; ``changes`` are by ``name_layer``."""
+    """A model as it should be, one bf16 layer at each end; ``changes`` are by ``name_layer``."""
     for layer in range(num_layers):
         inner = 0 < layer < num_layers - 1
         for name in NAMES:

@@ -1,5 +1,6 @@
 """Causal attention of packed sequences, one sequence after the other."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,13 +44,15 @@ class DotProductAttention(torch.nn.Module):  # type: ignore[misc]
     ) -> Tensor:
         """``[T, heads, D]`` each in, ``[T, heads * D]`` out."""
         assert (qkv_format, attn_mask_type) == ("thd", "padding_causal")
-        assert cu_seqlens_q is not None and cu_seqlens_q.dtype == torch.int32
-        lengths = cu_seqlens_q.diff()
-        assert cu_seqlens_kv is cu_seqlens_q and int(cu_seqlens_q[-1]) == len(query_layer)
-        assert max_seqlen_q == max_seqlen_kv == int(lengths.max())
+        assert cu_seqlens_q is not None
+        assert cu_seqlens_q is cu_seqlens_kv
+        assert cu_seqlens_q.dtype == torch.int32
+        ends: list[int] = cu_seqlens_q.tolist()
+        lengths = [end - start for start, end in pairwise(ends)]
+        assert ends[-1] == len(query_layer) and max_seqlen_q == max_seqlen_kv == max(lengths)
         outputs = []
         for parts in zip(
-            *(x.split(lengths.tolist()) for x in (query_layer, key_layer, value_layer)), strict=True
+            *(x.split(lengths) for x in (query_layer, key_layer, value_layer)), strict=True
         ):
             q, k, v = (part.transpose(0, 1)[None] for part in parts)
             out = F.scaled_dot_product_attention(

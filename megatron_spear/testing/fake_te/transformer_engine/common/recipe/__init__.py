@@ -17,7 +17,7 @@ class Format(Enum):
 
 
 class Recipe:
-    """Base: keeps what it is given. ``block``: values that share a scale, None = all of a tensor."""
+    """Base: keeps what it is given. ``block``: how many values share a scale, None = all."""
 
     block: int | None = None
     default_format = Format.HYBRID

@@ -23,7 +23,7 @@ class QuantizedTensor(torch.Tensor):  # type: ignore[misc]
     @staticmethod
     def __new__(
         cls: Any, shape: Any, dtype: torch.dtype, recipe: Recipe, held: dict[str, Tensor]
-    ) -> "QuantizedTensor":
+    ) -> Any:
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device="cpu")
         made.recipe, made.held = recipe, held
         return made
@@ -32,7 +32,7 @@ class QuantizedTensor(torch.Tensor):  # type: ignore[misc]
     def of(cls, values: Tensor, recipe: Recipe) -> "QuantizedTensor":
         """``values`` rounded."""
         held = {"data": torch.empty(values.shape, dtype=torch.uint8)}
-        made = cls(values.shape, values.dtype, recipe, held)
+        made: QuantizedTensor = cls(values.shape, values.dtype, recipe, held)
         made.round_(values)
         return made
 
