@@ -140,8 +140,8 @@ class PolicySection(Section):
     """Dtype of parameters and activations."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose layers: Megatron's with this project's attention and norm (``local``), or
-    TransformerEngine's. ``auto`` takes TransformerEngine's where it is installed and a GPU is
-    there."""
+    TransformerEngine's. ``auto`` takes TransformerEngine's in bf16 where it is installed and a
+    GPU is there."""
     fp8: Fp8Section = Fp8Section()
     """FP8 training (needs TransformerEngine's layers)."""
     tokens_per_microbatch: PositiveInt = 4096

@@ -93,12 +93,12 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
     """
     misfit = "the checkpoint does not fit or is damaged"
     split = optimizer_state.is_distributed(optimizer)
-    num_steps: int = _agree(lambda: _read_alone(folder, split), misfit, ctx)
+    num_steps, stored = _agree(lambda: _read_alone(folder, split), misfit, ctx)
 
     def restore() -> None:
         with cpu.cuda_means_cpu():
             request = _state(chunks, optimizer, num_steps, loading=True)
-            missing = _without_missing_extras(request, folder)
+            missing = _without_missing_extras(request, stored)
             state = dist_checkpointing.load(request, str(folder))
             for number, chunk in enumerate(chunks):
                 chunk.load_state_dict(state[f"model{number}"] | missing[number])
@@ -108,7 +108,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
                 optimizer.reload_model_params()
 
     _agree(restore, misfit, ctx)
-    return num_steps
+    return int(num_steps)
 
 
 def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
@@ -121,20 +121,21 @@ def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool)
     return state
 
 
-def _without_missing_extras(request: dict[str, Any], folder: Path) -> list[dict[str, None]]:
-    """Take out of ``request`` the layers' extra states (FP8 scales) that are not stored.
+def _without_missing_extras(request: dict[str, Any], stored: set[str]) -> list[dict[str, None]]:
+    """Take out of ``request`` the layers' extra states (FP8 scales) that are not ``stored``.
 
     Gives them by name, for each piece of the model, as None, which a layer passes over. Layers of
     another implementation stored other ones, and TransformerEngine's have some without content.
     """
-    stored = serialization.load_sharded_metadata(str(folder))
     found = []
     for number in range(sum(key.startswith("model") for key in request)):
         own = request[f"model{number}"]
         names = [
             name
             for name, entry in own.items()
-            if isinstance(entry, ShardedObject) and entry.unique_key not in stored
+            if name.endswith("_extra_state")
+            and isinstance(entry, ShardedObject)
+            and entry.unique_key not in stored
         ]
         found.append(dict.fromkeys(names))
         for name in names:
@@ -142,11 +143,12 @@ def _without_missing_extras(request: dict[str, Any], folder: Path) -> list[dict[
     return found
 
 
-def _read_alone(folder: Path, distributed: bool) -> int:
-    """``num_steps``; reads all that each rank reads by itself before Megatron's first collective.
+def _read_alone(folder: Path, distributed: bool) -> tuple[int, set[str]]:
+    """``num_steps`` and the keys of what is stored.
 
-    A rank that cannot is found here, where the others do not wait for it yet. Refuses the state of
-    an optimizer that is not as ``distributed`` as the present one.
+    Reads all that each rank reads by itself before Megatron's first collective: a rank that cannot
+    is found here, where the others do not wait for it yet. Refuses the state of an optimizer that
+    is not as ``distributed`` as the present one.
     """
     file = folder / STATE_FILE
     if not file.is_file():
@@ -166,7 +168,7 @@ def _read_alone(folder: Path, distributed: bool) -> int:
             f"{str(stored).lower()}"
         )
     dist_checkpointing.load_common_state_dict(str(folder))
-    return int(state["num_steps"])
+    return int(state["num_steps"]), set(serialization.load_sharded_metadata(str(folder)))
 
 
 def _agree(action: Callable[[], Any], failed: str, ctx: ParallelContext) -> Any:

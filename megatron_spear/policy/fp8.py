@@ -55,6 +55,8 @@ def keep_exact(parameter: torch.nn.Parameter, values: Tensor) -> None:
     """
     if not is_float8tensor(parameter):
         return
+    if hasattr(parameter, "clear_high_precision_init_val"):
+        parameter.clear_high_precision_init_val()  # of the values it was made with
     exact = values.to(parameter.dtype)
     parameter.get_high_precision_init_val = lambda: exact
 

@@ -44,7 +44,8 @@ def decide(
             f"policy.transformer_impl=transformer_engine: {' and '.join(missing)}; "
             f"{_remedy(missing)}"
         )
-    used = "local" if missing or asked == "local" else "transformer_engine"
+    slow = asked == "auto" and policy.precision == "fp32"
+    used = "local" if missing or slow or asked == "local" else "transformer_engine"
     recipe = policy.fp8.recipe
     if recipe != "none":
         if missing:
@@ -54,7 +55,12 @@ def decide(
             )
         if problem := capability_problem(recipe, capability):
             raise ConfigError(problem)
-    reason = " and ".join(missing) if missing else "it is installed and a CUDA device is there"
+    if missing:
+        reason = " and ".join(missing)
+    elif slow:
+        reason = "TransformerEngine's fast attention is for bf16, and policy.precision=fp32"
+    else:
+        reason = "TransformerEngine is installed and a CUDA device is there"
     why = f"auto: {reason}" if asked == "auto" else "as policy.transformer_impl says"
     return policy.model_copy(update={"transformer_impl": used}), f"{used} layers ({why})"
 

@@ -15,6 +15,7 @@ from megatron_spear.policy.attention import PackedAttention, Rotary, packed_layo
 from megatron_spear.policy.implementation import cuda_capability, has_transformer_engine
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.policy.weights import parameters_of
 from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
 
 
@@ -43,7 +44,7 @@ def test_equals_transformers(
     )
     loss.backward()
     policy.compute_gradient([b.to(ctx.device) for b in packed.micro_batches[0]], NllLoss())
-    ours = dict(policy._chunks[0].named_parameters())
+    ours = parameters_of(policy._chunks[0])
     for name, theirs in (
         ("decoder.layers.0.mlp.linear_fc2.weight", model.model.layers[0].mlp.down_proj),
         ("decoder.layers.1.input_layernorm.weight", model.model.layers[1].input_layernorm),

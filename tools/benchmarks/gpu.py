@@ -28,9 +28,14 @@ from megatron_spear.config.precision import CAPABILITY, capability_problem
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.policy import parallel
-from megatron_spear.policy.implementation import cuda_capability, has_transformer_engine
+from megatron_spear.policy.implementation import (
+    choose,
+    cuda_capability,
+    has_transformer_engine,
+)
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.policy.weights import parameters_of
 from megatron_spear.testing.tiny import random_samples, tiny_hf_folder
 from megatron_spear.types import Origin
 
@@ -60,7 +65,8 @@ def numerics(folder: Path, ctx: ParallelContext) -> Iterator[Row]:
         policy = _policy(folder, ctx, precision)
         logprobs = np.concatenate(policy.logprobs(packed, 1.0))
         policy.compute_gradient(_on(ctx, packed), NllLoss())
-        gradient = torch.cat([p.main_grad.flatten().double() for p in policy._parameters()])
+        named = sorted(parameters_of(policy._chunks[0]).items())
+        gradient = torch.cat([p.main_grad.flatten().double() for _, p in named])
         found[precision] = logprobs, gradient.cpu()
     (exact, full), (rounded, half) = found["fp32"], found["bf16"]
     gap = np.abs(exact - rounded)
@@ -289,7 +295,8 @@ def main() -> int:
         print("gpu: no CUDA device; this benchmark measures one", file=sys.stderr)
         return 2
     ctx = parallel.initialize(PolicySection(), seed=0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"bf16: {choose(PolicySection(precision='bf16'))[1]}\n")
     print(f"| {'what':<52} | {'seen':<44} |\n|{'-' * 54}|{'-' * 46}|")
     with tempfile.TemporaryDirectory() as folder:
         for name in parts:

@@ -17,7 +17,7 @@ def section(asked: str = "auto", recipe: str = "none") -> PolicySection:
 @pytest.mark.parametrize(
     ("asked", "installed", "capability", "used", "why"),
     [
-        ("auto", True, HOPPER, "transformer_engine", "it is installed and a CUDA device is there"),
+        ("auto", True, HOPPER, "transformer_engine", "is installed and a CUDA device is there"),
         ("auto", False, HOPPER, "local", "TransformerEngine is not installed"),
         ("auto", True, None, "local", "there is no CUDA device"),
         ("auto", False, None, "local", "not installed and there is no CUDA device"),
@@ -52,6 +52,15 @@ def test_what_is_not_there(
 ) -> None:
     with pytest.raises(ConfigError, match=told):
         decide(policy, installed, capability)
+
+
+def test_float32_stays_with_local_layers_unless_asked() -> None:
+    """TransformerEngine computes packed attention in float32 by its plain kernel only."""
+    plain = PolicySection()
+    chosen, words = decide(plain, True, HOPPER)
+    assert chosen.transformer_impl == "local" and "policy.precision=fp32" in words
+    asked = plain.model_copy(update={"transformer_impl": "transformer_engine"})
+    assert decide(asked, True, HOPPER)[0].transformer_impl == "transformer_engine"
 
 
 def test_this_process_takes_local_layers() -> None:

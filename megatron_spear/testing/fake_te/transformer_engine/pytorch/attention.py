@@ -44,8 +44,8 @@ class DotProductAttention(torch.nn.Module):  # type: ignore[misc]
     ) -> Tensor:
         """``[T, heads, D]`` each in, ``[T, heads * D]`` out."""
         assert (qkv_format, attn_mask_type) == ("thd", "padding_causal")
-        assert cu_seqlens_q is not None
         assert cu_seqlens_q is cu_seqlens_kv
+        assert cu_seqlens_q is not None
         assert cu_seqlens_q.dtype == torch.int32
         ends: list[int] = cu_seqlens_q.tolist()
         lengths = [end - start for start, end in pairwise(ends)]

@@ -4,7 +4,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 
-class _Largest(NamedTuple):
+class _FormatHelper(NamedTuple):
     max_fwd: float
     max_bwd: float
 
@@ -12,8 +12,8 @@ class _Largest(NamedTuple):
 class Format(Enum):
     """The number formats of the forward and of the backward pass."""
 
-    E4M3 = _Largest(448.0, 448.0)
-    HYBRID = _Largest(448.0, 57344.0)
+    E4M3 = _FormatHelper(448.0, 448.0)
+    HYBRID = _FormatHelper(448.0, 57344.0)
 
 
 class Recipe:
