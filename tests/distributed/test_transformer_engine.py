@@ -4,9 +4,9 @@ All cases of one number of ranks run one after the other in the same processes, 
 stand-in; each test then looks at some of them.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def refused(root: Path, found: Found) -> str:
     return "nothing was refused"
 
 
-@contextmanager
+@contextlib.contextmanager
 def plain_linear_in_layer(layer: int, first: int) -> Iterator[None]:
     """Inside, that layer's ``linear_proj`` is not TransformerEngine's."""
     from megatron.core.tensor_parallel.layers import RowParallelLinear
@@ -157,6 +157,9 @@ def run_case(root: Path, name: str, model: str, section: PolicySection, ctx: Any
     policy = make(root / model, section, ctx)
     packed, loss = packed_for(policy), WeightedNll()
     result = {"untrained": exported(policy), "logprobs": policy.logprobs(packed, 0.9)}
+    if section.fp8.recipe != "none":
+        with contextlib.suppress(ConfigError):
+            policy.keep_reference()
     result["reports"] = [policy.train_step(packed, loss)]
     if not section.distributed_optimizer:
         result["gradient"] = exported_gradient(policy)
@@ -164,6 +167,9 @@ def run_case(root: Path, name: str, model: str, section: PolicySection, ctx: Any
     result["saved"] = exported(policy)
     result["reports"] += [policy.train_step(packed, loss) for _ in range(STEPS - 1)]
     result["seen"] = precision_audit.observe(policy)
+    if policy._reference:
+        result["reference"] = policy.logprobs(packed, 0.9, reference=True)
+        result["now"] = policy.logprobs(packed, 0.9)
     other = make(root / model, section, ctx)
     other.load(root / f"{name}-{ctx.world_size}")
     result["loaded"] = exported(other)
@@ -309,6 +315,17 @@ def test_fp8_trains_near_bf16(ranks: int, name: str, root: Path) -> None:
     error = distance(ours["logprobs"], exact["logprobs"]).mean()
     half, plain = (results_of(1, root)[0][one]["logprobs"] for one in ("bf16 TE", "Qwen3 local"))
     assert 2 * distance(half, plain).mean() < error < 0.1, "FP8 rounds far more than bf16 does"
+
+
+@pytest.mark.parametrize(("ranks", "name"), FP8)
+def test_the_reference_policy_runs_in_fp8_or_is_refused(ranks: int, name: str, root: Path) -> None:
+    """Delayed scaling has scales of the present weights' values, so only about the same."""
+    result = results_of(ranks, root)[0][name]
+    assert ("reference" in result) == ("held" not in name)
+    if "reference" in result and ranks == 1:
+        error = distance(result["reference"], result["logprobs"]).max()
+        assert error < 0.5 if name == "delayed" else error == 0
+        assert distance(result["now"], result["logprobs"]).mean() > 0.05
 
 
 def test_recomputation_changes_nothing(root: Path) -> None:
