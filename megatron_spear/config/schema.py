@@ -99,6 +99,25 @@ class OptimizerSection(Section):
     """Global gradient norm limit; 0 = none."""
 
 
+class Fp8Section(Section):
+    """Matrix products of the decoder layers in FP8, by TransformerEngine; output layer, router and
+    attention itself stay in bf16 or float32."""
+
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """How values get their scales: one a tensor from earlier values (``delayed``) or the present
+    ones (``tensorwise``), one for 128 values or 128 x 128 of a weight (``blockwise``), one for 32
+    values (``mxfp8``). ``none`` = no FP8."""
+    format: Literal["hybrid", "e4m3"] | None = None
+    """``e4m3`` everywhere, or ``hybrid``: e5m2 for gradients. None = TransformerEngine's own for
+    the recipe: hybrid for one scale a tensor, e4m3 for blocks."""
+    parameters: bool = False
+    """Hold the weights themselves in FP8, with float32 ones in the distributed optimizer."""
+    bf16_layers_at_start: NonNegativeInt = 1
+    """First decoder layers that stay in bf16."""
+    bf16_layers_at_end: NonNegativeInt = 1
+    """Last decoder layers that stay in bf16."""
+
+
 class PolicySection(Section):
     """The Megatron-Core policy: layout, precision, batches. Data parallel = world size / (TP x
     CP x PP)."""
@@ -123,6 +142,12 @@ class PolicySection(Section):
     experts need it then)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Dtype of parameters and activations."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers: Megatron's with this project's attention and norm (``local``), or
+    TransformerEngine's. ``auto`` takes TransformerEngine's in bf16 where it is installed and a
+    GPU is there."""
+    fp8: Fp8Section = Fp8Section()
+    """FP8 training (needs TransformerEngine's layers)."""
     tokens_per_microbatch: PositiveInt = 4096
     """Most tokens packed into one micro-batch, per data-parallel rank (context-parallel ranks share
     them)."""

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.policy import cpu, optimizer_state, random_state
+from megatron_spear.policy import cpu, fp8, optimizer_state, random_state
 from megatron_spear.policy.checkpoint_files import FilesToWrite, errors_kept
 from megatron_spear.policy.parallel import ParallelContext
 
@@ -153,7 +155,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
     """
     misfit = "the checkpoint does not fit or is damaged"
     split = optimizer_state.is_distributed(optimizer)
-    about = _agree(lambda: _read_alone(folder, split), misfit, ctx)
+    about, stored = _agree(lambda: _read_alone(folder, split), misfit, ctx)
     num_steps, rng_layout = int(about["num_steps"]), about.get("rng_layout")
     same_layout = rng_layout == random_state.layout(ctx)
 
@@ -162,9 +164,10 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
             request = _state(chunks, optimizer, num_steps, loading=True)
             if same_layout:
                 request["rng"] = random_state.sharded_state(ctx)
+            missing = _without_missing_extras(request, stored)
             state = dist_checkpointing.load(request, str(folder))
             for number, chunk in enumerate(chunks):
-                chunk.load_state_dict(state[f"model{number}"])
+                chunk.load_state_dict(state[f"model{number}"] | missing[number])
             if num_steps:
                 optimizer_state.restore(optimizer, state["optimizer"])
             else:
@@ -175,23 +178,47 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
                 random_state.seed_anew(rng_layout, ctx)
 
     _agree(restore, misfit, ctx)
-    return num_steps
+    return int(num_steps)
 
 
 def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
     """What is stored; before the first step the optimizer has no state worth it."""
     weights = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
-    if not num_steps:
-        return weights
-    state = optimizer_state.sharded_state(optimizer, weights, loading=loading)
-    return {**weights, "optimizer": state}
+    state = dict(weights)
+    if num_steps:
+        state["optimizer"] = optimizer_state.sharded_state(optimizer, weights, loading=loading)
+    fp8.make_plain(weights)
+    return state
 
 
-def _read_alone(folder: Path, distributed: bool) -> dict[str, Any]:
-    """``policy.json``; reads all that each rank reads by itself before Megatron's first collective.
+def _without_missing_extras(request: dict[str, Any], stored: set[str]) -> list[dict[str, None]]:
+    """Take out of ``request`` the layers' extra states (FP8 scales) that are not ``stored``.
 
-    A rank that cannot is found here, where the others do not wait for it yet. Refuses the state of
-    an optimizer that is not as ``distributed`` as the present one.
+    Gives them by name, for each piece of the model, as None, which a layer passes over. Layers of
+    another implementation stored other ones, and TransformerEngine's have some without content.
+    """
+    found = []
+    for number in range(sum(key.startswith("model") for key in request)):
+        own = request[f"model{number}"]
+        names = [
+            name
+            for name, entry in own.items()
+            if name.endswith("_extra_state")
+            and isinstance(entry, ShardedObject)
+            and entry.unique_key not in stored
+        ]
+        found.append(dict.fromkeys(names))
+        for name in names:
+            del own[name]
+    return found
+
+
+def _read_alone(folder: Path, distributed: bool) -> tuple[dict[str, Any], set[str]]:
+    """``policy.json`` and the keys of what is stored.
+
+    Reads all that each rank reads by itself before Megatron's first collective: a rank that cannot
+    is found here, where the others do not wait for it yet. Refuses the state of an optimizer that
+    is not as ``distributed`` as the present one.
     """
     file = folder / STATE_FILE
     if not file.is_file():
@@ -211,7 +238,7 @@ def _read_alone(folder: Path, distributed: bool) -> dict[str, Any]:
             f"{str(stored).lower()}"
         )
     dist_checkpointing.load_common_state_dict(str(folder))
-    return state
+    return state, set(serialization.load_sharded_metadata(str(folder)))
 
 
 def _agree(action: Callable[[], Any], failed: str, ctx: ParallelContext) -> Any:

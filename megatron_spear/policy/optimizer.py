@@ -45,6 +45,7 @@ def build_optimizer(
         use_distributed_optimizer=policy.distributed_optimizer,
         overlap_param_gather=policy.overlap_param_gather,
         **offload.settings(policy),
+        fp8_recipe=policy.fp8.recipe if policy.fp8.parameters else None,
     )
     offload.prepare(config)
     # without gradients, pieces of float32 parameters are tensors of their own to Megatron's offload

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear.config.layout import layout_problems
+from megatron_spear.config.precision import linear_sizes, precision_problems
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.shape import model_shape
 from megatron_spear.errors import ConfigError
@@ -182,7 +183,21 @@ def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None
     if not shape.num_experts:
         by_tensor["the model's intermediate_size"] = shape.ffn_size
     by_pipeline = {"the model's num_hidden_layers": shape.num_layers}
-    _refuse(layout_problems(policy, world_size, by_tensor, by_pipeline, shape.num_experts))
+    linears = linear_sizes(
+        hidden=shape.hidden_size,
+        heads=shape.num_heads,
+        groups=shape.num_groups,
+        head_dim=shape.head_dim,
+        ffn=shape.ffn_size,
+        experts=shape.num_experts > 0,
+        tensor_parallel=policy.tensor_parallel,
+    )
+    _refuse(
+        (
+            *layout_problems(policy, world_size, by_tensor, by_pipeline, shape.num_experts),
+            *precision_problems(policy, shape.num_layers, linears),
+        )
+    )
 
 
 def _refuse(problems: Iterable[str]) -> None:

@@ -19,12 +19,22 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_spear.algorithms.policy_loss import TokenLoss
+from megatron_spear.config.precision import REFERENCE_PROBLEM, fp8_multiple
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.data.packing import PackedStep
 from megatron_spear.data.zigzag import joined
 from megatron_spear.errors import ConfigError
-from megatron_spear.policy import checkpoint, cpu, exchange, offload, step, weights
+from megatron_spear.policy import (
+    checkpoint,
+    cpu,
+    exchange,
+    implementation,
+    offload,
+    precision_audit,
+    step,
+    weights,
+)
 from megatron_spear.policy.model import PackedModel
 from megatron_spear.policy.optimizer import build_optimizer, learning_rate
 from megatron_spear.policy.parallel import ParallelContext, check_layout
@@ -43,6 +53,9 @@ class MegatronPolicy:
         total_steps: int,
         ctx: ParallelContext,
     ) -> None:
+        policy, layers = implementation.choose(policy)
+        if ctx.is_controller:
+            logger.info("%s", layers)
         self.shape, self.ctx = shape, ctx
         self._section, self._total_steps = optimizer, total_steps
         self.num_steps = 0
@@ -76,6 +89,8 @@ class MegatronPolicy:
         made = cls(model_shape(config), policy, optimizer, total_steps, ctx)
         weights.load_hf(made._chunks, Path(path), made.shape, ctx)
         made.reset_optimizer(optimizer, total_steps)
+        if policy.fp8.recipe != "none":
+            precision_audit.audit(made, policy.fp8)
         return made
 
     def reset_optimizer(self, optimizer: OptimizerSection, total_steps: int) -> None:
@@ -84,15 +99,19 @@ class MegatronPolicy:
         self._optimizer = build_optimizer(self._model, optimizer, self._policy)
 
     def keep_reference(self) -> None:
-        """Keep the present weights, on the CPU, as the reference policy of ``logprobs``."""
+        """Keep the present weights, on the CPU, as the reference policy of ``logprobs``.
+
+        ConfigError if weights are held in FP8."""
+        if self._policy.fp8.parameters:
+            raise ConfigError(REFERENCE_PROBLEM)
         self._gather_weights()
         self._reference = [p.detach().to("cpu", copy=True) for p in self._parameters()]
 
     @property
     def pad_multiple(self) -> int:
         """What ``pack`` has to pad micro-batches to."""
-        split = self.ctx.tensor_size * self.ctx.context_size
-        return split if self._policy.sequence_parallel else 1
+        split = self.ctx.tensor_size if self._policy.sequence_parallel else 1
+        return fp8_multiple(self._policy) * split * self.ctx.context_size
 
     @property
     def sequence_multiple(self) -> int:
@@ -291,5 +310,6 @@ def _distributed(chunk: PackedModel, policy: PolicySection) -> DistributedDataPa
         use_distributed_optimizer=policy.distributed_optimizer,
         overlap_grad_reduce=policy.overlap_grad_reduce,
         overlap_param_gather=policy.overlap_param_gather,
+        fp8_param_gather=policy.fp8.parameters,
     )
     return DistributedDataParallel(config=chunk.config, ddp_config=settings, module=chunk)
