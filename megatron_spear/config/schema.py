@@ -123,8 +123,9 @@ class PolicySection(Section):
     """Most tokens packed into one micro-batch, per data-parallel rank."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept. ``selective``: those inside
-    the attention, between its linear layers. ``full``: all but each layer's input, at the price of
-    a second forward pass."""
+    the attention, between its linear layers, which saves little or nothing on a GPU
+    (policy/memory.py). ``full``: all but each layer's input, at the price of a second forward
+    pass."""
     distributed_optimizer: bool = False
     """Split the optimizer's state and its work over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
