@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def checkpoint(folder: Path, ctx: ParallelContext) -> Iterator[Row]:
     yield "  log-probs after loading", "the same bits" if same else "DIFFER"
 
 
-_LIMIT = {"tokens_per_microbatch": 16_384}
+_LIMIT: dict[str, Any] = {"tokens_per_microbatch": 16_384}
 PARTS: dict[str, Callable[[Path, ParallelContext], Iterator[Row]]] = {
     "numerics": numerics,
     "logprobs": logprobs,
