@@ -1,18 +1,19 @@
 """Log-probability and entropy of tokens from logits that may be split over the vocabulary.
 
 Only ``[T]`` vectors are kept for the backward pass besides the logits themselves: the softmax is
-recomputed there, a few hundred rows at a time (on a GPU by kernels of their own,
-``logprobs_triton``), so no ``[T, V]`` copy lives between the passes.
+recomputed there, some rows at a time (on a GPU by kernels of their own, ``logprobs_triton``), so no
+``[T, V]`` copy lives between the passes, and the gradient is the only one made.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ROWS = 256
-"""Rows worked on at a time; bounds the scratch memory to ``ROWS x V``."""
+SCRATCH_BYTES = 2**24
+"""Memory for the rows worked on at a time; what fits a cache is also fastest."""
 
 
 def token_logprobs(
@@ -125,6 +126,13 @@ def _kernels(logits: Tensor) -> Any:
     return logprobs_triton
 
 
+def _pieces(logits: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of rows, each of at most ``SCRATCH_BYTES`` as ``dtype``, or of one row."""
+    num_tokens, width = logits.shape
+    size = max(1, SCRATCH_BYTES // max(1, width * dtype.itemsize))
+    return (slice(start, start + size) for start in range(0, num_tokens, size))
+
+
 def _statistics(
     logits: Tensor, valid: int, inverse: float, dtype: torch.dtype, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,8 +147,7 @@ def _statistics(
     top = logits.new_full((num_tokens,), -torch.inf, dtype=dtype)
     total = logits.new_zeros(num_tokens, dtype=dtype)
     weighted = logits.new_zeros(num_tokens if with_entropy else 0, dtype=dtype)
-    for start in range(0, num_tokens if valid else 0, ROWS):
-        rows = slice(start, start + ROWS)
+    for rows in _pieces(logits, dtype) if valid else ():
         z = _scaled(logits[rows], inverse, valid, dtype)
         top[rows] = z.amax(-1)
         z -= top[rows, None]
@@ -169,8 +176,7 @@ def _gradient(
         )
         return found
     result = torch.empty_like(logits)
-    for start in range(0, logits.shape[0], ROWS):
-        rows = slice(start, start + ROWS)
+    for rows in _pieces(logits, logsumexp.dtype):
         z = _scaled(logits[rows], inverse, valid, logsumexp.dtype)
         z -= logsumexp[rows, None]
         if entropy_grad is None:

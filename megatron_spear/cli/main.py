@@ -59,11 +59,11 @@ def run(arguments: Sequence[str]) -> int:
 
     config = load_config(options.config, settings)
     if options.command == "check-config":
+        from megatron_spear.config.layout import ranks_of_a_replica
         from megatron_spear.trainer.hooks.user import user_hooks
         from megatron_spear.trainer.jobs import require_possible
 
-        policy = config.policy
-        require_possible(config, policy.tensor_parallel * policy.pipeline_parallel)
+        require_possible(config, ranks_of_a_replica(config.policy))
         user_hooks(config.hooks)
         print(dump_config(config), end="")
         return 0

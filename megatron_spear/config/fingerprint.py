@@ -19,6 +19,7 @@ RESUME_MAY_DIFFER = (
     "model.cache_dir",
     "preset",
     "policy.tensor_parallel",
+    "policy.context_parallel",
     "policy.pipeline_parallel",
     "policy.expert_parallel",
     "policy.virtual_pipeline",

@@ -5,6 +5,11 @@ from collections.abc import Iterator, Mapping
 from megatron_spear.config.schema import PolicySection
 
 
+def ranks_of_a_replica(policy: PolicySection) -> int:
+    """Ranks that train one copy of the model; the world has a multiple."""
+    return policy.tensor_parallel * policy.context_parallel * policy.pipeline_parallel
+
+
 def layout_problems(
     policy: PolicySection,
     world_size: int,
@@ -25,11 +30,13 @@ def layout_problems(
     ``heads=3 is not a multiple of policy.tensor_parallel=2; choose a divisor``.
     """
     tensor, pipeline = policy.tensor_parallel, policy.pipeline_parallel
-    if world_size % (tensor * pipeline):
+    context, replica = policy.context_parallel, ranks_of_a_replica(policy)
+    if world_size % replica:
         yield (
             f"world size {world_size} is not a multiple of policy.tensor_parallel x "
-            f"policy.pipeline_parallel = {tensor} x {pipeline}; start {tensor * pipeline} ranks "
-            "(or a multiple, torchrun --nproc-per-node), or lower one of the two"
+            f"policy.context_parallel x policy.pipeline_parallel = {tensor} x {context} x "
+            f"{pipeline}; start {replica} ranks (or a multiple, torchrun --nproc-per-node), or "
+            "lower one of the three"
         )
     if policy.sequence_parallel and tensor == 1:
         yield (
@@ -73,8 +80,8 @@ def _expert_problems(
         return
     if stage % parts:
         yield (
-            f"a pipeline stage of {stage} ranks (tensor x data parallel) is not a multiple of "
-            f"policy.expert_parallel={parts}; choose a divisor"
+            f"a pipeline stage of {stage} ranks (tensor x context x data parallel) is not a "
+            f"multiple of policy.expert_parallel={parts}; choose a divisor"
         )
     if num_experts is None:
         return

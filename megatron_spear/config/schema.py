@@ -101,15 +101,19 @@ class OptimizerSection(Section):
 
 class PolicySection(Section):
     """The Megatron-Core policy: layout, precision, batches. Data parallel = world size / (TP x
-    PP)."""
+    CP x PP)."""
 
     tensor_parallel: PositiveInt = 1
     """Ranks one layer is split over; divides heads, KV groups and the world size."""
+    context_parallel: PositiveInt = 1
+    """Ranks the tokens of each sequence are split over, for long contexts: each has its share of
+    the activations, and gathers all keys and values in each layer (with recompute it keeps none of
+    those). Sequences are padded to multiples of twice this number."""
     pipeline_parallel: PositiveInt = 1
     """Ranks the layers are split over; divides the number of layers."""
     expert_parallel: PositiveInt = 1
     """Ranks the experts of a mixture-of-experts model are spread over; divides the experts and the
-    ranks of a pipeline stage (tensor x data parallel)."""
+    ranks of a pipeline stage (tensor x context x data parallel)."""
     virtual_pipeline: PositiveInt = 1
     """Pieces of the model a pipeline rank holds, in turn with the others', which shortens the wait
     at both ends of a step (needs pipeline_parallel > 1; the product of both divides the number of
@@ -120,7 +124,8 @@ class PolicySection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Dtype of parameters and activations."""
     tokens_per_microbatch: PositiveInt = 4096
-    """Most tokens packed into one micro-batch, per data-parallel rank."""
+    """Most tokens packed into one micro-batch, per data-parallel rank (context-parallel ranks share
+    them)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept. ``selective``: those inside
     the attention, between its linear layers, which saves little or nothing on a GPU

@@ -83,14 +83,15 @@ def _total(group: Sequence[int], values: Sequence[int]) -> int:
     return sum(values[i] for i in group)
 
 
-def _up_to(count: int, multiple: int) -> int:
+def up_to(count: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``count``."""
     return -(-count // multiple) * multiple
 
 
 def _fill_mixed(lengths: list[int], costs: list[int], limit: int, multiple: int) -> _Bins:
     """A multiple of ``multiple`` bins, about equal in cost if there is room, else in tokens."""
     best = _best_fit(lengths, limit)
-    target = _up_to(len(best), multiple)
+    target = up_to(len(best), multiple)
     for weights in (costs, lengths):
         bins = _spread(lengths, weights, limit, target)
         if bins is not None:
@@ -138,7 +139,7 @@ def _fill_runs(lengths: list[int], costs: list[int], limit: int, multiple: int) 
     """A multiple of ``multiple`` runs of consecutive samples, the most expensive as cheap as
     possible."""
     tokens, spent = [0, *accumulate(lengths)], [0, *accumulate(costs)]
-    target = _up_to(len(_runs(tokens, spent, limit, spent[-1])), multiple)
+    target = up_to(len(_runs(tokens, spent, limit, spent[-1])), multiple)
     cap = bisect_left(
         range(spent[-1]),
         True,

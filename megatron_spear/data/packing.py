@@ -5,6 +5,7 @@ label ``t``, which is token ``t + 1`` of the same sequence. The last position of
 no label and weight 0.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spear.data.balance import Plan, plan_micro_batches
+from megatron_spear.data.balance import Plan, plan_micro_batches, up_to
 from megatron_spear.errors import DataError
 from megatron_spear.types import FloatArray, Origin, TrainSample
 
@@ -25,12 +26,14 @@ _Columns = Mapping[str, Sequence[np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
-    """One micro-batch: S sequences one after another, T tokens in all.
+    """One micro-batch: S sequences one after another, T tokens in all; or a context-parallel rank's
+    T tokens of one (``data.zigzag``), where ``cu_seqlens`` and ``max_seqlen`` are the whole's.
 
     ``token_ids``, ``labels``, ``position_ids`` int64 ``[T]``; ``cu_seqlens`` int32 ``[S + 1]``;
     ``old_logprobs``, ``advantages``, ``token_weight``, ``regularizer_weight``, ``ref_logprobs``
     float32 ``[T]``; ``origin`` uint8 ``[T]`` (0 on-policy, 1 replay); ``kl_selected`` bool ``[T]``.
-    Padding is a last sequence of its own, of token 0 and weight 0.
+    Padding has token 0 and weight 0; it is at a sequence's end, where no other token sees it, or a
+    last sequence of its own.
 
     Example: tokens ``[5, 6, 7]`` with weights ``[0, 0.5, 0.5]`` give labels ``[6, 7, 0]`` and
     token_weight ``[0.5, 0.5, 0]``.
@@ -92,16 +95,17 @@ class PackedStep:
         prediction).
         """
         result: list[FloatArray | None] = [None] * len(self.lengths)
-        for rank_values, rank_members in zip(values, self.members, strict=True):
-            for value, members in zip(rank_values, rank_members, strict=True):
+        for rank, rank_values, rank_members in zip(
+            self.micro_batches, values, self.members, strict=True
+        ):
+            for batch, value, members in zip(rank, rank_values, rank_members, strict=True):
                 flat = value.detach().to("cpu", torch.float32).numpy()
-                start = 0
-                for index in members:
+                starts = batch.cu_seqlens[: len(members)].tolist()
+                for index, start in zip(members, starts, strict=True):
                     length = self.lengths[index]
                     sample = np.zeros(length, np.float32)
                     sample[1:] = flat[start : start + length - 1]
                     result[index] = sample
-                    start += length
         assert all(sample is not None for sample in result), "every sample is packed once"
         return [sample for sample in result if sample is not None]
 
@@ -114,6 +118,7 @@ def pack(
     data_parallel: int = 1,
     tokens_per_microbatch: int,
     pad_multiple: int = 1,
+    sequence_multiple: int = 1,
     mix_lengths: bool = False,
     microbatch_multiple: int = 1,
     columns: _Columns | None = None,
@@ -125,11 +130,12 @@ def pack(
     (index t speaks of token t; entry 0 must be 0, nothing predicts token 0). Ranks have about equal
     cost, attention included, and micro-batches at most ``tokens_per_microbatch`` tokens unless one
     sample alone is longer (``data.balance``). Each is padded to a multiple of ``pad_multiple``
-    (sequence parallelism needs the tensor-parallel size). Where attention lays sequences out to the
-    longest of a micro-batch, those of like length should share one; ``mix_lengths`` is for where it
-    does not: it fills micro-batches better and ranks more evenly. Every rank gets a multiple of
-    ``microbatch_multiple`` of them (an interleaved pipeline needs its number of ranks), some being
-    padding alone if samples are few.
+    (sequence parallelism needs the tensor-parallel size), and before that each sequence to one of
+    ``sequence_multiple`` (context parallelism cuts it into that many chunks). Where attention lays
+    sequences out to the longest of a micro-batch, those of like length should share one;
+    ``mix_lengths`` is for where it does not: it fills micro-batches better and ranks more evenly.
+    Every rank gets a multiple of ``microbatch_multiple`` of them (an interleaved pipeline needs its
+    number of ranks), some being padding alone if samples are few.
 
     ``columns[name][i]`` ``[L]`` are further values of each token, ``name`` of ``EXTRA_COLUMNS``;
     those not given are 0. ``dtype`` is that of the batch's floats.
@@ -139,16 +145,18 @@ def pack(
     _check(samples, token_weights, origins)
     given = _check_columns(samples, columns or {})
     lengths = [len(sample.token_ids) for sample in samples]
+    padded = [up_to(length, sequence_multiple) for length in lengths]
     plan = plan_micro_batches(
-        lengths,
+        padded,
         data_parallel=data_parallel,
         tokens_per_microbatch=tokens_per_microbatch,
         microbatch_multiple=microbatch_multiple,
         mix_lengths=mix_lengths,
     )
     values = {"token_weight": token_weights, **given}
+    multiple = math.lcm(pad_multiple, sequence_multiple)
     micro_batches = tuple(
-        tuple(_build(samples, values, origins, group, pad_multiple, dtype) for group in rank)
+        tuple(_build(samples, values, origins, group, padded, multiple, dtype) for group in rank)
         for rank in plan
     )
     return PackedStep(micro_batches=micro_batches, members=plan, lengths=tuple(lengths))
@@ -195,13 +203,15 @@ def _build(
     given: _Columns,
     origins: Sequence[Origin],
     group: tuple[int, ...],
-    pad_multiple: int,
+    padded: Sequence[int],
+    multiple: int,
     dtype: type[np.floating],
 ) -> TrainBatch:
-    """Concatenate, shift and pad one micro-batch."""
-    lengths = [len(samples[i].token_ids) for i in group]
+    """Concatenate, shift and pad one micro-batch: its sequences to their ``padded`` lengths, their
+    sum to a multiple."""
+    lengths = [padded[i] for i in group]
     used = sum(lengths)
-    total = max(-(-used // pad_multiple) * pad_multiple, pad_multiple)
+    total = max(up_to(used, multiple), multiple)
     if total > used:
         lengths.append(total - used)
     columns: dict[str, Any] = {
@@ -228,7 +238,7 @@ def _build(
         }
         for name, values in shifted.items():  # a sequence's last position keeps its 0
             columns[name][start : end - 1] = values[1:]
-        start = end
+        start += padded[index]
     return TrainBatch(
         **{name: torch.from_numpy(column) for name, column in columns.items()},
         position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),

@@ -63,23 +63,31 @@ def stays_packed(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
+def padded_index(cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """``rows`` and ``places`` of ``PackedLayout`` for one sequence a row of ``longest``."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    total = int(cu_seqlens[-1])
+    columns = torch.arange(longest, device=cu_seqlens.device)
+    rows = (starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)).flatten()
+    offsets = torch.arange(len(starts), device=cu_seqlens.device) * longest - starts
+    places = torch.arange(total, device=cu_seqlens.device)
+    return rows, places + torch.repeat_interleave(offsets, lengths, output_size=total)
+
+
 def packed_layout(
     cu_seqlens: Tensor, max_seqlen: int, rotary: Rotary, *, packed: bool = False
 ) -> PackedLayout:
     """The layout of one micro-batch, shared by all layers. ``cu_seqlens`` int32 ``[S + 1]``."""
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    total = int(cu_seqlens[-1])
-    tokens = torch.arange(total, device=cu_seqlens.device)
     cos, sin = rotary.tables(max_seqlen)
     rows = places = None
     if packed:
-        positions = tokens - torch.repeat_interleave(starts, lengths, output_size=total)
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        total = int(cu_seqlens[-1])
+        positions = torch.arange(total, device=cu_seqlens.device)
+        positions = positions - torch.repeat_interleave(starts, lengths, output_size=total)
         cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
     else:
-        columns = torch.arange(max_seqlen, device=cu_seqlens.device)
-        rows = (starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)).flatten()
-        offsets = torch.arange(len(starts), device=cu_seqlens.device) * max_seqlen - starts
-        places = tokens + torch.repeat_interleave(offsets, lengths, output_size=total)
+        rows, places = padded_index(cu_seqlens, max_seqlen)
     return PackedLayout(
         qkv_format="sbhd",  # Megatron itself then takes its plain path
         cu_seqlens_q=cu_seqlens,
@@ -88,7 +96,7 @@ def packed_layout(
         max_seqlen_kv=max_seqlen,
         rows=rows,
         places=places,
-        num_sequences=len(starts),
+        num_sequences=len(cu_seqlens) - 1,
         longest=max_seqlen,
         cos=cos,
         sin=sin,
@@ -119,9 +127,9 @@ class PackedAttention(torch.nn.Module):  # type: ignore[misc]
         assert isinstance(layout, PackedLayout), "the policy hands every batch with its layout"
         if layout.rows is None:
             return self._packed(query.squeeze(1), key.squeeze(1), value.squeeze(1), layout)
-        q = _Lay.apply(query.squeeze(1), layout, True)
-        k = _Lay.apply(key.squeeze(1), layout, True)
-        v = _Lay.apply(value.squeeze(1), layout, False)
+        q = Lay.apply(query.squeeze(1), layout, True)
+        k = Lay.apply(key.squeeze(1), layout, True)
+        v = Lay.apply(value.squeeze(1), layout, False)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -130,15 +138,15 @@ class PackedAttention(torch.nn.Module):  # type: ignore[misc]
             scale=self.softmax_scale,
             enable_gqa=q.shape[2] != k.shape[2],
         )
-        return _Gather.apply(out.transpose(1, 2), layout)
+        return Gather.apply(out.transpose(1, 2), layout)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout) -> Tensor:
         """``[T, heads, D]`` each in, ``[T, 1, heads * D]`` out."""
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(
-            _Turn.apply(query, layout),
-            _Turn.apply(key, layout),
+            Turn.apply(query, layout),
+            Turn.apply(key, layout),
             value,
             layout.cu_seqlens_q,
             layout.cu_seqlens_kv,
@@ -167,7 +175,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     return out
 
 
-class _Turn(torch.autograd.Function):  # type: ignore[misc]
+class Turn(torch.autograd.Function):  # type: ignore[misc]
     """Packed ``[T, H, D]`` turned by the tokens' angles."""
 
     @staticmethod
@@ -180,7 +188,7 @@ class _Turn(torch.autograd.Function):  # type: ignore[misc]
         return _rotate(grad, ctx.layout.cos, ctx.layout.sin, True), None
 
 
-class _Lay(torch.autograd.Function):  # type: ignore[misc]
+class Lay(torch.autograd.Function):  # type: ignore[misc]
     """Packed ``[T, H, D]`` to padded ``[S, L, H, D]``, rotated on request.
 
     Padding repeats a token and receives a zero gradient (nothing sees it), so the way back is a
@@ -203,7 +211,7 @@ class _Lay(torch.autograd.Function):  # type: ignore[misc]
         return flat.index_select(0, layout.places), None, None
 
 
-class _Gather(torch.autograd.Function):  # type: ignore[misc]
+class Gather(torch.autograd.Function):  # type: ignore[misc]
     """Padded ``[S, L, H, D]`` back to packed ``[T, 1, H * D]``."""
 
     @staticmethod

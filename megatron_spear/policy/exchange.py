@@ -5,6 +5,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_spear.data.packing import PackedStep, TrainBatch
+from megatron_spear.data.zigzag import part_of
 from megatron_spear.errors import ConfigError
 from megatron_spear.policy.parallel import ParallelContext
 
@@ -15,7 +16,8 @@ def scatter(
     """This rank's micro-batches and the controller's ``message`` (small, picklable).
 
     Collective. The controller passes both; what other ranks pass is not looked at. All ranks of a
-    data-parallel replica get the same micro-batches.
+    data-parallel replica get the same micro-batches, and of each their context-parallel rank's
+    tokens are kept.
     """
     if ctx.is_controller:
         if packed is None:
@@ -38,28 +40,31 @@ def scatter(
         received: list[Any] = [None]
         dist.scatter_object_list(received, parcels, src=0, group=ctx.control)
         batches, message = received[0]
-    return tuple(batch.to(ctx.device) for batch in batches), message
+    own = (part_of(batch, ctx.context_rank, ctx.context_size) for batch in batches)
+    return tuple(batch.to(ctx.device) for batch in own), message
 
 
-def gather(value: Any, ctx: ParallelContext) -> list[Any] | None:
-    """On the controller, what each data-parallel rank's speaker passed, in their order; else None.
+def gather(value: Any, ctx: ParallelContext) -> list[list[Any]] | None:
+    """On the controller, for each data-parallel rank what its context-parallel ranks' speakers
+    passed, in their order; else None.
 
-    Collective. Only the values of ranks with ``ctx.speaks_for_data_rank`` travel.
+    Collective. Only the values of ranks with ``ctx.speaks_for_its_tokens`` travel.
     """
-    mine = (ctx.data_rank, value) if ctx.speaks_for_data_rank else None
+    mine = (ctx.data_rank, ctx.context_rank, value) if ctx.speaks_for_its_tokens else None
     if ctx.world_size == 1:
-        return [value]
+        return [[value]]
     everything: list[Any] | None = [None] * ctx.world_size if ctx.is_controller else None
     dist.gather_object(mine, everything, dst=0, group=ctx.control)
     if everything is None:
         return None
-    spoken = sorted((item for item in everything if item is not None), key=lambda item: item[0])
-    return [item[1] for item in spoken]
+    spoken = sorted((item for item in everything if item is not None), key=lambda item: item[:2])
+    return [[item[2] for item in spoken if item[0] == rank] for rank in range(ctx.data_size)]
 
 
 def all_sum(values: dict[str, float] | None, ctx: ParallelContext) -> dict[str, float]:
-    """Sum per name over the data-parallel ranks' speakers, on every rank. Collective."""
-    everything: list[Any] = [values if ctx.speaks_for_data_rank else None]
+    """Sum per name over the data- and context-parallel ranks' speakers, on every rank.
+    Collective."""
+    everything: list[Any] = [values if ctx.speaks_for_its_tokens else None]
     if ctx.world_size > 1:
         mine, everything = everything[0], [None] * ctx.world_size
         dist.all_gather_object(everything, mine, group=ctx.control)

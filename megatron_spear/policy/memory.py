@@ -6,16 +6,17 @@ A rank's **states** are 18 bytes a parameter:
 
 A distributed optimizer splits the last 12 over the data-parallel ranks; those of an expert over
 the ranks that hold the same expert, tensor x data / expert parallel. Weights and gradients stay
-whole.
+whole. Context parallel ranks count as data parallel ones here.
 
 Its **activations** are what autograd keeps of a micro-batch of T tokens, 2 bytes a number, with
-sequence parallel wherever tensor parallel t > 1. With H = heads d and G = groups d a layer keeps of
-each token, split over t:
+sequence parallel wherever tensor parallel t > 1. Context parallel c leaves a rank T / c of them,
+which is T below. With H = heads d and G = groups d a layer keeps of each token, split over t:
 
     4 hidden        the inputs of both norms, and what they give
     H + 2 G         query, key and value in one, as they come (the value is a view of it)
     H               the query alone, where it is read again (a copy, if a rank has several groups)
     H + G           query and key after rotary positions, which the kernel keeps
+    (2 c + 1) G     with c > 1, the keys and values it has gathered (not counted by a test)
     H               the attention's result, the input of the next linear layer
     3 ffn           gate and up, and the input of the down projection
 
@@ -126,7 +127,7 @@ def _activations(shape: ModelShape, policy: PolicySection, stage: int) -> int:
         width -= kept_a_token(shape, policy)  # its input is there
     if stage == pipeline - 1:
         width += 2 * (shape.hidden_size + padded_vocab(shape.vocab_size, tensor)) // tensor
-    return 2 * width * policy.tokens_per_microbatch
+    return 2 * width * (policy.tokens_per_microbatch // policy.context_parallel)
 
 
 def kept_a_token(shape: ModelShape, policy: PolicySection) -> int:
@@ -141,6 +142,8 @@ def kept_a_token(shape: ModelShape, policy: PolicySection) -> int:
         width += heads  # the copied query
     if shape.qk_norm or not again:
         width += heads + groups
+    if policy.context_parallel > 1 and not again:
+        width += (2 * policy.context_parallel + 1) * groups
     if shape.num_experts:
         width += shape.experts_per_token * (4 * shape.ffn_size + hidden)
     else:

@@ -30,10 +30,12 @@ from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.data.packing import TrainBatch
 from megatron_spear.policy.attention import (
     PackedAttention,
+    PackedLayout,
     Rotary,
     packed_layout,
     stays_packed,
 )
+from megatron_spear.policy.context_attention import ContextAttention, context_layout
 from megatron_spear.policy.experts import experts_config, experts_spec
 from megatron_spear.policy.layers import GatedMlp, RMSNorm
 from megatron_spear.policy.parallel import ParallelContext
@@ -73,6 +75,7 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=policy.tensor_parallel,
+        context_parallel_size=policy.context_parallel,
         pipeline_model_parallel_size=policy.pipeline_parallel,
         virtual_pipeline_model_parallel_size=interleaved,
         # interleaved, of two ranks each is next and previous of the other: one direction at a time
@@ -98,14 +101,14 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
     )
 
 
-def layer_spec(shape: ModelShape) -> ModuleSpec:
+def layer_spec(shape: ModelShape, policy: PolicySection) -> ModuleSpec:
     """Megatron's transformer layer with this package's attention kernel, norm and gate."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
+            core_attention=ContextAttention if policy.context_parallel > 1 else PackedAttention,
             linear_proj=RowParallelLinear,
             q_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
             k_layernorm=RMSNorm if shape.qk_norm else IdentityOp,
@@ -129,7 +132,8 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
 
 
 class PackedModel(GPTModel):  # type: ignore[misc]
-    """GPTModel that takes a ``TrainBatch`` and gives logits ``[T, V / tp]`` on the last stage.
+    """GPTModel that takes this rank's part of a ``TrainBatch`` and gives its logits ``[T, V / tp]``
+    on the last stage.
 
     Positions are applied in the attention (see ``attention``), so Megatron's own are switched off.
     With ``policy.virtual_pipeline`` c > 1 the layers are cut into c pieces for each of the p
@@ -145,7 +149,7 @@ class PackedModel(GPTModel):  # type: ignore[misc]
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm
+                layer_specs=[layer_spec(shape, policy)] * layers, layer_norm=RMSNorm
             ),
             vocab_size=padded_vocab(shape.vocab_size, ctx.tensor_size),
             max_sequence_length=shape.max_length,
@@ -162,21 +166,26 @@ class PackedModel(GPTModel):  # type: ignore[misc]
         _mark_split_weights(self)
         self.first_layer = layers * (chunk * ctx.pipeline_size + ctx.pipeline_rank)
         self.first_expert = shape.num_experts // ctx.expert_size * ctx.expert_rank
+        self.ctx = ctx
         self.rotary = Rotary(shape, ctx.device, config.params_dtype)
         self.packed_attention = stays_packed(ctx.device, config.params_dtype)
 
     def forward(self, batch: TrainBatch) -> Tensor:
         """Logits ``[T, V / tp]`` on the last stage, hidden states ``[T, 1, hidden]`` before it."""
-        layout = packed_layout(
-            batch.cu_seqlens, batch.max_seqlen, self.rotary, packed=self.packed_attention
-        )
         output = super().forward(
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],
             attention_mask=None,
-            packed_seq_params=layout,
+            packed_seq_params=self._layout(batch),
         )
         return output[0] if self.post_process else output
+
+    def _layout(self, batch: TrainBatch) -> PackedLayout:
+        packed, ctx = self.packed_attention, self.ctx
+        if ctx.context_size == 1:
+            return packed_layout(batch.cu_seqlens, batch.max_seqlen, self.rotary, packed=packed)
+        place = (ctx.context_rank, ctx.context_size, ctx.context)
+        return context_layout(batch, self.rotary, *place, packed=packed)
 
 
 def _mark_split_weights(model: torch.nn.Module) -> None:

@@ -36,9 +36,9 @@ class Place:
 class ParallelContext:
     """This process's place in the layout.
 
-    Ranks are ordered tensor parallel first, then data parallel, then pipeline parallel. Experts are
-    spread over the first two together, neighbours first. ``control`` is a gloo group of all ranks
-    for Python objects; ``tensor`` the tensor-parallel group.
+    Ranks are ordered tensor parallel first, then context, data and pipeline parallel. Experts are
+    spread over the first three together, neighbours first. ``control`` is a gloo group of all ranks
+    for Python objects; ``tensor`` the tensor-parallel group, ``context`` the context-parallel one.
 
     Example: of 4 ranks with tensor parallel 2 and expert parallel 2, the experts' first half is on
     ranks 0 and 2, the second on 1 and 3.
@@ -48,6 +48,8 @@ class ParallelContext:
     world_size: int
     tensor_rank: int
     tensor_size: int
+    context_rank: int
+    context_size: int
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
@@ -57,6 +59,7 @@ class ParallelContext:
     device: torch.device
     control: dist.ProcessGroup
     tensor: dist.ProcessGroup
+    context: dist.ProcessGroup
 
     @property
     def is_controller(self) -> bool:
@@ -70,11 +73,11 @@ class ParallelContext:
 
     def data_rank_of(self, rank: int) -> int:
         """The data-parallel rank of another global rank."""
-        return rank // self.tensor_size % self.data_size
+        return rank // (self.tensor_size * self.context_size) % self.data_size
 
     @property
-    def speaks_for_data_rank(self) -> bool:
-        """True on the one rank of each data-parallel replica that reports its results."""
+    def speaks_for_its_tokens(self) -> bool:
+        """True on the one rank of those with the same tokens that reports their results."""
         return self.is_last_stage and self.tensor_rank == 0
 
 
@@ -104,6 +107,7 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
         policy.tensor_parallel,
         policy.pipeline_parallel,
         policy.virtual_pipeline if policy.virtual_pipeline > 1 else None,
+        context_parallel_size=policy.context_parallel,
         expert_model_parallel_size=policy.expert_parallel,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
@@ -116,6 +120,8 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
         world_size=world_size,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=policy.tensor_parallel,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=policy.context_parallel,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=policy.pipeline_parallel,
         data_rank=parallel_state.get_data_parallel_rank(),
@@ -125,9 +131,12 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
         device=device,
         control=dist.new_group(backend="gloo", timeout=timeout),
         tensor=parallel_state.get_tensor_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
     )
-    places = (ctx.data_rank_of(ctx.rank), ctx.rank % ctx.expert_size)
-    assert places == (ctx.data_rank, ctx.expert_rank), "Megatron's rank order has changed"
+    context_rank = ctx.rank // ctx.tensor_size % ctx.context_size
+    places = (context_rank, ctx.data_rank_of(ctx.rank), ctx.rank % ctx.expert_size)
+    found = (ctx.context_rank, ctx.data_rank, ctx.expert_rank)
+    assert places == found, "Megatron's rank order has changed"
     return ctx
 
 
@@ -141,8 +150,14 @@ def destroy(keep_world: bool = False) -> None:
 
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and not keep_world:
+    if not dist.is_initialized():
+        return
+    if not keep_world:
         dist.destroy_process_group()
+        return
+    # Megatron only forgets its groups; gloo's keep a thread each
+    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None:

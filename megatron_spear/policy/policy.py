@@ -22,6 +22,7 @@ from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.data.packing import PackedStep
+from megatron_spear.data.zigzag import joined
 from megatron_spear.errors import ConfigError
 from megatron_spear.policy import checkpoint, cpu, exchange, step, weights
 from megatron_spear.policy.model import PackedModel
@@ -90,7 +91,13 @@ class MegatronPolicy:
     @property
     def pad_multiple(self) -> int:
         """What ``pack`` has to pad micro-batches to."""
-        return self.ctx.tensor_size if self._policy.sequence_parallel else 1
+        split = self.ctx.tensor_size * self.ctx.context_size
+        return split if self._policy.sequence_parallel else 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What ``pack`` has to pad sequences to: context parallelism's chunks (``data.zigzag``)."""
+        return 2 * self.ctx.context_size if self.ctx.context_size > 1 else 1
 
     @property
     def mix_lengths(self) -> bool:
@@ -129,8 +136,7 @@ class MegatronPolicy:
             return None
         assert packed is not None
         lists: list[list[np.ndarray]] = [
-            packed.unpack([[result[i] for result in rank] for rank in gathered])
-            for i in range(2 if with_entropy else 1)
+            packed.unpack(_joined(gathered, packed, i)) for i in range(2 if with_entropy else 1)
         ]
         return (lists[0], lists[1]) if with_entropy else lists[0]
 
@@ -146,7 +152,7 @@ class MegatronPolicy:
 
         Gives, on every rank: ``grad_norm`` (before clipping), ``lr``, ``skipped`` (1 if the
         gradient was not finite and the weights were left alone), ``loss/total`` and the sums the
-        loss reports, over all data-parallel ranks. ``apart`` is a second part of the same step: the
+        loss reports, over all tokens. ``apart`` is a second part of the same step: the
         gradients are added, and ``grad_norm_first`` and ``grad_norm_second`` tell their norms. The
         learning-rate schedule stands still for a step that is not ``scheduled``.
         """
@@ -255,6 +261,18 @@ class MegatronPolicy:
         """What ``save`` wrote; CheckpointError if it is missing, broken or of another model.
         Collective."""
         self.num_steps = checkpoint.load(Path(folder), self._chunks, self._optimizer, self.ctx)
+
+
+def _joined(gathered: list[list[Any]], packed: PackedStep, number: int) -> list[list[Tensor]]:
+    """``gathered[d][c][m][number]``, of data-parallel rank d's m-th micro-batch the tokens of
+    context-parallel rank c, put together: ``[d][m]`` for all tokens."""
+    return [
+        [
+            joined([part[m][number] for part in parts], batch.cu_seqlens)
+            for m, batch in enumerate(batches)
+        ]
+        for parts, batches in zip(gathered, packed.micro_batches, strict=True)
+    ]
 
 
 def _distributed(chunk: PackedModel, policy: PolicySection) -> DistributedDataParallel:

@@ -30,7 +30,8 @@ def forward_logprobs(
     temperature: float,
     with_entropy: bool,
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Per micro-batch, log-probs and entropy ``[T]`` on the last stage; empty lists elsewhere."""
+    """Per micro-batch, log-probs and entropy ``[T]`` of this rank's tokens on the last stage; empty
+    lists elsewhere."""
 
     def collect(batch: TrainBatch, logits: Tensor, non_loss_data: bool = True) -> Any:
         return token_logprobs(
@@ -55,7 +56,7 @@ def forward_backward(
 ) -> dict[str, float] | None:
     """Leave the summed, fully reduced gradient in the model; the loss's sums on the last stage.
 
-    The result has ``loss/total`` and the loss's own names, for this data-parallel rank only.
+    The result has ``loss/total`` and the loss's own names, for this rank's tokens only.
     """
 
     def compute(batch: TrainBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -106,12 +107,13 @@ def _run(
         batch = next(data)
         return module(batch), partial(on_logits, batch)
 
+    split = model[0].module.config.context_parallel_size
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in model],
         model=model,
         num_microbatches=len(batches),
-        seq_length=max(batch.num_tokens for batch in batches),
+        seq_length=max(batch.num_tokens for batch in batches) * split,  # Megatron divides by it
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

@@ -109,7 +109,7 @@ def is_here(item: WeightMap, stage: int, shape: ModelShape, ctx: ParallelContext
 
 def _first_holder(item: WeightMap, stage: int, shape: ModelShape, ctx: ParallelContext) -> int:
     """The lowest global rank that holds the parameter of pipeline rank ``stage``."""
-    first = stage * ctx.tensor_size * ctx.data_size
+    first = stage * (ctx.world_size // ctx.pipeline_size)
     return first if item.expert is None else first + _expert_rank_of(item, shape, ctx)
 
 
@@ -118,7 +118,8 @@ def _to_controller(
 ) -> Tensor | None:
     """Gather a parameter's shards on rank 0 (None elsewhere)."""
     full = part
-    if part is not None and item.expert is None and ctx.data_rank == 0:
+    first_copy = ctx.data_rank == 0 and ctx.context_rank == 0
+    if part is not None and item.expert is None and first_copy:
         shards = [part]
         if ctx.tensor_size > 1:
             shards = [torch.empty_like(part) for _ in range(ctx.tensor_size)]

@@ -206,8 +206,9 @@ def _ranks(config: RunConfig, console: Console) -> Iterator[Any]:
         config.policy, seed=config.run.seed, timeout_s=config.run.hang_limit_s
     )
     console.line(
-        f"{context.world_size} rank(s): tensor {context.tensor_size} x pipeline "
-        f"{context.pipeline_size} x data {context.data_size}, {threads} thread(s) each"
+        f"{context.world_size} rank(s): tensor {context.tensor_size} x context "
+        f"{context.context_size} x pipeline {context.pipeline_size} x data {context.data_size}, "
+        f"{threads} thread(s) each"
     )
     try:
         yield context

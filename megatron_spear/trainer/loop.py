@@ -195,6 +195,7 @@ class SpearStep:
             data_parallel=layout.data_size,
             tokens_per_microbatch=self.tokens_per_microbatch,
             pad_multiple=self.policy.pad_multiple,
+            sequence_multiple=self.policy.sequence_multiple,
             mix_lengths=self.policy.mix_lengths,
             microbatch_multiple=self.policy.microbatch_multiple,
             columns=columns,

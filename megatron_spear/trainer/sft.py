@@ -120,6 +120,7 @@ def _pack(
         data_parallel=policy.ctx.data_size,
         tokens_per_microbatch=config.policy.tokens_per_microbatch,
         pad_multiple=policy.pad_multiple,
+        sequence_multiple=policy.sequence_multiple,
         mix_lengths=policy.mix_lengths,
         microbatch_multiple=policy.microbatch_multiple,
     )

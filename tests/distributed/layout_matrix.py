@@ -6,6 +6,7 @@ import numpy as np
 import torch.distributed as dist
 
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
+CP2 = {"context_parallel": 2}
 VPP2 = {"pipeline_parallel": 2, "virtual_pipeline": 2}
 SPLIT = {"distributed_optimizer": True}
 OVERLAPPED = SPLIT | {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -22,6 +23,11 @@ DENSE: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP, recompute": (2, TP2 | FULL),
     "PP2xVPP2": (2, VPP2),
     "DP2, distributed": (2, SPLIT),
+    "CP2, recompute": (2, CP2 | SELECTIVE),
+    "CP2, distributed": (2, CP2 | SPLIT),
+    "CP2xDP2": (4, CP2),
+    "TP2xCP2+SP": (4, TP2 | CP2),
+    "CP2xPP2xVPP2": (4, CP2 | VPP2),
     "TP2xPP2xVPP2+SP, recompute": (4, TP2 | VPP2 | FULL),
     "PP2xVPP2xDP2, distributed, overlapped, recompute": (4, VPP2 | OVERLAPPED | SELECTIVE),
     "TP2xDP2+SP, distributed, overlapped, recompute": (4, TP2 | OVERLAPPED | FULL),
@@ -34,6 +40,8 @@ EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, TP2),
     "TP2, its ranks the experts'": (2, {"expert_parallel": 2, **TP2}),
     "EP2xTP2": (4, {"expert_parallel": 2, **TP2}),
+    "EP2, context parallel ranks": (2, {"expert_parallel": 2} | CP2),
+    "EP4xTP2xCP2": (4, {"expert_parallel": 4} | CP2 | TP2),
     "EP4": (4, {"expert_parallel": 4, **TP2}),
     "EP2xPP2": (4, {"expert_parallel": 2, "pipeline_parallel": 2}),
     "EP2, recompute": (2, {"expert_parallel": 2} | FULL),

@@ -48,6 +48,7 @@ def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, A
                 data_parallel=ctx.data_size,
                 tokens_per_microbatch=150,
                 pad_multiple=policy.pad_multiple,
+                sequence_multiple=policy.sequence_multiple,
                 microbatch_multiple=policy.microbatch_multiple,
             )
             loss = PolicyLoss.from_sections(

@@ -97,6 +97,7 @@ def updated(policy: Any, packing: dict[str, int]) -> Any:
     settings = {
         "data_parallel": ctx.data_size,
         "pad_multiple": policy.pad_multiple,
+        "sequence_multiple": policy.sequence_multiple,
         "microbatch_multiple": policy.microbatch_multiple,
         **packing,
     }

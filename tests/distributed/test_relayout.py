@@ -25,6 +25,7 @@ SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "split DP1": (1, SPLIT),
     "split DP2": (2, OVERLAPPED),
     "split PP2xDP2": (4, SPLIT | {"pipeline_parallel": 2}),  # tied: embeddings in a bucket apart
+    "split CP2": (2, OVERLAPPED | {"context_parallel": 2}),
     "split DP2, bf16": (2, SPLIT | {"precision": "bf16"}),
     "experts EP2xPP2": (4, EP2 | {"pipeline_parallel": 2}),
     "experts split EP2xTP2": (4, OVERLAPPED | EP2 | TP2),
@@ -39,6 +40,8 @@ LOADED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "split DP1 to DP2": ("split DP1", 2, SPLIT),
     "split DP1 to DP2, overlapped": ("split DP1", 2, OVERLAPPED),
     "split PP2xDP2 to TP2": ("split PP2xDP2", 2, SPLIT | {"tensor_parallel": 2}),
+    "split CP2 to DP1": ("split CP2", 1, SPLIT),
+    "split DP1 to CP2": ("split DP1", 2, SPLIT | {"context_parallel": 2}),
     "split DP2, bf16 to DP2": ("split DP2, bf16", 2, SPLIT | {"precision": "bf16"}),
     "experts EP2xPP2 to one rank": ("experts EP2xPP2", 1, {}),
     "experts EP2xPP2 to EP4xTP2": ("experts EP2xPP2", 4, EP4 | TP2),
@@ -95,6 +98,7 @@ def packed_for(policy: Any) -> Any:
         data_parallel=policy.ctx.data_size,
         tokens_per_microbatch=150,
         pad_multiple=policy.pad_multiple,
+        sequence_multiple=policy.sequence_multiple,
         microbatch_multiple=policy.microbatch_multiple,
     )
 

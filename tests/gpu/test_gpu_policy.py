@@ -10,7 +10,9 @@ from megatron_spear.algorithms.logprobs import token_logprobs
 from megatron_spear.algorithms.policy_loss import NllLoss
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import pack
+from megatron_spear.data.zigzag import part_of, zigzag_order
 from megatron_spear.policy.attention import PackedAttention, Rotary, packed_layout
+from megatron_spear.policy.context_attention import attend_laid_out, attend_packed, context_layout
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
@@ -51,15 +53,20 @@ def test_equals_transformers(
         assert error < (1e-4 if precision == "fp32" else 0.05), name
 
 
+def _rotary(ctx: ParallelContext) -> Rotary:
+    rotary = Rotary.__new__(Rotary)
+    rotary.frequencies = 10_000 ** -(torch.arange(0, 64, 2, device=ctx.device) / 64)
+    rotary.dtype, rotary._cos, rotary._sin = torch.bfloat16, torch.empty(0), torch.empty(0)
+    return rotary
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_packed_attention_equals_the_laid_out_one(kv_heads: int, ctx: ParallelContext) -> None:
     """Both in bf16, forward and gradient, on sequences of 1 to 300 tokens."""
     torch.manual_seed(0)
     lengths = torch.tensor([1, 300, 7, 64], device=ctx.device)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    rotary = Rotary.__new__(Rotary)
-    rotary.frequencies = 10_000 ** -(torch.arange(0, 64, 2, device=ctx.device) / 64)
-    rotary.dtype, rotary._cos, rotary._sin = torch.bfloat16, torch.empty(0), torch.empty(0)
+    rotary = _rotary(ctx)
     tensors = [
         torch.randn(372, 1, heads, 64, device=ctx.device, dtype=torch.bfloat16)
         for heads in (4, kv_heads, kv_heads)
@@ -69,6 +76,37 @@ def test_packed_attention_equals_the_laid_out_one(kv_heads: int, ctx: ParallelCo
         inputs = [t.clone().requires_grad_() for t in tensors]
         layout = packed_layout(cu_seqlens, 300, rotary, packed=packed)
         out = PackedAttention(None, 1)(*inputs, None, packed_seq_params=layout)
+        out.backward(torch.linspace(-1, 1, out.numel(), device=ctx.device).view_as(out).bfloat16())
+        seen.append([out.detach(), *(t.grad for t in inputs)])
+    for one, other in zip(*seen, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).norm() / other.norm() < 0.01
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_context_parallel_attention_equals_the_laid_out_one(
+    rank: int, kv_heads: int, ctx: ParallelContext
+) -> None:
+    """One of two ranks with keys and values as if gathered, in bf16, forward and gradient.
+
+    The flash kernel's causal mask has to mean that the last query of a chunk sees its last key.
+    """
+    torch.manual_seed(0)
+    packed = pack(
+        *random_samples(6, shortest=1, longest=300), tokens_per_microbatch=4000, sequence_multiple=4
+    )
+    whole = packed.micro_batches[0][0].to(ctx.device)
+    order = zigzag_order(whole.cu_seqlens, 2)
+    part, rotary = part_of(whole, rank, 2), _rotary(ctx)
+    draw = {"device": ctx.device, "dtype": torch.bfloat16}
+    query = torch.randn(part.num_tokens, 4, 64, **draw)
+    both = torch.randn(order.numel(), 2 * kv_heads, 64, **draw)
+    seen = []
+    for attend in (attend_packed, attend_laid_out):
+        layout = context_layout(part, rotary, rank, 2, None, packed=attend is attend_packed)
+        inputs = [t.clone().requires_grad_() for t in (query, both)]
+        out = attend(*inputs, layout, None)
         out.backward(torch.linspace(-1, 1, out.numel(), device=ctx.device).view_as(out).bfloat16())
         seen.append([out.detach(), *(t.grad for t in inputs)])
     for one, other in zip(*seen, strict=True):

@@ -33,6 +33,7 @@ def one_rank(spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
     [
         pytest.param(2, "policy.tensor_parallel=2", id="tensor2"),
         pytest.param(2, "policy.pipeline_parallel=2", id="pipeline2", marks=pytest.mark.slow),
+        pytest.param(2, "policy.context_parallel=2", id="context2", marks=pytest.mark.slow),
         pytest.param(2, "policy.tensor_parallel=1", id="data2", marks=pytest.mark.slow),
         pytest.param(
             4,

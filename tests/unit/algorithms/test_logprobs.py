@@ -30,11 +30,11 @@ def test_hand_numbers() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("rows", [2, 256])
+@pytest.mark.parametrize("scratch_rows", [0, 2, 256])  # never less than one row at a time
 def test_values_and_gradients(
-    temperature: float, rows: int, monkeypatch: pytest.MonkeyPatch
+    temperature: float, scratch_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ROWS", rows)
+    monkeypatch.setattr(module, "SCRATCH_BYTES", scratch_rows * 23 * 8)
     logits, labels = inputs()
     grad_p, grad_h = torch.randn(9).double(), torch.randn(9).double()
     logprobs, entropy = token_logprobs(logits, labels, temperature=temperature, entropy_grad=True)

@@ -109,6 +109,7 @@ def test_the_defaults_work_on_one_rank() -> None:
     ("overrides", "world_size", "told"),
     [
         (["policy.tensor_parallel=2"], 3, "world size 3 is not a multiple of"),
+        (["policy.context_parallel=2"], 1, "start 2 ranks"),
         (["policy.sequence_parallel=true"], 1, "needs policy.tensor_parallel > 1"),
         (["policy.tensor_parallel=4"], 4, "num_kv_heads=2 is not a multiple of"),
         (["policy.pipeline_parallel=3"], 3, "num_layers=4 is not a multiple of"),

@@ -26,7 +26,12 @@ def sample_of(length: int, number: int) -> TrainSample:
 
 
 def packed_of(
-    lengths: list[int], limit: int, data_parallel: int, multiple: int, mix: bool = False
+    lengths: list[int],
+    limit: int,
+    data_parallel: int,
+    multiple: int,
+    mix: bool = False,
+    each: int = 1,
 ) -> tuple[list[TrainSample], list[np.ndarray], PackedStep]:
     samples = [sample_of(length, number) for number, length in enumerate(lengths)]
     weights = [np.random.default_rng(n).random(length) for n, length in enumerate(lengths)]
@@ -40,6 +45,7 @@ def packed_of(
         data_parallel=data_parallel,
         tokens_per_microbatch=limit,
         pad_multiple=multiple,
+        sequence_multiple=each,
         mix_lengths=mix,
     )
     return samples, weights, step
@@ -68,35 +74,68 @@ def test_shift_by_hand() -> None:
     assert values.tolist() == [0.0, 10.0, 20.0] and values.dtype == np.float32
 
 
+def test_sequences_are_padded_by_hand() -> None:
+    samples = [
+        make_sample(mask=[1] * len(ids), token_ids=np.array(ids, np.int32))
+        for ids in ([5, 6, 7], [8])
+    ]
+    step = pack(
+        samples,
+        [np.array([0.0, 0.5, 0.5]), np.zeros(1)],
+        [Origin.ON_POLICY] * 2,
+        tokens_per_microbatch=8,
+        sequence_multiple=4,
+        pad_multiple=3,
+    )
+    batch = step.micro_batches[0][0]
+    assert batch.token_ids.tolist() == [5, 6, 7, 0, 8, 0, 0, 0, 0, 0, 0, 0]
+    assert batch.labels.tolist() == [6, 7, *[0] * 10]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3] * 3
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 12] and batch.max_seqlen == 4
+    assert step.num_tokens == 4 and step.padding_fraction == pytest.approx(8 / 12)
+    values = step.unpack([[torch.arange(10.0, 22.0)]])
+    assert [v.tolist() for v in values] == [[0.0, 10.0, 11.0], [0.0]]
+
+
+PACKINGS = (
+    LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4), st.booleans(),
+    st.integers(1, 6),
+)  # fmt: skip
+
+
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4), st.booleans())
+@given(*PACKINGS)
 def test_nothing_is_lost_or_doubled(
-    lengths: list[int], limit: int, data_parallel: int, multiple: int, mix: bool
+    lengths: list[int], limit: int, data_parallel: int, multiple: int, mix: bool, each: int
 ) -> None:
-    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple, mix)
+    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple, mix, each)
     assert len(step.micro_batches) == data_parallel
     assert len({len(rank) for rank in step.micro_batches}) == 1
     packed_members = sorted(i for rank in step.members for group in rank for i in group)
     assert packed_members == list(range(len(lengths)))
     for rank, members in zip(step.micro_batches, step.members, strict=True):
         for batch, group in zip(rank, members, strict=True):
-            used = sum(lengths[i] for i in group)
+            used = sum(-(-lengths[i] // each) * each for i in group)
             assert used <= limit or len(group) == 1
-            assert batch.num_tokens % multiple == 0
+            assert batch.num_tokens % multiple == 0 and not (batch.cu_seqlens % each).any()
             assert batch.cu_seqlens[-1] == batch.num_tokens
-            assert batch.token_weight[used:].sum() == 0
-            expected = np.concatenate([samples[i].token_ids for i in group] + [np.zeros(0)])
-            assert np.array_equal(batch.token_ids[:used].numpy(), expected)
+            starts = batch.cu_seqlens[: len(group)].tolist()
+            for start, end, i in zip(starts, [*starts, used][1:], group, strict=True):
+                used_here = start + lengths[i]
+                assert np.array_equal(batch.token_ids[start:used_here], samples[i].token_ids)
+                assert not batch.token_ids[used_here:end].any()
+                assert not batch.token_weight[used_here:end].any()
+            assert not batch.token_weight[used:].any()
     total = sum(float(b.token_weight.double().sum()) for r in step.micro_batches for b in r)
     assert total == pytest.approx(sum(w.sum() for w in weights), abs=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(1, 64), st.integers(1, 4), st.integers(1, 4), st.booleans())
+@given(*PACKINGS)
 def test_unpack_undoes_pack(
-    lengths: list[int], limit: int, data_parallel: int, multiple: int, mix: bool
+    lengths: list[int], limit: int, data_parallel: int, multiple: int, mix: bool, each: int
 ) -> None:
-    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple, mix)
+    samples, weights, step = packed_of(lengths, limit, data_parallel, multiple, mix, each)
     for name, originals in (
         ("old_logprobs", [s.old_logprobs for s in samples]),
         ("token_weight", [w.astype(np.float32) for w in weights]),

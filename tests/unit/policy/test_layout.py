@@ -27,17 +27,19 @@ def section(**changes: object) -> PolicySection:
 def test_fitting_layouts_pass() -> None:
     check_layout(section(), Qwen3Config(**MODEL), 1)
     check_layout(
-        section(tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
+        section(tensor_parallel=2, context_parallel=3, pipeline_parallel=2, sequence_parallel=True),
         Qwen3Config(**MODEL),
-        8,
+        24,
     )
 
 
 def test_world_size() -> None:
     with pytest.raises(
-        ConfigError, match=r"world size 8 is not a multiple of .* = 3 x 2; start 6 ranks"
+        ConfigError, match=r"world size 8 is not a multiple of .* = 3 x 1 x 2; start 6 ranks"
     ):
         check_layout(section(tensor_parallel=3, pipeline_parallel=2), Qwen3Config(**MODEL), 8)
+    with pytest.raises(ConfigError, match=r"world size 6 is not .* = 2 x 2 x 1; start 4 ranks"):
+        check_layout(section(tensor_parallel=2, context_parallel=2), Qwen3Config(**MODEL), 6)
     with pytest.raises(ConfigError, match="sequence_parallel"):
         check_layout(section(sequence_parallel=True), Qwen3Config(**MODEL), 1)
 
@@ -103,6 +105,7 @@ def test_where_weights_are(num_chunks: int, places: list[tuple[int, int]]) -> No
         ({"expert_parallel": 2}, 2),
         ({"expert_parallel": 4, "tensor_parallel": 2, "sequence_parallel": True}, 4),
         ({"expert_parallel": 2, "pipeline_parallel": 2}, 4),
+        ({"expert_parallel": 4, "context_parallel": 4}, 4),
     ],
 )
 def test_fitting_layouts_of_experts_pass(layout: dict, world_size: int) -> None:

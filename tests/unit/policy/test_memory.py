@@ -167,6 +167,9 @@ def test_states_of_a_small_model_by_hand() -> None:
     assert needs.states == 18 * stage
     layer = (4 * 8 + 3 * (4 + 2) * 2 + 3 * 16) // 2
     assert needs.activations == 2 * 2 * 2 * 10 * layer  # two micro-batches of two layers
+    long = policy.model_copy(update={"context_parallel": 2, "tokens_per_microbatch": 20})
+    gathered = (2 * 2 + 1) * 2 * 2 // 2  # half of the tokens, and others' keys and values
+    assert fullest_rank(shape, long, 12).activations == 2 * 2 * 2 * 10 * (layer + gathered)
     split = policy.model_copy(update={"distributed_optimizer": True})
     assert fullest_rank(shape, split, 12).states == (6 + 12 // 3) * stage
     again = policy.model_copy(update={"recompute": "full"})

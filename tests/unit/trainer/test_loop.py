@@ -68,6 +68,7 @@ class _Policy:
     """Gives the same log-prob to every token, and ready numbers for a training step."""
 
     pad_multiple = 1
+    sequence_multiple = 1
     mix_lengths = False
     microbatch_multiple = 1
     shape = ONE_LAYER
