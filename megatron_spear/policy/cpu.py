@@ -194,7 +194,7 @@ class CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]
             return None
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # the optimizer tells dtypes by comparing with names such as torch.cuda.FloatTensor
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + func(*args).rpartition(".")[2]  # whoever asked before, if nested
         if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], str | torch.device):
             args = (args[0], "cpu" if _names_cuda(args[1]) else args[1], *args[2:])
         if _names_cuda(kwargs.get("device")):

@@ -31,7 +31,11 @@ from megatron_spear.trainer.run_directory import RunDirectory
 
 
 def make_policy(folder: Path, hidden: int, layers: int) -> MegatronPolicy:
-    sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+    }
     tiny_hf_folder(folder, **sizes)
     section = PolicySection()
     context = parallel.initialize(section, seed=0)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -180,7 +181,7 @@ def _why_not(recipe: str) -> str | None:
     return capability_problem(recipe, cuda_capability())
 
 
-_LIMIT = {"tokens_per_microbatch": 16_384}
+_LIMIT: dict[str, Any] = {"tokens_per_microbatch": 16_384}
 PARTS: dict[str, Callable[[Path, ParallelContext], Iterator[Row]]] = {
     "numerics": numerics,
     "logprobs": logprobs,
