@@ -79,6 +79,12 @@ def _parameter_problems(policy: PolicySection) -> Iterator[str]:
             "policy.fp8.parameters=true needs policy.distributed_optimizer=true: only it rounds "
             "float32 weights to FP8 ones after a step"
         )
+    if policy.optimizer_offload:
+        yield (
+            "policy.fp8.parameters=true rounds float32 weights on the GPU, and with "
+            f"policy.optimizer_offload={policy.optimizer_offload:g} they are on the CPU; set one "
+            "of them off"
+        )
     if policy.fp8.recipe == "mxfp8":
         yield (
             "policy.fp8.parameters=true with policy.fp8.recipe=mxfp8: such weights cannot lie in "

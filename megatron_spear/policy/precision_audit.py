@@ -210,6 +210,7 @@ def _few_tokens(policy: Any) -> PackedStep:
         data_parallel=policy.ctx.data_size,
         tokens_per_microbatch=length,
         pad_multiple=policy.pad_multiple,
+        sequence_multiple=policy.sequence_multiple,
         mix_lengths=policy.mix_lengths,
         microbatch_multiple=policy.microbatch_multiple,
     )

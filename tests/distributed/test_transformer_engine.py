@@ -67,6 +67,7 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
             "Qwen3",
             fp8("tensorwise") | {"pipeline_parallel": 2, "virtual_pipeline": 2},
         ),
+        "tensorwise CP2": ("Qwen3", fp8("tensorwise") | {"context_parallel": 2}),
         "held, DP2": ("Qwen3", fp8("tensorwise", parameters=True) | SPLIT),
     },
 }

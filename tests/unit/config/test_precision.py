@@ -1,5 +1,6 @@
 """FP8 settings that cannot work are refused with the reason; devices by their capability."""
 
+import re
 from typing import Any
 
 import pytest
@@ -52,6 +53,10 @@ NO_ENDS = {"bf16_layers_at_start": 0, "bf16_layers_at_end": 0}
             section("mxfp8", fp8={"parameters": True}, distributed_optimizer=True),
             "takes that of the gradients",
         ),
+        (
+            section(fp8={"parameters": True}, distributed_optimizer=True, optimizer_offload=0.5),
+            "policy.optimizer_offload=0.5 they are on the CPU",
+        ),
         (section("delayed"), "set policy.fp8.bf16_layers_at_start and .*_at_end to 0"),
         (section(fp8={"bf16_layers_at_start": 7}), "leave none of the model's 8 layers in FP8"),
         (
@@ -66,8 +71,6 @@ NO_ENDS = {"bf16_layers_at_start": 0, "bf16_layers_at_end": 0}
     ],
 )
 def test_what_does_not(policy: PolicySection, told: str) -> None:
-    import re
-
     (line,) = problems(policy)
     assert re.search(told, line), line
 
