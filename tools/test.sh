@@ -17,4 +17,5 @@ fi
 # With it comes triton, whose kernels run in its interpreter (which has to be chosen before triton is
 # imported).
 TRITON_INTERPRET=1 tools/test_megatron_019.sh tests/unit/policy tests/distributed/test_layouts.py \
-    tests/unit/algorithms/test_logprobs_triton.py -k "not state_survives"
+    tests/distributed/test_transformer_engine.py tests/unit/algorithms/test_logprobs_triton.py \
+    -k "not state_survives"

@@ -36,14 +36,15 @@ WeightArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Numbers of masked tokens by trajectory and by group."""
+    """Numbers of masked tokens by trajectory, by group and in all."""
 
     own: Counter[TrajectoryId]
     group: Counter[str]
+    total: int
 
 
 _WEIGHTS: dict[str, Callable[[_Tokens, TrajectoryId, int], float]] = {
-    "token-mean": lambda n, _id, _length: 1.0 / n.own.total(),
+    "token-mean": lambda n, _id, _length: 1.0 / n.total,
     "seq-mean-token-sum": lambda n, _id, _length: 1.0 / len(n.own),
     "seq-mean-token-mean": lambda n, id_, _length: 1.0 / (len(n.own) * n.own[id_]),
     "seq-mean-token-sum-norm": lambda n, _id, length: 1.0 / (len(n.own) * length),
@@ -68,11 +69,13 @@ def token_weights(
         raise ConfigError(
             f"algorithm.aggregation: got {mode!r}, expected one of {', '.join(sorted(_WEIGHTS))}"
         )
-    tokens = _Tokens(own=Counter(), group=Counter())
+    own: Counter[TrajectoryId] = Counter()
+    group: Counter[str] = Counter()
     for sample in samples:
         count = int(sample.response_mask.sum())
-        tokens.own[sample.trajectory_id] += count
-        tokens.group[sample.trajectory_id.group] += count
+        own[sample.trajectory_id] += count
+        group[sample.trajectory_id.group] += count
+    tokens = _Tokens(own=own, group=group, total=own.total())
     result = []
     for sample in samples:
         weights = np.zeros(len(sample.token_ids), np.float64)

@@ -4,6 +4,11 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_spear.config.layout import layout_problems
+from megatron_spear.config.precision import (
+    REFERENCE_PROBLEM,
+    linear_sizes,
+    precision_problems,
+)
 from megatron_spear.config.presets.layouts import PRESETS
 from megatron_spear.config.schema import OptimizerSection, RunConfig
 
@@ -23,6 +28,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
     if use != "evaluate":
         checks += [
             _layout(config, world_size),
+            _precision(config),
             _preset(config),
             _tiny_model(config),
             _groups(config),
@@ -47,6 +53,25 @@ def _layout(config: RunConfig, world_size: int) -> Iterator[str]:
         by_tensor["model.tiny.ffn_size"] = tiny.ffn_size
         by_pipeline["model.tiny.num_layers"] = tiny.num_layers
     yield from layout_problems(config.policy, world_size, by_tensor, by_pipeline, num_experts)
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    """FP8, and whether the made model's sizes fit it."""
+    policy, tiny, num_layers, linears = config.policy, config.model.tiny, None, None
+    if config.model.path is None:
+        num_layers = tiny.num_layers
+        linears = linear_sizes(
+            hidden=tiny.hidden_size,
+            heads=tiny.num_heads,
+            groups=tiny.num_kv_heads,
+            head_dim=tiny.hidden_size // tiny.num_heads,
+            ffn=tiny.ffn_size,
+            experts=False,
+            tensor_parallel=policy.tensor_parallel,
+        )
+    yield from precision_problems(policy, num_layers, linears)
+    if policy.fp8.parameters and config.algorithm.kl.coef:
+        yield REFERENCE_PROBLEM
 
 
 def _preset(config: RunConfig) -> Iterator[str]:

@@ -26,6 +26,7 @@ RESUME_MAY_DIFFER = (
     "policy.sequence_parallel",
     "policy.tokens_per_microbatch",
     "policy.recompute",
+    "policy.optimizer_offload",
     "policy.overlap_grad_reduce",
     "policy.overlap_param_gather",
     "rollout.max_slots",

@@ -51,6 +51,12 @@ def layout_problems(
             "have updated, in the buckets of the overlapped reduction; set "
             "policy.distributed_optimizer=true and policy.overlap_grad_reduce=true"
         )
+    if policy.optimizer_offload and not policy.distributed_optimizer:
+        yield (
+            f"policy.optimizer_offload={policy.optimizer_offload:g}: Megatron's optimizer on the "
+            "CPU cannot load its state without the distributed one; set "
+            "policy.distributed_optimizer=true (with one rank too), or policy.optimizer_offload=0"
+        )
     if policy.virtual_pipeline > 1 and pipeline == 1:
         yield (
             f"policy.virtual_pipeline={policy.virtual_pipeline} cuts the pieces of a pipeline, and "

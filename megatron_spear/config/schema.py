@@ -99,6 +99,25 @@ class OptimizerSection(Section):
     """Global gradient norm limit; 0 = none."""
 
 
+class Fp8Section(Section):
+    """Matrix products of the decoder layers in FP8, by TransformerEngine; output layer, router and
+    attention itself stay in bf16 or float32."""
+
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """How values get their scales: one a tensor from earlier values (``delayed``) or the present
+    ones (``tensorwise``), one for 128 values or 128 x 128 of a weight (``blockwise``), one for 32
+    values (``mxfp8``). ``none`` = no FP8."""
+    format: Literal["hybrid", "e4m3"] | None = None
+    """``e4m3`` everywhere, or ``hybrid``: e5m2 for gradients. None = TransformerEngine's own for
+    the recipe: hybrid for one scale a tensor, e4m3 for blocks."""
+    parameters: bool = False
+    """Hold the weights themselves in FP8, with float32 ones in the distributed optimizer."""
+    bf16_layers_at_start: NonNegativeInt = 1
+    """First decoder layers that stay in bf16."""
+    bf16_layers_at_end: NonNegativeInt = 1
+    """Last decoder layers that stay in bf16."""
+
+
 class PolicySection(Section):
     """The Megatron-Core policy: layout, precision, batches. Data parallel = world size / (TP x
     CP x PP)."""
@@ -123,15 +142,26 @@ class PolicySection(Section):
     experts need it then)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Dtype of parameters and activations."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers: Megatron's with this project's attention and norm (``local``), or
+    TransformerEngine's. ``auto`` takes TransformerEngine's in bf16 where it is installed and a
+    GPU is there."""
+    fp8: Fp8Section = Fp8Section()
+    """FP8 training (needs TransformerEngine's layers)."""
     tokens_per_microbatch: PositiveInt = 4096
     """Most tokens packed into one micro-batch, per data-parallel rank (context-parallel ranks share
     them)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept. ``selective``: those inside
-    the attention, between its linear layers. ``full``: all but each layer's input, at the price of
-    a second forward pass."""
+    the attention, between its linear layers, which saves little or nothing on a GPU
+    (policy/memory.py). ``full``: all but each layer's input, at the price of a second forward
+    pass."""
     distributed_optimizer: bool = False
     """Split the optimizer's state and its work over the data-parallel ranks."""
+    optimizer_offload: Fraction = 0.0
+    """Share of the parameters whose optimizer state and update are on the CPU: 12 bytes of GPU
+    memory a parameter and data-parallel rank less, for a slower step (needs
+    distributed_optimizer)."""
     overlap_grad_reduce: bool = False
     """Add gradients up over the data-parallel ranks during the last micro-batch's backward pass."""
     overlap_param_gather: bool = False
@@ -274,6 +304,11 @@ class CheckpointSection(Section):
     """Trainer steps between checkpoints; 0 = only at the end or at a clean stop."""
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
+    async_save: bool = False
+    """Write the files while the run goes on: a step waits only until its state has been copied to
+    host memory (as much again as a checkpoint takes, shared out among the ranks). The checkpoint
+    counts one or two steps later, when all ranks have written; a kill before that goes back to the
+    one before."""
 
 
 class TrackingSection(Section):

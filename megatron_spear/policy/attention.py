@@ -145,8 +145,8 @@ class PackedAttention(torch.nn.Module):  # type: ignore[misc]
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(
-            Turn.apply(query, layout),
-            Turn.apply(key, layout),
+            turn(query, layout),
+            turn(key, layout),
             value,
             layout.cu_seqlens_q,
             layout.cu_seqlens_kv,
@@ -175,8 +175,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     return out
 
 
-class Turn(torch.autograd.Function):  # type: ignore[misc]
+def turn(x: Tensor, layout: PackedLayout) -> Tensor:
     """Packed ``[T, H, D]`` turned by the tokens' angles."""
+    return _Turn.apply(x, layout)
+
+
+class _Turn(torch.autograd.Function):  # type: ignore[misc]
+    """``turn`` with its derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: PackedLayout) -> Tensor:

@@ -1,23 +1,16 @@
 """Model and optimizer state on disk, whatever the layout, by Megatron's dist_checkpointing.
 
-Megatron writes its files from forked processes with a queue held by a spawned one, which for a
-small model takes far longer than the writing and re-imports the main script; here the same code
-writes from this process. It also lets rank 0 write small files alone between two collectives, so an
-error there would leave the other ranks waiting; here such an error is kept until all ranks can hear
-of it. What is done by one rank alone ends in an agreement: it went well on all ranks, or each
-raises CheckpointError.
+What is done by one rank alone ends in an agreement: it went well on all ranks, or each raises
+CheckpointError. The writing itself may go on beside the training (``begin_save``).
 
 Whether the files are still what was written is not checked here: the run's checkpoints have a
 manifest with hashes (``trainer.commit``).
 """
 
-import contextlib
-import functools
 import json
 import logging
 import pickle
-import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +18,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spear.errors import CheckpointError
-from megatron_spear.policy import cpu, optimizer_state
+from megatron_spear.policy import cpu, fp8, optimizer_state, random_state
+from megatron_spear.policy.checkpoint_files import FilesToWrite, errors_kept
 from megatron_spear.policy.parallel import ParallelContext
 
 logger = logging.getLogger(__name__)
@@ -37,8 +31,6 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "policy.json"
 FORMAT = 1
 
-_PARALLEL_WRITERS = ("write_preloaded_data_multiproc", "write_preloaded_data_multithread")
-_WRITE_ERRORS = (OSError, RuntimeError)
 _LIBRARY_ERRORS = (
     CheckpointException,  # torch's, of a collective save or load; no Exception
     CheckpointingException,  # Megatron's, of state that does not fit
@@ -52,6 +44,31 @@ _LIBRARY_ERRORS = (
 """What torch and Megatron raise for files that cannot be written, are damaged or do not fit."""
 
 
+class PendingSave:
+    """A save that was begun: the files are being written by a thread of each rank.
+
+    What they hold is the state at ``begin_save``; training may go on.
+    """
+
+    def __init__(
+        self, folder: Path, files: FilesToWrite, about: dict[str, Any], ctx: ParallelContext
+    ) -> None:
+        self._folder, self._files, self._about, self._ctx = folder, files, about, ctx
+        self.writing = files.start_writing()
+        """Done once this rank's files are written, or could not be."""
+
+    def finish(self) -> None:
+        """Wait for the writing and complete the checkpoint; collective.
+
+        Raises CheckpointError on every rank if one of them could not write.
+        """
+        _complete(self._folder, self._files, self._about, self._ctx)
+
+    def abandon(self) -> None:
+        """Stop writing soon; on one rank or all. What was written is for the caller to remove."""
+        self._files.abandon()
+
+
 def save(
     folder: Path, chunks: Sequence[Any], optimizer: Any, num_steps: int, ctx: ParallelContext
 ) -> None:
@@ -61,6 +78,25 @@ def save(
     caller's affair. ``policy.json`` is written last. Raises CheckpointError on every rank if one of
     them cannot write.
     """
+    files, about = _plan(folder, chunks, optimizer, num_steps, ctx)
+    _complete(folder, files, about, ctx)
+
+
+def begin_save(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, num_steps: int, ctx: ParallelContext
+) -> PendingSave:
+    """``save``, but only the copying to host memory is waited for; ``finish`` the result."""
+    files, about = _plan(folder, chunks, optimizer, num_steps, ctx)
+    begun: PendingSave = _agree(
+        lambda: PendingSave(folder, files, about, ctx), _unwritten(folder), ctx
+    )
+    return begun
+
+
+def _plan(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, num_steps: int, ctx: ParallelContext
+) -> tuple[FilesToWrite, dict[str, Any]]:
+    """What to write: Megatron's files, and the contents of ``policy.json``."""
 
     def begin() -> None:
         if ctx.is_controller:
@@ -68,68 +104,128 @@ def save(
             if any(folder.iterdir()):
                 raise CheckpointError(f"{folder} is not empty; give a new folder to save into")
 
-    def write() -> None:
-        with cpu.cuda_means_cpu(), _write_in_this_process(), _errors_kept() as errors:
+    def plan() -> FilesToWrite:
+        with cpu.cuda_means_cpu(), errors_kept() as errors:
             state = _state(chunks, optimizer, num_steps, loading=False)
-            dist_checkpointing.save(state, str(folder), ("torch_dist", 1))
+            state["rng"] = random_state.sharded_state(ctx)
+            planned = FilesToWrite(state, folder)
+        if errors:
+            raise errors[0]
+        return planned
+
+    _agree(begin, _unwritten(folder), ctx)
+    files = _agree(plan, _unwritten(folder), ctx)
+    about = {
+        "format": FORMAT,
+        "num_steps": num_steps,
+        "distributed_optimizer": optimizer_state.is_distributed(optimizer),
+        "rng_layout": random_state.layout(ctx),
+    }
+    return files, about
+
+
+def _complete(
+    folder: Path, files: FilesToWrite, about: dict[str, Any], ctx: ParallelContext
+) -> None:
+    """This rank's files, if no thread writes them, and what comes after them."""
+
+    def complete() -> None:
+        with cpu.cuda_means_cpu(), errors_kept() as errors:
+            files.complete()
         if errors:
             raise errors[0]
 
     def end() -> None:
         if ctx.is_controller:
-            split = optimizer_state.is_distributed(optimizer)
-            state = {"format": FORMAT, "num_steps": num_steps, "distributed_optimizer": split}
-            (folder / STATE_FILE).write_text(json.dumps(state))
+            (folder / STATE_FILE).write_text(json.dumps(about))
 
-    for action in (begin, write, end):
-        _agree(action, f"{folder} cannot be written", ctx)
+    for action in (complete, end):
+        _agree(action, _unwritten(folder), ctx)
+
+
+def _unwritten(folder: Path) -> str:
+    return f"{folder} cannot be written"
 
 
 def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelContext) -> int:
     """Restore what ``save`` wrote, at any layout; the number of optimizer steps taken. Collective.
 
-    Raises CheckpointError on every rank if a file is missing, damaged or of another model.
+    The random generators are taken back at the layout they were saved at, else seeded anew. Raises
+    CheckpointError on every rank if a file is missing, damaged or of another model.
     """
     misfit = "the checkpoint does not fit or is damaged"
     split = optimizer_state.is_distributed(optimizer)
-    num_steps: int = _agree(lambda: _read_alone(folder, split), misfit, ctx)
+    about, stored = _agree(lambda: _read_alone(folder, split), misfit, ctx)
+    num_steps, rng_layout = int(about["num_steps"]), about.get("rng_layout")
+    same_layout = rng_layout == random_state.layout(ctx)
 
     def restore() -> None:
         with cpu.cuda_means_cpu():
             request = _state(chunks, optimizer, num_steps, loading=True)
+            if same_layout:
+                request["rng"] = random_state.sharded_state(ctx)
+            missing = _without_missing_extras(request, stored)
             state = dist_checkpointing.load(request, str(folder))
             for number, chunk in enumerate(chunks):
-                chunk.load_state_dict(state[f"model{number}"])
+                chunk.load_state_dict(state[f"model{number}"] | missing[number])
             if num_steps:
                 optimizer_state.restore(optimizer, state["optimizer"])
             else:
-                optimizer.reload_model_params()
+                optimizer_state.reload_weights(optimizer)
+            if same_layout:
+                random_state.restore(state["rng"])
+            else:
+                random_state.seed_anew(rng_layout, ctx)
 
     _agree(restore, misfit, ctx)
-    return num_steps
+    return int(num_steps)
 
 
 def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
     """What is stored; before the first step the optimizer has no state worth it."""
     weights = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
-    if not num_steps:
-        return weights
-    state = optimizer_state.sharded_state(optimizer, weights, loading=loading)
-    return {**weights, "optimizer": state}
+    state = dict(weights)
+    if num_steps:
+        state["optimizer"] = optimizer_state.sharded_state(optimizer, weights, loading=loading)
+    fp8.make_plain(weights)
+    return state
 
 
-def _read_alone(folder: Path, distributed: bool) -> int:
-    """``num_steps``; reads all that each rank reads by itself before Megatron's first collective.
+def _without_missing_extras(request: dict[str, Any], stored: set[str]) -> list[dict[str, None]]:
+    """Take out of ``request`` the layers' extra states (FP8 scales) that are not ``stored``.
 
-    A rank that cannot is found here, where the others do not wait for it yet. Refuses the state of
-    an optimizer that is not as ``distributed`` as the present one.
+    Gives them by name, for each piece of the model, as None, which a layer passes over. Layers of
+    another implementation stored other ones, and TransformerEngine's have some without content.
+    """
+    found = []
+    for number in range(sum(key.startswith("model") for key in request)):
+        own = request[f"model{number}"]
+        names = [
+            name
+            for name, entry in own.items()
+            if name.endswith("_extra_state")
+            and isinstance(entry, ShardedObject)
+            and entry.unique_key not in stored
+        ]
+        found.append(dict.fromkeys(names))
+        for name in names:
+            del own[name]
+    return found
+
+
+def _read_alone(folder: Path, distributed: bool) -> tuple[dict[str, Any], set[str]]:
+    """``policy.json`` and the keys of what is stored.
+
+    Reads all that each rank reads by itself before Megatron's first collective: a rank that cannot
+    is found here, where the others do not wait for it yet. Refuses the state of an optimizer that
+    is not as ``distributed`` as the present one.
     """
     file = folder / STATE_FILE
     if not file.is_file():
         raise CheckpointError(
             f"{folder} has no {STATE_FILE}: not a policy checkpoint, or its saving was cut off"
         )
-    state = json.loads(file.read_text())
+    state: dict[str, Any] = json.loads(file.read_text())
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} has format {state.get('format')!r}, this version reads {FORMAT}"
@@ -142,7 +238,7 @@ def _read_alone(folder: Path, distributed: bool) -> int:
             f"{str(stored).lower()}"
         )
     dist_checkpointing.load_common_state_dict(str(folder))
-    return int(state["num_steps"])
+    return state, set(serialization.load_sharded_metadata(str(folder)))
 
 
 def _agree(action: Callable[[], Any], failed: str, ctx: ParallelContext) -> Any:
@@ -176,74 +272,3 @@ def _cause(error: BaseException) -> BaseException:
         first: BaseException = next(iter(error.failures.values()))[0]
         return first
     return error
-
-
-@contextlib.contextmanager
-def _errors_kept() -> Iterator[list[Exception]]:
-    """Inside, errors of Megatron's files that rank 0 writes alone go to the list instead.
-
-    These are ``metadata.json``, ``.metadata`` and, in 0.16, ``common.pt``.
-    """
-    places: list[tuple[Any, str]] = [
-        (serialization, "save_config"),
-        (filesystem_async.FileSystemWriterAsync, "finish"),
-    ]
-    if hasattr(common, "TorchCommonSaveStrategy"):
-        places.append((common.TorchCommonSaveStrategy, "save_common"))
-    errors: list[Exception] = []
-
-    def keeping(write: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(write)
-        def attempt(*args: Any, **kwargs: Any) -> None:
-            try:
-                write(*args, **kwargs)
-            except _WRITE_ERRORS as error:
-                errors.append(error)
-
-        return attempt
-
-    originals = [(owner, name, getattr(owner, name)) for owner, name in places]
-    for owner, name, write in originals:
-        setattr(owner, name, keeping(write))
-    try:
-        yield errors
-    finally:
-        for owner, name, write in originals:
-            setattr(owner, name, write)
-
-
-@contextlib.contextmanager
-def _write_in_this_process() -> Iterator[None]:
-    """Megatron's file writer with a plain queue and without its worker processes (0.16) or threads
-    (0.19), which hide what went wrong or let it out on one rank alone."""
-    writer = filesystem_async.FileSystemWriterAsync
-    (name,) = (name for name in _PARALLEL_WRITERS if hasattr(writer, name))
-    original = getattr(writer, name)
-    filesystem_async._results_queue = queue.Queue()
-    setattr(writer, name, staticmethod(_write_buckets))
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = None
-        setattr(writer, name, staticmethod(original))
-
-
-def _write_buckets(
-    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any
-) -> None:
-    """One file after the other; ``results`` gets what was written by number, or the error."""
-    written: Any = {}
-    for number, bucket in enumerate(buckets):
-        done: queue.Queue[Any] = queue.Queue()
-        pending: queue.Queue[Any] = queue.Queue()
-        pending.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, done, pending, use_fsync=True
-        )
-        _, outcome = done.get_nowait()
-        if isinstance(outcome, Exception):
-            hidden = outcome.__context__  # behind torch's "unexpected pos"
-            written = hidden if isinstance(hidden, OSError) else outcome
-            break
-        written[number] = outcome
-    results.put(written)

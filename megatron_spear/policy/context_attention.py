@@ -29,8 +29,8 @@ from megatron_spear.policy.attention import (
     PackedAttention,
     PackedLayout,
     Rotary,
-    Turn,
     padded_index,
+    turn,
 )
 
 
@@ -129,11 +129,11 @@ class ContextAttention(PackedAttention):
     ) -> Tensor:
         layout = packed_seq_params
         assert isinstance(layout, ContextLayout), "the policy hands every batch with its layout"
-        both = torch.cat((Turn.apply(key.squeeze(1), layout), value.squeeze(1)), 1)
+        both = torch.cat((turn(key.squeeze(1), layout), value.squeeze(1)), 1)
         # Megatron's name; it gathers along the tokens, and adds gradients up on the way back
         both = gather_from_sequence_parallel_region(both, group=layout.group)
         attend = attend_packed if layout.rows is None else attend_laid_out
-        return attend(Turn.apply(query.squeeze(1), layout), both, layout, self.softmax_scale)
+        return attend(turn(query.squeeze(1), layout), both, layout, self.softmax_scale)
 
 
 def attend_laid_out(

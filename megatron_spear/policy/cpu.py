@@ -15,6 +15,7 @@ Works with megatron-core 0.16.1 and 0.19.2.
 
 import contextlib
 import ctypes
+import functools
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -131,10 +132,14 @@ def patch_megatron() -> None:
     """Patch the megatron modules whose hot path names CUDA; idempotent, nothing with CUDA."""
     if not active():
         return
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
+    choose = HybridDeviceOptimizer._get_sub_optimizer_param_groups  # asks where a parameter is
+    if not hasattr(choose, "__wrapped__"):
+        HybridDeviceOptimizer._get_sub_optimizer_param_groups = _with_host_and_device(choose)
     token_dispatcher.maybe_move_tensor_to_cpu = _as_on_cpu
     schedules.torch = _TorchOnCpu()
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -144,6 +149,36 @@ def patch_megatron() -> None:
 def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """Sizes of an all-to-all as plain numbers, which gloo asks for; the rest is on the CPU."""
     return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+class _HostAndDevice(TorchFunctionMode):  # type: ignore[misc]
+    """Inside, tensors are on the device, except what ``.cpu()`` gives and what is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._on_host: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        on_host = id(args[0]) in self._on_host if args else False
+        if func == torch.Tensor.is_cuda.__get__:  # made anew at each access
+            return not on_host
+        if func is torch.Tensor.cpu:
+            func, on_host = torch.Tensor.clone, True
+        result = func(*args, **(kwargs or {}))
+        if on_host and torch.is_tensor(result):
+            self._on_host[id(result)] = result  # held, so that no other gets its id
+        return result
+
+
+def _with_host_and_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def on_cpu(*args: Any) -> Any:
+        with _HostAndDevice():
+            return function(*args)
+
+    return on_cpu
 
 
 class CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]
@@ -159,7 +194,7 @@ class CudaMeansCpu(TorchFunctionMode):  # type: ignore[misc]
             return None
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # the optimizer tells dtypes by comparing with names such as torch.cuda.FloatTensor
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            return "torch.cuda." + func(*args).rpartition(".")[2]  # whoever asked before, if nested
         if func is torch.Tensor.to and len(args) > 1 and isinstance(args[1], str | torch.device):
             args = (args[0], "cpu" if _names_cuda(args[1]) else args[1], *args[2:])
         if _names_cuda(kwargs.get("device")):

@@ -28,6 +28,7 @@ from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.mapping import padded_vocab
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.data.packing import TrainBatch
+from megatron_spear.policy import fp8
 from megatron_spear.policy.attention import (
     PackedAttention,
     PackedLayout,
@@ -39,6 +40,7 @@ from megatron_spear.policy.context_attention import ContextAttention, context_la
 from megatron_spear.policy.experts import experts_config, experts_spec
 from megatron_spear.policy.layers import GatedMlp, RMSNorm
 from megatron_spear.policy.parallel import ParallelContext
+from megatron_spear.policy.weights import stored_prefixes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -57,6 +59,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerConfig:
     """Megatron's config: no dropout, no fused kernels that need apex, losses as plain sums."""
     dtype = DTYPES[policy.precision]
+    te = policy.transformer_impl == "transformer_engine"
     interleaved = policy.virtual_pipeline if policy.virtual_pipeline > 1 else None
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -87,7 +90,7 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=True,
+        use_cpu_initialization=not te,
         perform_initialization=False,  # weights come from the Hugging Face folder
         calculate_per_token_loss=True,  # neither micro-batches nor ranks divide the loss
         bias_activation_fusion=False,
@@ -97,7 +100,22 @@ def transformer_config(shape: ModelShape, policy: PolicySection) -> TransformerC
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **(experts_config(shape, policy.expert_parallel) if shape.num_experts else {}),
+        moe_grouped_gemm=te and shape.num_experts > 0,
         **RECOMPUTE[policy.recompute],
+        **fp8.config_fields(policy.fp8),
+    )
+
+
+def block_spec(
+    shape: ModelShape, policy: PolicySection, num_layers: int
+) -> TransformerBlockSubmodules:
+    """``num_layers`` layers and the final norm, of TransformerEngine where it has been chosen."""
+    if policy.transformer_impl == "transformer_engine":
+        from megatron_spear.policy import transformer_engine
+
+        return transformer_engine.block_spec(shape, policy, num_layers)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(shape, policy)] * num_layers, layer_norm=RMSNorm
     )
 
 
@@ -127,6 +145,7 @@ def layer_spec(shape: ModelShape, policy: PolicySection) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=experts_spec() if shape.num_experts else mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=stored_prefixes(shape),
         ),
     )
 
@@ -148,9 +167,7 @@ class PackedModel(GPTModel):  # type: ignore[misc]
         layers = shape.num_layers // (ctx.pipeline_size * chunks)
         super().__init__(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(shape, policy)] * layers, layer_norm=RMSNorm
-            ),
+            transformer_layer_spec=block_spec(shape, policy, layers),
             vocab_size=padded_vocab(shape.vocab_size, ctx.tensor_size),
             max_sequence_length=shape.max_length,
             pre_process=ctx.pipeline_rank == 0 and chunk == 0,
@@ -168,7 +185,10 @@ class PackedModel(GPTModel):  # type: ignore[misc]
         self.first_expert = shape.num_experts // ctx.expert_size * ctx.expert_rank
         self.ctx = ctx
         self.rotary = Rotary(shape, ctx.device, config.params_dtype)
-        self.packed_attention = stays_packed(ctx.device, config.params_dtype)
+        self.has_te_layers = policy.transformer_impl == "transformer_engine"
+        self.packed_attention = stays_packed(ctx.device, config.params_dtype) or (
+            self.has_te_layers and ctx.context_size == 1
+        )
 
     def forward(self, batch: TrainBatch) -> Tensor:
         """Logits ``[T, V / tp]`` on the last stage, hidden states ``[T, 1, hidden]`` before it."""
@@ -182,17 +202,22 @@ class PackedModel(GPTModel):  # type: ignore[misc]
 
     def _layout(self, batch: TrainBatch) -> PackedLayout:
         packed, ctx = self.packed_attention, self.ctx
-        if ctx.context_size == 1:
-            return packed_layout(batch.cu_seqlens, batch.max_seqlen, self.rotary, packed=packed)
-        place = (ctx.context_rank, ctx.context_size, ctx.context)
-        return context_layout(batch, self.rotary, *place, packed=packed)
+        if ctx.context_size > 1:
+            place = (ctx.context_rank, ctx.context_size, ctx.context)
+            return context_layout(batch, self.rotary, *place, packed=packed)
+        if self.has_te_layers:
+            from megatron_spear.policy import transformer_engine
+
+            return transformer_engine.layout_of(batch, self.rotary)
+        return packed_layout(batch.cu_seqlens, batch.max_seqlen, self.rotary, packed=packed)
 
 
 def _mark_split_weights(model: torch.nn.Module) -> None:
     """Tell Megatron which weights are split over ranks, and how (the gradient norm needs it).
 
-    Megatron does so while it initialises weights, which is switched off here. An expert's
-    weights are whole, but marked too: each tensor-parallel rank counts its own experts.
+    Megatron does so while it initialises weights, which is switched off here; TransformerEngine's
+    linears do it themselves. An expert's weights are whole, but marked too: each tensor-parallel
+    rank counts its own experts.
     """
     axes = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():

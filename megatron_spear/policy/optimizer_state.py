@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_spear.policy import offload
+
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 
@@ -47,12 +49,16 @@ def restore(optimizer: Any, state: Any) -> None:
     pieces = []
     for number, part in enumerate(optimizer.chained_optimizers):
         own = state[number] if several else state
+        if offload.is_hybrid(part):
+            offload.restore(part, own)
         if not _is_torch_adam(part):
             continue
         if isinstance(part, DistributedOptimizer):
             pieces.append((part, own.pop("param_state")))
         else:
             own.get("optimizer", own)["state"].setdefault("common_step", torch.zeros(()))
+    if any(map(offload.is_hybrid, optimizer.chained_optimizers)):
+        return  # so are all others
     optimizer.load_state_dict(state)  # parameter groups and their count of steps
     for part, tensors in pieces:
         counts = [values.pop("step") for values in part.optimizer.state.values()]
@@ -62,16 +68,28 @@ def restore(optimizer: Any, state: Any) -> None:
     _count_apart(optimizer)
 
 
+def reload_weights(optimizer: Any) -> None:
+    """Take over weights that were loaded into the model without state of the optimizer."""
+    optimizer.reload_model_params()
+    for part in filter(offload.is_hybrid, optimizer.chained_optimizers):
+        offload.reload_weights(part)
+
+
 @contextlib.contextmanager
 def _own_gathering(optimizer: Any) -> Iterator[None]:
     parts = [p for p in optimizer.chained_optimizers if isinstance(p, DistributedOptimizer)]
+    hybrids = list(filter(offload.is_hybrid, parts))
     for part in parts:
         part.get_parameter_state_dp_zero = functools.partial(_whole_buffers, part)
+    for part in hybrids:
+        part.load_state_dict = lambda state: None  # would begin its state, which is begun
     try:
         yield
     finally:
         for part in parts:
             del part.get_parameter_state_dp_zero
+        for part in hybrids:
+            del part.load_state_dict
 
 
 def _whole_buffers(part: Any, *, empty_data: bool, **kwargs: Any) -> dict[int, Any]:
@@ -107,6 +125,8 @@ def _gathered(part: Any, bucket: Any, places: dict[Any, Any]) -> dict[str, torch
 
 def _begin(optimizer: Any) -> None:
     """Give parameters that torch's Adam has not updated yet the state it would begin with."""
+    for part in filter(offload.is_hybrid, optimizer.chained_optimizers):
+        offload.begin(part)
     for part in _torch_adams(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:

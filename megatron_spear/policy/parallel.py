@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear.config.layout import layout_problems
+from megatron_spear.config.precision import linear_sizes, precision_problems
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.shape import model_shape, split_sizes
 from megatron_spear.errors import ConfigError
@@ -39,11 +40,13 @@ class ParallelContext:
     Ranks are ordered tensor parallel first, then context, data and pipeline parallel. Experts are
     spread over the first three together, neighbours first. ``control`` is a gloo group of all ranks
     for Python objects; ``tensor`` the tensor-parallel group, ``context`` the context-parallel one.
+    ``seed`` is what the generators were seeded with.
 
     Example: of 4 ranks with tensor parallel 2 and expert parallel 2, the experts' first half is on
     ranks 0 and 2, the second on 1 and 3.
     """
 
+    seed: int
     rank: int
     world_size: int
     tensor_rank: int
@@ -89,7 +92,6 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     ConfigError if the layout does not fit the world size.
     """
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _refuse(layout_problems(policy, world_size))
@@ -113,9 +115,9 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
         create_gloo_process_groups=device.type == "cpu",
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    seed_generators(seed)
     ctx = ParallelContext(
+        seed=seed,
         rank=dist.get_rank(),
         world_size=world_size,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -138,6 +140,14 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     found = (ctx.context_rank, ctx.data_rank, ctx.expert_rank)
     assert places == found, "Megatron's rank order has changed"
     return ctx
+
+
+def seed_generators(seed: int) -> None:
+    """Seed this rank's generators; Megatron adds the rank where ranks have to differ."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def destroy(keep_world: bool = False) -> None:
@@ -168,7 +178,21 @@ def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None
     shape = model_shape(hf_config)
     by_tensor = {f"the model's {name}": size for name, size in split_sizes(shape).items()}
     by_pipeline = {"the model's num_hidden_layers": shape.num_layers}
-    _refuse(layout_problems(policy, world_size, by_tensor, by_pipeline, shape.num_experts))
+    linears = linear_sizes(
+        hidden=shape.hidden_size,
+        heads=shape.num_heads,
+        groups=shape.num_groups,
+        head_dim=shape.head_dim,
+        ffn=shape.ffn_size,
+        experts=shape.num_experts > 0,
+        tensor_parallel=policy.tensor_parallel,
+    )
+    _refuse(
+        (
+            *layout_problems(policy, world_size, by_tensor, by_pipeline, shape.num_experts),
+            *precision_problems(policy, shape.num_layers, linears),
+        )
+    )
 
 
 def _refuse(problems: Iterable[str]) -> None:

@@ -19,12 +19,22 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_spear.algorithms.policy_loss import TokenLoss
+from megatron_spear.config.precision import REFERENCE_PROBLEM, fp8_multiple
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.data.packing import PackedStep
 from megatron_spear.data.zigzag import joined
 from megatron_spear.errors import ConfigError
-from megatron_spear.policy import checkpoint, cpu, exchange, step, weights
+from megatron_spear.policy import (
+    checkpoint,
+    cpu,
+    exchange,
+    implementation,
+    offload,
+    precision_audit,
+    step,
+    weights,
+)
 from megatron_spear.policy.model import PackedModel
 from megatron_spear.policy.optimizer import build_optimizer, learning_rate
 from megatron_spear.policy.parallel import ParallelContext, check_layout
@@ -43,6 +53,9 @@ class MegatronPolicy:
         total_steps: int,
         ctx: ParallelContext,
     ) -> None:
+        policy, layers = implementation.choose(policy)
+        if ctx.is_controller:
+            logger.info("%s", layers)
         self.shape, self.ctx = shape, ctx
         self._section, self._total_steps = optimizer, total_steps
         self.num_steps = 0
@@ -76,6 +89,8 @@ class MegatronPolicy:
         made = cls(model_shape(config), policy, optimizer, total_steps, ctx)
         weights.load_hf(made._chunks, Path(path), made.shape, ctx)
         made.reset_optimizer(optimizer, total_steps)
+        if policy.fp8.recipe != "none":
+            precision_audit.audit(made, policy.fp8)
         return made
 
     def reset_optimizer(self, optimizer: OptimizerSection, total_steps: int) -> None:
@@ -84,15 +99,19 @@ class MegatronPolicy:
         self._optimizer = build_optimizer(self._model, optimizer, self._policy)
 
     def keep_reference(self) -> None:
-        """Keep the present weights, on the CPU, as the reference policy of ``logprobs``."""
+        """Keep the present weights, on the CPU, as the reference policy of ``logprobs``.
+
+        ConfigError if weights are held in FP8."""
+        if self._policy.fp8.parameters:
+            raise ConfigError(REFERENCE_PROBLEM)
         self._gather_weights()
         self._reference = [p.detach().to("cpu", copy=True) for p in self._parameters()]
 
     @property
     def pad_multiple(self) -> int:
         """What ``pack`` has to pad micro-batches to."""
-        split = self.ctx.tensor_size * self.ctx.context_size
-        return split if self._policy.sequence_parallel else 1
+        split = self.ctx.tensor_size if self._policy.sequence_parallel else 1
+        return fp8_multiple(self._policy) * split * self.ctx.context_size
 
     @property
     def sequence_multiple(self) -> int:
@@ -240,7 +259,8 @@ class MegatronPolicy:
                 return {"grad_norm": math.nan, "skipped": 1.0}
             if self._section.clip_grad > 0:
                 params = [p for group in self._optimizer.param_groups for p in group["params"]]
-                clip_grad_by_total_norm_fp32(params, self._section.clip_grad, norm)
+                decoupled = offload.decouples_gradients(self._optimizer.config)
+                clip_grad_by_total_norm_fp32(params, self._section.clip_grad, norm, decoupled)
             self._optimizer.step_with_ready_grads()
         return {"grad_norm": norm, "skipped": 0.0}
 
@@ -256,6 +276,14 @@ class MegatronPolicy:
         """Model, optimizer and step into ``folder``, loadable at another layout; collective."""
         self._gather_weights()
         checkpoint.save(Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx)
+
+    def begin_save(self, folder: Path) -> checkpoint.PendingSave:
+        """``save`` of the present state, written beside what is done next; ``finish`` it.
+        Collective."""
+        self._gather_weights()
+        return checkpoint.begin_save(
+            Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx
+        )
 
     def load(self, folder: Path) -> None:
         """What ``save`` wrote; CheckpointError if it is missing, broken or of another model.
@@ -282,5 +310,6 @@ def _distributed(chunk: PackedModel, policy: PolicySection) -> DistributedDataPa
         use_distributed_optimizer=policy.distributed_optimizer,
         overlap_grad_reduce=policy.overlap_grad_reduce,
         overlap_param_gather=policy.overlap_param_gather,
+        fp8_param_gather=policy.fp8.parameters,
     )
     return DistributedDataParallel(config=chunk.config, ddp_config=settings, module=chunk)

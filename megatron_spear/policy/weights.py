@@ -1,5 +1,6 @@
 """Hugging Face weights into and out of the distributed model, one parameter at a time."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,46 @@ from megatron_spear.conversion.hf_io import HfReader, check_complete
 from megatron_spear.conversion.mapping import WeightMap
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import CheckpointError
+from megatron_spear.policy import fp8
 from megatron_spear.policy.parallel import ParallelContext, Place
+
+LOCAL_PREFIXES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""How names in a layer of TransformerEngine's begin, and how they do in a local one."""
+
+
+def stored_prefixes(shape: ModelShape) -> dict[str, str]:
+    """How names in a local layer begin, and how they do in checkpoints.
+
+    These have TransformerEngine's names, as Megatron's own do, whichever layers wrote them.
+    """
+    dense = not shape.num_experts  # with experts the norm stays by itself there too
+    return {
+        local: prefix
+        for prefix, local in LOCAL_PREFIXES.items()
+        if dense or not prefix.startswith("mlp.")
+    }
+
+
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+
+
+def local_name(name: str) -> str:
+    """A parameter's name in the local layers, which weight tables speak of, by its own.
+
+    Example: TransformerEngine's ``mlp.experts.linear_fc1.weight3`` is
+    ``mlp.experts.local_experts.3.linear_fc1.weight``; local names stay.
+    """
+    for prefix, local in LOCAL_PREFIXES.items():
+        name = name.replace(prefix, local)
+    return _GROUPED.sub(r"mlp.experts.local_experts.\2.\1.weight", name)
+
+
+def parameters_of(chunk: Any) -> dict[str, torch.nn.Parameter]:
+    """A piece of the model's parameters by local name."""
+    return {local_name(name): parameter for name, parameter in chunk.named_parameters()}
 
 
 def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelContext) -> None:
@@ -22,7 +62,7 @@ def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelC
     Each rank maps the files and reads only tensors of its own stage. Raises CheckpointError for
     tensors that are missing, of a wrong shape or left over, and for parameters that none sets.
     """
-    named = [dict(chunk.named_parameters()) for chunk in chunks]
+    named = [parameters_of(chunk) for chunk in chunks]
     unset = {(number, name) for number, own in enumerate(named) for name in own}
     with HfReader(path) as reader, torch.no_grad():
         table = weight_table(shape)
@@ -45,6 +85,7 @@ def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelC
                     f"expects {tuple(parameters[name].shape)}"
                 )
             parameters[name].copy_(part)
+            fp8.keep_exact(parameters[name], part)
             unset.discard((number, name))
     if unset:
         names = ", ".join(sorted(name for _, name in unset))
@@ -61,7 +102,7 @@ def export_hf(
     has it to rank 0. Tied output embeddings are not repeated. Tensors may share memory with the
     model: copy what is kept.
     """
-    named = [dict(chunk.named_parameters()) for chunk in chunks]
+    named = [parameters_of(chunk) for chunk in chunks]
     for item in weight_table(shape):
         if item.tied:
             continue
@@ -69,7 +110,8 @@ def export_hf(
         part = None
         if is_here(item, stage, shape, ctx):
             chunk = chunks[number]
-            part = named[number][item.local_name(chunk.first_layer, chunk.first_expert)].detach()
+            name = item.local_name(chunk.first_layer, chunk.first_expert)
+            part = fp8.plain(named[number][name].detach())
         holder = _first_holder(item, stage, shape, ctx)
         full = _to_controller(item, part, holder, ctx, chunks[0].config.params_dtype)
         if full is None:

@@ -21,18 +21,24 @@ class RankFailed(RuntimeError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    fake_te: bool = False,
 ) -> list[Any]:
     """``function(*args)`` on ``world_size`` processes; their results in rank order.
 
     ``function`` must be importable (a module's top level), ``args`` and results picklable. Each
     process has the environment torchrun gives it (RANK, WORLD_SIZE, MASTER_ADDR, ...) and one
-    thread. Raises RankFailed with the first failing rank's traceback, or naming the ranks that
-    were not done after ``timeout_s`` seconds; all processes are killed then.
+    thread. With ``fake_te`` they are new processes that have the stand-in for TransformerEngine
+    (``testing.fake_te``), which takes some seconds. Raises RankFailed with the first failing rank's
+    traceback, or naming the ranks that were not done after ``timeout_s`` seconds; all processes are
+    killed then.
     """
     from torch.distributed import TCPStore
 
-    context = _context()
+    context = multiprocessing.get_context("spawn") if fake_te else _context()
     # Bound here, as torchrun does: a port that was only looked up may be taken before rank 0 binds.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], {}
@@ -48,7 +54,7 @@ def run_ranks(
         }
         payload = pickle.dumps((function, args))
         process = context.Process(
-            target=_rank_main, args=(sender, environment, payload), daemon=True
+            target=_rank_main, args=(sender, environment, payload, fake_te), daemon=True
         )
         process.start()
         sender.close()
@@ -84,9 +90,16 @@ def _collect(pipes: dict[Any, int], world_size: int, timeout_s: float) -> list[A
     return [results[rank] for rank in range(world_size)]
 
 
-def _rank_main(sender: Connection, environment: dict[str, str], payload: bytes) -> None:
+def _rank_main(
+    sender: Connection, environment: dict[str, str], payload: bytes, fake_te: bool
+) -> None:
     os.environ.update(environment)
     import torch
+
+    if fake_te:
+        from megatron_spear.testing.fake_te import install
+
+        install()
 
     torch.set_num_threads(1)
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_spear.errors import CheckpointError
 from megatron_spear.files import says_disk_full, sync_folder
-from megatron_spear.trainer.manifest import check_manifest, write_manifest
+from megatron_spear.trainer.manifest import MANIFEST, check_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,16 @@ class CheckpointStore:
             raise self._unwritten(step, error) from error
         return tmp
 
+    def seal(self, step: int) -> None:
+        """Write the manifest, the long part of ``commit``, ahead of it (in a thread, say).
+
+        Raises CheckpointError when that cannot be.
+        """
+        try:
+            write_manifest(self.tmp_path(step), step)
+        except OSError as error:
+            raise self._unwritten(step, error) from error
+
     def commit(self, step: int) -> Path:
         """Make ``step_N.tmp`` the checkpoint ``step_N``; returns its folder.
 
@@ -68,7 +78,8 @@ class CheckpointStore:
         """
         tmp, final = self.tmp_path(step), self.folder / f"step_{step}"
         try:
-            write_manifest(tmp, step)
+            if not (tmp / MANIFEST).is_file():
+                write_manifest(tmp, step)
             if final.exists():  # written before a fallback to an older step; now it comes again
                 self._to_trash(final)
             tmp.rename(final)
@@ -197,7 +208,11 @@ class CheckpointStore:
             return
         if controller:
             self.abort(step)
-        raise failure or CheckpointError(
+        raise failure or self.another_failed(step)
+
+    def another_failed(self, step: int) -> CheckpointError:
+        """What a rank says whose own part went well."""
+        return CheckpointError(
             f"checkpoint of step {step} was not written: another rank could not write its part "
             "(its own message says why); earlier checkpoints are untouched"
         )

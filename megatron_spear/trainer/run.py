@@ -75,7 +75,10 @@ class SpearRun:
         A step or evaluation that stands still for ``run.hang_limit_s`` ends the process loudly.
         """
         with self._watchdog:
-            return self._run()
+            try:
+                return self._run()
+            finally:
+                self._checkpoints.abandon()
 
     def _run(self) -> dict[str, Any]:
         section = self._config.run
@@ -105,6 +108,7 @@ class SpearRun:
                 report = self._step.run(self._context(), self._check_stop)
                 self._progress.add(report)
                 self._track(report)
+                self._checkpoints.poll()
                 bar.advance(1, **_shown(report.metrics))
                 step, every = report.step, self._config.checkpoint.every
                 stopping = broadcast(bool(self._stop))
@@ -113,6 +117,7 @@ class SpearRun:
                 if stopping:
                     break
         assert self._saved == self._progress.step, "the last step is always saved"
+        self._finish_saving()
         if broadcast(bool(self._stop)):
             raise StopRequested(
                 f"{self._stop.reason or 'signal'}; saved at step {self._saved}, continue with "
@@ -130,6 +135,7 @@ class SpearRun:
         except StopRequested:
             if self._saved != step:
                 self._save()
+            self._finish_saving()
             raise
 
     def _context(self) -> StepContext:
@@ -202,6 +208,10 @@ class SpearRun:
         self._progress.wall_s = self._wall_s()
         self._checkpoints.save(self._progress)
         self._saved = self._progress.step
+
+    def _finish_saving(self) -> None:
+        self._watchdog.beat(f"the files of the checkpoint of step {self._saved}")
+        self._checkpoints.finish()
 
     def _wall_s(self) -> float:
         """Seconds from launch to now, with those of the launches before."""

@@ -2,11 +2,14 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.background import in_background, nothing_to_do
 from megatron_spear.config.fingerprint import config_hash
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import CheckpointError, ConfigError, SpearError
@@ -56,7 +59,7 @@ class Progress:
 
 
 class RunCheckpoints:
-    """The checkpoints of a run; ``save`` and ``resume`` are collective.
+    """The checkpoints of a run; all but ``abandon`` is collective.
 
     ``panel_sha256`` is that of the evaluation panel (None on ranks other than the controller).
     """
@@ -72,30 +75,99 @@ class RunCheckpoints:
         self._policy, self._controller = step.policy, step.controller
         self._panel_sha256 = panel_sha256
         self._store = CheckpointStore(directory.checkpoints, config.checkpoint.keep)
+        self._saving: Generator[Future[None]] | None = None
+        self._waited_for: Future[None] | None = None
 
     def save(self, progress: Progress) -> None:
         """Commit the policy, the progress and the controller's state as checkpoint ``step_N``.
 
-        No state of random generators: every draw is keyed by the seed and its place in the run, so
-        a resumed run draws the same.
+        With ``checkpoint.async_save`` it is only begun: ``poll`` after each step commits it once
+        its files are written. The one before is finished first.
         """
-        controller = self._controller is not None
-        with self._store.saving(progress.step, controller=controller, agree=all_true) as folder:
-            self._policy.save(folder / POLICY_FOLDER)
-            if self._controller:
-                state = {
-                    "progress": asdict(progress),
-                    "cursor": self._controller.cursor.state_dict(),
-                    "hooks": self._controller.hooks.state_dict(progress.step),
-                    "config_hash": config_hash(self._config),
-                    "panel_sha256": self._panel_sha256,
-                    "versions": versions(),
-                    "wandb_id": read_run_id(self._directory.path),
-                }
-                (folder / STATE_FILE).write_text(json.dumps(state))
-        log.info("saved checkpoint of step %d", progress.step)
+        self.finish()
+        self._saving = self._save(progress)
+        self._advance()
+
+    def poll(self) -> None:
+        """Go on with a save in the background as far as no disk has to be waited for.
+
+        Raises CheckpointError on every rank if one of them could not write.
+        """
+        while self._waited_for is not None and all_true(self._waited_for.done()):
+            self._advance()
+
+    def finish(self) -> None:
+        """Wait until a save in the background is committed; errors as in ``poll``."""
+        while self._waited_for is not None:
+            wait([self._waited_for])
+            self._advance()
+
+    def abandon(self) -> None:
+        """Give up a save in the background, on this rank; harmless when there is none."""
+        self._waited_for = None
+        if self._saving is not None:
+            self._saving.close()
+
+    def _advance(self) -> None:
+        assert self._saving is not None
+        self._waited_for = None  # should the next line raise
+        self._waited_for = next(self._saving, None)
+
+    def _save(self, progress: Progress) -> Generator["Future[None]"]:
+        """Saves; gives, on all ranks alike, what it has to wait for. Everything saved is of the
+        moment of the first ``next``.
+
+        No state of random generators of the control side: every draw is keyed by the seed and its
+        place in the run, so a resumed run draws the same.
+        """
+        step, controller = progress.step, self._controller is not None
+        with self._store.saving(step, controller=controller, agree=all_true) as folder:
+            if self._config.checkpoint.async_save:
+                yield from self._write_beside(folder, progress)
+            else:
+                self._policy.save(folder / POLICY_FOLDER)
+                self._write_state(folder, progress)
+        log.info("saved checkpoint of step %d", step)
         if self._controller:
             self._prune(self._controller)
+
+    def _write_beside(self, folder: Path, progress: Progress) -> Generator["Future[None]"]:
+        """The files of a checkpoint, written while the run goes on."""
+        step = progress.step
+        pending = self._policy.begin_save(folder / POLICY_FOLDER)
+        try:
+            failure: Exception | None = None
+            try:
+                self._write_state(folder, progress)
+            except (SpearError, OSError, RuntimeError) as error:
+                failure = error
+            if not all_true(failure is None):
+                raise failure or self._store.another_failed(step)
+            yield pending.writing
+            pending.finish()
+            sealing = nothing_to_do()
+            if self._controller:
+                sealing = in_background(partial(self._store.seal, step), "manifest")
+            yield sealing
+            sealing.result()
+        except BaseException:
+            pending.abandon()
+            raise
+
+    def _write_state(self, folder: Path, progress: Progress) -> None:
+        """The controller's part; nothing on other ranks."""
+        if not self._controller:
+            return
+        state = {
+            "progress": asdict(progress),
+            "cursor": self._controller.cursor.state_dict(),
+            "hooks": self._controller.hooks.state_dict(progress.step),
+            "config_hash": config_hash(self._config),
+            "panel_sha256": self._panel_sha256,
+            "versions": versions(),
+            "wandb_id": read_run_id(self._directory.path),
+        }
+        (folder / STATE_FILE).write_text(json.dumps(state))
 
     def resume(self) -> Progress:
         """Take back the newest checkpoint that can be used; all at the start if there is none yet.

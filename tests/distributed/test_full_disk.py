@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,9 @@ def faults() -> dict[str, tuple[int, Callable[[], AbstractContextManager[None]]]
     return found
 
 
-def save_with_faults(folder: Path, model: Path) -> dict[str, tuple[str, float]]:
-    """On every rank, by fault: what the save of step 2 raised, and after how many seconds."""
+def save_with_faults(folder: Path, model: Path) -> dict[tuple[str, bool], tuple[str, float]]:
+    """On every rank, by fault and whether a thread writes: what the save of step 2 raised, and
+    after how many seconds."""
     from megatron_spear.policy import parallel
     from megatron_spear.policy.policy import MegatronPolicy
     from megatron_spear.trainer.commit import CheckpointStore
@@ -83,22 +85,25 @@ def save_with_faults(folder: Path, model: Path) -> dict[str, tuple[str, float]]:
     policy = MegatronPolicy.from_hf(model, section, OptimizerSection(), 10, ctx)
     store = CheckpointStore(folder, keep=3)
 
-    def save(step: int) -> None:
+    def save(step: int, in_thread: bool) -> None:
         with store.saving(step, controller=ctx.is_controller, agree=all_true) as tmp:
-            policy.save(tmp / "policy")
+            if in_thread:
+                policy.begin_save(tmp / "policy").finish()
+            else:
+                policy.save(tmp / "policy")
 
-    save(1)
+    save(1, False)
     results = {}
-    for name, (rank, fault) in faults().items():
+    for (name, (rank, fault)), in_thread in product(faults().items(), (False, True)):
         started = time.monotonic()
         with fault() if ctx.rank == rank else contextlib.nullcontext():
             try:
-                save(2)
+                save(2, in_thread)
                 told = "nothing"
             except CheckpointError as error:
                 told = str(error)
-        results[name] = (told, time.monotonic() - started)
-    save(3)
+        results[name, in_thread] = (told, time.monotonic() - started)
+    save(3, True)
     parallel.destroy()
     return results
 
@@ -114,7 +119,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_hears_of_it_in_seconds(rank: int, saved: tuple[Path, list[Any]]) -> None:
     _, results = saved
-    assert len(results[rank]) >= 7
+    assert len(results[rank]) >= 14
     for name, (told, seconds) in results[rank].items():
         assert "checkpoint of step 2 was not written" in told, (name, told)
         assert seconds < 20, (name, seconds)
@@ -125,11 +130,11 @@ def test_a_fault_of_the_policys_files_is_told_on_both(
     rank: int, saved: tuple[Path, list[Any]]
 ) -> None:
     _, results = saved
-    for name, (told, _) in results[rank].items():
+    for (name, in_thread), (told, _) in results[rank].items():
         if name.startswith("files of"):
-            assert "File too large" in told, (name, told)
+            assert "File too large" in told, (name, in_thread, told)
         elif name not in ("the folder", "the manifest"):  # the commit's own, on rank 0
-            assert FULL in told, (name, told)
+            assert FULL in told, (name, in_thread, told)
 
 
 def test_other_checkpoints_are_whole(saved: tuple[Path, list[Any]]) -> None:

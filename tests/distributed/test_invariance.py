@@ -23,10 +23,10 @@ from megatron_spear.config.losses import (
     OffPolicyCorrectionSection,
 )
 from megatron_spear.config.method import AlgorithmSection, ReplaySection
-from megatron_spear.data.packing import pack
+from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.testing.hand_made import make_sample
 from megatron_spear.testing.ranks import run_ranks
-from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches
+from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan
 from megatron_spear.types import Coefficients, Origin, StepContext, TrainSample, Update
 
 VOCAB, WIDTH, TEMPERATURE = 97, 8, 0.9
@@ -107,7 +107,7 @@ class Table:
         self.output = 0.3 * torch.randn(WIDTH, VOCAB, generator=draw, dtype=torch.float64)
         self.embedding.requires_grad_()
         self.output.requires_grad_()
-        self.settings = {"data_parallel": ranks, "dtype": np.float64}
+        self.settings = {"data_parallel": ranks}
         self.settings |= {k: v for k, v in cut.items() if k != "reverse"}
         self.ranks, self.rank = ranks, rank
 
@@ -131,17 +131,7 @@ class Table:
 
     def gradient(self, batch: MiniBatch, loss: PolicyLoss) -> tuple[float, np.ndarray]:
         """(loss, gradient) of a mini-batch, added over this rank's micro-batches and all ranks."""
-        packed = pack(
-            batch.samples,
-            batch.weights,
-            batch.origins,
-            columns={
-                "regularizer_weight": batch.regularizer_weights,
-                "ref_logprobs": batch.ref_logprobs,
-                "kl_selected": batch.kl_selected,
-            },
-            **self.settings,
-        )
+        packed = packed_batch(batch, **self.settings)
         total = torch.zeros((), dtype=torch.float64)
         for micro in packed.micro_batches[self.rank]:
             value, _ = loss(*self(micro, entropy=True), micro)
@@ -159,35 +149,68 @@ def run_cuts(cuts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: _one(cut, *sections) for name, sections in LOSSES.items()} for cut in cuts]
 
 
-def _one(cut: dict[str, Any], algorithm: dict[str, Any], replay: dict[str, Any]) -> Any:
-    table = Table(dist.get_world_size(), dist.get_rank(), cut)
-    own, old = made_samples("new", 14), made_samples("old", 10)
-    if cut.get("reverse"):
-        own, old = own[::-1], old[::-1]
-    rules = MiniBatches(
+def method(algorithm: dict[str, Any], replay: dict[str, Any]) -> MiniBatches:
+    """The rules of one of ``LOSSES``."""
+    return MiniBatches(
         algorithm=AlgorithmSection(**({"norm_length": 50} | algorithm)),
         replay=ReplaySection(**replay),
     )
+
+
+def planned(rules: MiniBatches, *, reverse: bool = False) -> Plan:
+    """The one optimizer step of the made samples: new ones, and replayed ones of half weight."""
+    own, old = made_samples("new", 14), made_samples("old", 10)
+    if reverse:
+        own, old = own[::-1], old[::-1]
     update = Update(samples=tuple(old), origin=Origin.REPLAY, weight=0.5)
     (plan,) = rules.plan(CTX, own, own, [update])
-    current = [
-        table.logprobs(list(part.trained)) if rules.needs_current(part) else []
-        for part in plan.parts
-    ]
+    return plan
+
+
+def finished(rules: MiniBatches, plan: Plan, current: list[list[np.ndarray]]) -> MiniBatch:
+    """The mini-batch, with log-probs of a reference near the old ones."""
+    own = plan.parts[0].trained
     reference = {(s.trajectory_id, s.segment): s.old_logprobs - 0.1 for s in own}
     batch = rules.finish(CTX, plan, current, reference)
     assert set(batch.origins) == {Origin.ON_POLICY, Origin.REPLAY}
-    loss = PolicyLoss.from_sections(rules.algorithm, rules.replay.loss, temperature=TEMPERATURE)
-    value, gradient = table.gradient(batch, loss)
+    return batch
+
+
+def packed_batch(batch: MiniBatch, **settings: Any) -> PackedStep:
+    """All its columns packed, in float64."""
+    columns = {
+        "regularizer_weight": batch.regularizer_weights,
+        "ref_logprobs": batch.ref_logprobs,
+        "kl_selected": batch.kl_selected,
+    }
+    return pack(
+        batch.samples, batch.weights, batch.origins, columns=columns, dtype=np.float64, **settings
+    )
+
+
+def marks_of(batch: MiniBatch) -> dict[Any, tuple[list[int], list[int]]]:
+    """By trajectory and segment: the tokens that are dropped, and those that KL-Cov selects."""
     rows = zip(batch.samples, batch.weights, batch.kl_selected, strict=True)
-    marks = {
+    return {
         (str(s.trajectory_id), s.segment): (
             np.flatnonzero(s.response_mask & (w == 0)).tolist(),
             np.flatnonzero(k).tolist(),
         )
         for s, w, k in rows
     }
-    return value, gradient, marks
+
+
+def _one(cut: dict[str, Any], algorithm: dict[str, Any], replay: dict[str, Any]) -> Any:
+    table = Table(dist.get_world_size(), dist.get_rank(), cut)
+    rules = method(algorithm, replay)
+    plan = planned(rules, reverse=cut.get("reverse", False))
+    current = [
+        table.logprobs(list(part.trained)) if rules.needs_current(part) else []
+        for part in plan.parts
+    ]
+    batch = finished(rules, plan, current)
+    loss = PolicyLoss.from_sections(rules.algorithm, rules.replay.loss, temperature=TEMPERATURE)
+    return *table.gradient(batch, loss), marks_of(batch)
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from layout_matrix import OVERLAPPED, SPLIT, TP2, VPP2
 
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import pack
@@ -17,9 +18,7 @@ from megatron_spear.testing.ranks import run_ranks
 from megatron_spear.testing.tiny import random_samples, tiny_hf_folder
 
 TP2_PP2 = {"tensor_parallel": 2, "pipeline_parallel": 2}
-VPP2 = {"pipeline_parallel": 2, "virtual_pipeline": 2}
-SPLIT = {"distributed_optimizer": True}
-OVERLAPPED = SPLIT | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+EP2, EP4 = {"expert_parallel": 2}, {"expert_parallel": 4}
 
 SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xPP2": (4, TP2_PP2),
@@ -28,6 +27,9 @@ SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "split PP2xDP2": (4, SPLIT | {"pipeline_parallel": 2}),  # tied: embeddings in a bucket apart
     "split CP2": (2, OVERLAPPED | {"context_parallel": 2}),
     "split DP2, bf16": (2, SPLIT | {"precision": "bf16"}),
+    "half on the CPU, DP2": (2, OVERLAPPED | {"optimizer_offload": 0.5}),
+    "experts EP2xPP2": (4, EP2 | {"pipeline_parallel": 2}),
+    "experts split EP2xTP2": (4, OVERLAPPED | EP2 | TP2),
 }
 LOADED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "TP2xPP2 to one rank": ("TP2xPP2", 1, {}),
@@ -42,12 +44,36 @@ LOADED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "split CP2 to DP1": ("split CP2", 1, SPLIT),
     "split DP1 to CP2": ("split DP1", 2, SPLIT | {"context_parallel": 2}),
     "split DP2, bf16 to DP2": ("split DP2, bf16", 2, SPLIT | {"precision": "bf16"}),
+    "split DP2, bf16 to all on the CPU": (
+        "split DP2, bf16",
+        2,
+        OVERLAPPED | {"precision": "bf16", "optimizer_offload": 1.0},
+    ),
+    "half on the CPU, DP2 to DP1": ("half on the CPU, DP2", 1, SPLIT),
+    "split PP2xDP2 to PP2, half on the CPU": (
+        "split PP2xDP2",
+        2,
+        SPLIT | {"pipeline_parallel": 2, "optimizer_offload": 0.5},
+    ),
+    "experts EP2xPP2 to one rank": ("experts EP2xPP2", 1, {}),
+    "experts EP2xPP2 to EP4xTP2": ("experts EP2xPP2", 4, EP4 | TP2),
+    "experts split EP2xTP2 to one rank": ("experts split EP2xTP2", 1, SPLIT),
+    "experts split EP2xTP2 to EP2xPP2": (
+        "experts split EP2xTP2",
+        4,
+        SPLIT | EP2 | {"pipeline_parallel": 2},
+    ),
 }
 BEFORE, AFTER = 2, 3
 
 
-def run(root: Path, jobs: list[tuple[str | None, dict[str, Any], str | None]]) -> list[list[float]]:
-    """On every rank, for each (state to load, layout, state to save): what the next steps report.
+Job = tuple[str | None, dict[str, Any], str]
+"""(State to load, layout, state to save or name of the test); names begin with ``experts`` if the
+model is to have some."""
+
+
+def run(root: Path, jobs: list[Job]) -> list[list[float]]:
+    """On every rank, for each job: what the next steps report.
 
     A job that loads nothing makes ``BEFORE`` steps first and then saves.
     """
@@ -57,11 +83,12 @@ def run(root: Path, jobs: list[tuple[str | None, dict[str, Any], str | None]]) -
     settings = module.DistributedDataParallelConfig
     module.DistributedDataParallelConfig = partial(settings, bucket_size=20_000)
     found = []
-    for load, changes, save in jobs:
+    for load, changes, name in jobs:
         section = PolicySection(**changes)
         ctx = parallel.initialize(section, seed=0, timeout_s=60)
         optimizer = OptimizerSection(lr=3e-3)
-        policy = module.MegatronPolicy.from_hf(root / "hf", section, optimizer, 10, ctx)
+        folder = root / ("experts" if name.startswith("experts") else "hf")
+        policy = module.MegatronPolicy.from_hf(folder, section, optimizer, 10, ctx)
         packed, loss = None, None
         if ctx.is_controller:
             packed, loss = packed_for(policy), WeightedNll()
@@ -70,8 +97,7 @@ def run(root: Path, jobs: list[tuple[str | None, dict[str, Any], str | None]]) -
         else:
             for _ in range(BEFORE):
                 policy.train_step(packed, loss)
-        if save is not None:
-            policy.save(root / save)
+            policy.save(root / name)
         reports = [policy.train_step(packed, loss) for _ in range(AFTER)]
         found.append([r[key] for r in reports for key in ("loss/total", "grad_norm")])
         parallel.destroy(keep_world=True)
@@ -94,6 +120,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("relayout")
     sizes = {"num_hidden_layers": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
     tiny_hf_folder(root / "hf", **sizes)
+    tiny_hf_folder(root / "experts", "Qwen3Moe")
     return root
 
 
@@ -103,7 +130,7 @@ def going_on(root: Path) -> dict[str, list[float]]:
     found = {}
     for ranks in (1, 2, 4):
         jobs = {name: (None, v, name) for name, (count, v) in SAVED.items() if count == ranks}
-        results = run_ranks(run, ranks, root, list(jobs.values()), timeout_s=120)[0]
+        results = run_ranks(run, ranks, root, list(jobs.values()), timeout_s=240)[0]
         found |= dict(zip(jobs, results, strict=True))
     return found
 
@@ -113,8 +140,8 @@ def gone_on(root: Path) -> dict[str, list[float]]:
     """What each loader reports."""
     found = {}
     for ranks in (1, 2, 4):
-        jobs = {n: (save, v, None) for n, (save, count, v) in LOADED.items() if count == ranks}
-        results = run_ranks(run, ranks, root, list(jobs.values()), timeout_s=120)[0]
+        jobs = {n: (save, v, n) for n, (save, count, v) in LOADED.items() if count == ranks}
+        results = run_ranks(run, ranks, root, list(jobs.values()), timeout_s=240)[0]
         found |= dict(zip(jobs, results, strict=True))
     return found
 

@@ -1,5 +1,7 @@
 """Which checkpoint is taken is known to one rank only; all take the same."""
 
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +75,7 @@ def test_both_hear_that_none_is_left(tmp_path: Path) -> None:
         assert loaded == [] and "none of its checkpoints is whole" in str(told)
 
 
-def _save_with_a_faulty_hook(path: Path) -> str:
+def _save_with_a_faulty_hook(path: Path, beside: bool = False) -> str:
     import torch.distributed as dist
 
     from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
@@ -84,9 +86,14 @@ def _save_with_a_faulty_hook(path: Path) -> str:
     cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
     hooks = HookCalls({"faulty": hook})
     controller = SimpleNamespace(cursor=cursor, hooks=hooks) if dist.get_rank() == 0 else None
-    step: Any = SimpleNamespace(policy=_Policy(), controller=controller)
-    run = RunCheckpoints(load_config(), step, RunDirectory(path), "ab" if controller else None)
+    policy = _Beside() if beside else _Policy()
+    step: Any = SimpleNamespace(policy=policy, controller=controller)
+    config = load_config(None, [f"checkpoint.async_save={str(beside).lower()}"])
+    run = RunCheckpoints(config, step, RunDirectory(path), "ab" if controller else None)
     run.save(Progress(step=1))
+    if isinstance(policy, _Beside):
+        policy.writing.set_result(None)
+        run.finish()
     hook.step = 1j  # type: ignore[assignment]
     try:
         run.save(Progress(step=2))
@@ -102,5 +109,74 @@ def test_a_hook_at_fault_in_a_save_ends_all_ranks_and_costs_no_checkpoint(tmp_pa
     assert told[0].startswith(
         "hook 'faulty' (_Refusing): state_dict after step 2 gave {'step': 1j}"
     )
+    assert "another rank could not write its part" in told[1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+class _Beside(_Policy):
+    """Saves in the background; rank 1 is the last to write, and may find its disk full."""
+
+    def begin_save(self, folder: Path) -> Any:
+        writing: Future[None] = Future()
+        self.writing = writing
+        return SimpleNamespace(writing=writing, finish=writing.result, abandon=writing.cancel)
+
+
+def _save_beside(path: Path) -> list[Any]:
+    """On each rank: after each poll whether step 1 is committed, then what the fault gave."""
+    import torch.distributed as dist
+
+    from megatron_spear.trainer.ranks import all_true
+    from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
+    from megatron_spear.trainer.run_directory import RunDirectory
+
+    dist.init_process_group("gloo")
+    policy, last = _Beside(), dist.get_rank() == 1
+    cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    controller = None if last else SimpleNamespace(cursor=cursor, hooks=HookCalls({}))
+    step: Any = SimpleNamespace(policy=policy, controller=controller)
+    config = load_config(None, ["checkpoint.async_save=true"])
+    run = RunCheckpoints(config, step, RunDirectory(path), None if last else "ab")
+
+    def poll() -> bool:
+        run.poll()
+        return all_true((path / "checkpoints" / "step_1").is_dir())
+
+    run.save(Progress(step=1))
+    found: list[Any] = [poll()]
+    if not last:
+        policy.writing.set_result(None)
+    found.append(poll())
+    if last:
+        policy.writing.set_result(None)
+    deadline = time.monotonic() + 30
+    while not poll() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found.append(poll())
+    run.save(Progress(step=2))
+    if last:
+        policy.writing.set_exception(CheckpointError("disk of rank 1"))
+    else:
+        policy.writing.set_exception(CheckpointError("heard of rank 1"))
+    try:
+        run.finish()
+    except CheckpointError as error:
+        found.append(str(error))
+    dist.destroy_process_group()
+    return found
+
+
+def test_a_save_in_the_background_counts_when_all_ranks_have_written(tmp_path: Path) -> None:
+    first, second = run_ranks(_save_beside, 2, tmp_path, timeout_s=60)
+    assert first == [False, False, True, "heard of rank 1"]
+    assert second == [False, False, True, "disk of rank 1"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+def test_a_hook_at_fault_as_a_save_in_the_background_begins_ends_all_ranks(
+    tmp_path: Path,
+) -> None:
+    told = run_ranks(_save_with_a_faulty_hook, 2, tmp_path, True, timeout_s=60)
+    assert told[0].startswith("hook 'faulty' (_Refusing): state_dict after step 2 gave")
     assert "another rank could not write its part" in told[1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]

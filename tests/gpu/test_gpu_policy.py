@@ -1,5 +1,6 @@
 """The policy on a GPU: equal to transformers in float32, close in bf16, exact after a load."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,16 @@ import torch
 
 from megatron_spear.algorithms.logprobs import token_logprobs
 from megatron_spear.algorithms.policy_loss import NllLoss
+from megatron_spear.config.precision import CAPABILITY, capability_problem
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import pack
 from megatron_spear.data.zigzag import part_of, zigzag_order
 from megatron_spear.policy.attention import PackedAttention, Rotary, packed_layout
 from megatron_spear.policy.context_attention import attend_laid_out, attend_packed, context_layout
+from megatron_spear.policy.implementation import cuda_capability, has_transformer_engine
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.policy.weights import parameters_of
 from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
 
 
@@ -43,7 +47,7 @@ def test_equals_transformers(
     )
     loss.backward()
     policy.compute_gradient([b.to(ctx.device) for b in packed.micro_batches[0]], NllLoss())
-    ours = dict(policy._chunks[0].named_parameters())
+    ours = parameters_of(policy._chunks[0])
     for name, theirs in (
         ("decoder.layers.0.mlp.linear_fc2.weight", model.model.layers[0].mlp.down_proj),
         ("decoder.layers.1.input_layernorm.weight", model.model.layers[1].input_layernorm),
@@ -144,3 +148,71 @@ def test_saved_and_loaded_is_the_same(precision: str, tmp_path: Path, ctx: Paral
     found = [other.train_step(packed, NllLoss())["loss/total"] for _ in range(3)]
     assert found == pytest.approx(expected, rel=1e-6 if precision == "fp32" else 1e-3)
     assert np.isfinite(found).all() and found[-1] < expected[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_optimizer_on_the_cpu_gives_the_same_weights_for_less_memory(
+    precision: str, tmp_path: Path, ctx: ParallelContext
+) -> None:
+    """A share of 0, 0.5 and 1, in a model whose states outweigh its activations."""
+    tiny_hf_folder(tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    packed = pack(*random_samples(), tokens_per_microbatch=200)
+    weights, peaks = [], []
+    for share in (0.0, 0.5, 1.0):
+        section = PolicySection(
+            precision=precision, distributed_optimizer=True, optimizer_offload=share
+        )
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        policy = MegatronPolicy.from_hf(tmp_path, section, OptimizerSection(lr=1e-3), 10, ctx)
+        for _ in range(3):
+            policy.train_step(packed, NllLoss())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        weights.append({n: t.float().cpu() for n, t in policy.export_weights() if t is not None})
+        del policy
+        gc.collect()
+    rounding = {"rtol": 0.0, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.01, "atol": 1e-3}
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, msg=name, **rounding)
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_a_save_beside_the_training_is_of_its_beginning(
+    tmp_path: Path, ctx: ParallelContext
+) -> None:
+    tiny_hf_folder(tmp_path)
+    policy = _policy(tmp_path, ctx, "bf16")
+    packed = pack(*random_samples(), tokens_per_microbatch=200)
+    policy.train_step(packed, NllLoss())
+    policy.save(tmp_path / "waited-for")
+    pending = policy.begin_save(tmp_path / "beside")
+    for _ in range(3):
+        policy.train_step(packed, NllLoss())
+    pending.finish()
+    files = sorted(path.name for path in (tmp_path / "beside").glob("*.distcp"))
+    assert files
+    for name in files:
+        one, other = (tmp_path / folder / name for folder in ("waited-for", "beside"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("recipe", CAPABILITY)
+def test_fp8_is_near_float32_and_trains(recipe: str, tmp_path: Path, ctx: ParallelContext) -> None:
+    """The audit has looked at every linear when ``from_hf`` returns."""
+    if not has_transformer_engine():
+        pytest.skip("TransformerEngine is not installed")
+    if problem := capability_problem(recipe, cuda_capability()):
+        pytest.skip(problem)
+    tiny_hf_folder(tmp_path, num_hidden_layers=4)
+    ends = int(recipe != "delayed")
+    fp8 = {"recipe": recipe, "bf16_layers_at_start": ends, "bf16_layers_at_end": ends}
+    section = PolicySection(precision="bf16", fp8=fp8)
+    policy = MegatronPolicy.from_hf(tmp_path, section, OptimizerSection(lr=1e-3), 10, ctx)
+    packed = pack(*random_samples(), tokens_per_microbatch=200, pad_multiple=policy.pad_multiple)
+    exact = np.concatenate(_policy(tmp_path, ctx, "fp32").logprobs(packed, 1.0))
+    error = np.abs(np.concatenate(policy.logprobs(packed, 1.0)) - exact)
+    assert 1e-4 < error.mean() < 0.1
+    losses = [policy.train_step(packed, NllLoss())["loss/total"] for _ in range(4)]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]

@@ -237,3 +237,21 @@ def same_run(
         same_weights(one, other, 1e-7)
 
     return check
+
+
+@pytest.fixture
+def stopped_and_resumed(
+    spear: Callable[..., Outcome], tmp_path: Path, same_weights: Callable[[Path, Path, float], None]
+) -> Callable[..., tuple[Path, Path]]:
+    """``stopped_and_resumed("run.steps=3", after=1)``: the directories of a run that goes through
+    and of one that is stopped after this many steps and resumed; both have exported one model."""
+
+    def run(*settings: str, after: int) -> tuple[Path, Path]:
+        whole, parted = tmp_path / "whole", tmp_path / "parted"
+        spear("train", f"run.dir={whole}", *settings)
+        spear("train", f"run.dir={parted}", *settings, f"run.stop_after={after}")
+        spear("train", f"resume={parted}", *settings)
+        same_weights(whole, parted, 1e-7)
+        return whole, parted
+
+    return run

@@ -21,20 +21,13 @@ KINDS = ("pick_and_place_simple", "look_at_obj_in_light")
 
 
 def test_a_resumed_run_draws_the_same_tasks(
-    spear: Callable[..., Any],
-    tmp_path: Path,
-    training_records: Records,
-    same_weights: Callable[[Path, Path, float], None],
+    stopped_and_resumed: Callable[..., tuple[Path, Path]], training_records: Records
 ) -> None:
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    spear("train", f"run.dir={whole}", *TASKS)
-    spear("train", f"run.dir={parted}", *TASKS, "run.stop_after=1")
-    spear("train", f"resume={parted}", *TASKS)
+    whole, parted = stopped_and_resumed(*TASKS, after=1)
     expected, found = training_records(whole), training_records(parted)
     assert list(found) == list(expected) == [1, 2, 3]
     for step, record in expected.items():
         assert found[step] == pytest.approx(record, rel=1e-6, abs=1e-5), f"step {step}"
-    same_weights(whole, parted, 1e-7)
     shares = [
         [record[f"curriculum/share_{kind}"] for kind in KINDS] for record in expected.values()
     ]

@@ -68,15 +68,8 @@ def test_a_run_with_this_loss(
 
 
 def test_a_resumed_run_has_the_same_reference(
-    spear: Callable[..., Any],
-    tmp_path: Path,
-    training_records: Records,
-    same_weights: Callable[[Path, Path, float], None],
+    stopped_and_resumed: Callable[..., tuple[Path, Path]], training_records: Records
 ) -> None:
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    spear("train", f"run.dir={whole}", "run.steps=3", *KL)
-    spear("train", f"run.dir={parted}", "run.steps=3", "run.stop_after=2", *KL)
-    spear("train", f"resume={parted}", "run.steps=3", *KL)
-    same_weights(whole, parted, 1e-7)
+    whole, parted = stopped_and_resumed("run.steps=3", *KL, after=2)
     expected, found = training_records(whole)[3], training_records(parted)[3]
     assert found["policy/ref_kl"] == pytest.approx(expected["policy/ref_kl"], rel=1e-5) != 0.0

@@ -16,11 +16,13 @@ def row(preset: Preset) -> str:
     policy = PolicySection(**preset.policy)
     tensor, pipeline = policy.tensor_parallel, policy.pipeline_parallel
     experts = policy.expert_parallel
-    needs = fullest_rank(model_shape(AutoConfig.for_model(**preset.published.config)), policy)
+    shape = model_shape(AutoConfig.for_model(**preset.published.config))
+    needs = fullest_rank(shape, policy, preset.gpus)
     cells = [
         f"`{preset.name}`",
         *(str(n) for n in (tensor, pipeline, preset.gpus // (tensor * pipeline), experts)),
         f"{policy.tokens_per_microbatch:,}",
+        policy.recompute,
         f"{needs.states / 1e9:.1f} + {needs.activations / 1e9:.1f}",
         preset.why,
     ]

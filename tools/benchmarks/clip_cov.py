@@ -24,7 +24,7 @@ def rows(masked_tokens: int, rounds: int) -> list[tuple[str, str, str, str]]:
     The other is given padded ``[B, T]`` tensors, ready made; or makes one row of the samples, as
     ours takes them.
     """
-    found = []
+    found: list[tuple[str, str, str, str]] = []
     for count in (250, 1000):
         samples, logprobs = made_update(masked_tokens, count)
         ours = partial(
@@ -50,8 +50,8 @@ def rows(masked_tokens: int, rounds: int) -> list[tuple[str, str, str, str]]:
         for name, other in zip(("padded tensors", "one row"), others, strict=True):
             what = f"clip_cov, {tokens:,} tokens in {count:,} samples; torch, {name}"
             ratio = statistics.median(b / a for a, b in zip(own, other, strict=True))
-            ms = [f"{1e3 * statistics.median(seconds):.1f} ms" for seconds in (own, other)]
-            found.append((what, *ms, f"{ratio:.1f}x faster (aim 1.5x)"))
+            mine, theirs = (f"{1e3 * statistics.median(s):.1f} ms" for s in (own, other))
+            found.append((what, mine, theirs, f"{ratio:.1f}x faster (aim 1.5x)"))
     return found
 
 
@@ -69,7 +69,7 @@ def made_update(masked_tokens: int, count: int) -> tuple[list[TrainSample], list
         values = np.where(mask, -draw.exponential(1.0, length), 0).astype(np.float32)
         old = values + np.where(mask, draw.normal(0, 0.1, length), 0).astype(np.float32)
         advantage = float(draw.normal(0.0, 2.0))  # about a tenth of the tokens are in the band
-        sample = make_sample(f"g{number // 8}", number % 8, mask=mask, advantage=advantage)
+        sample = make_sample(f"g{number // 8}", number % 8, mask=mask.tolist(), advantage=advantage)
         samples.append(replace(sample, old_logprobs=old))
         logprobs.append(values)
     return samples, logprobs

@@ -1,15 +1,16 @@
-"""The policy on one GPU: numerics, log-probs, training steps, checkpoints. About 3 minutes.
+"""The policy on one GPU: numerics, log-probs, training steps, FP8, checkpoints. About 5 minutes.
 
-    python tools/benchmarks/gpu.py                    every part
-    python tools/benchmarks/gpu.py --only step        one of numerics, logprobs, step, checkpoint
+    python tools/benchmarks/gpu.py                 every part
+    python tools/benchmarks/gpu.py --only step     of numerics, logprobs, step, checkpoint, fp8
 
 The model of ``step`` and ``checkpoint`` has Qwen2.5-1.5B's shape and random weights; sequences have
 log-normal lengths. MFU counts the model's own operations (matrix products of every token, causal
-attention; backward twice the forward) against the chip's dense bf16 peak.
+attention; backward twice the forward) against the chip's dense bf16 peak, and in
+FP8 against its dense FP8 peak too (attention and output layer are not in FP8). ``fp8`` goes through
+the recipes that the chip has, where TransformerEngine is installed, with no layer left in bf16.
 """
 
 import argparse
-import importlib.util
 import math
 import statistics
 import sys
@@ -17,23 +18,33 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_spear.algorithms.logprobs import token_logprobs
 from megatron_spear.algorithms.policy_loss import NllLoss
+from megatron_spear.config.precision import CAPABILITY, capability_problem
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.policy import parallel
+from megatron_spear.policy.implementation import (
+    choose,
+    cuda_capability,
+    has_transformer_engine,
+)
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.policy.weights import parameters_of
 from megatron_spear.testing.tiny import random_samples, tiny_hf_folder
 from megatron_spear.types import Origin
 
 Row = tuple[str, str]
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 operations a second, by chip (NVIDIA's data sheets)."""
+PEAK_FP8 = {"H100": 1979e12, "H200": 1979e12}
+"""The same in FP8."""
 QWEN_1_5B = {
     "vocab_size": 151_936,
     "hidden_size": 1536,
@@ -49,15 +60,14 @@ GIB = 2**30
 
 def numerics(folder: Path, ctx: ParallelContext) -> Iterator[Row]:
     """bf16 against float32 on the same weights: log-probs and the gradient's direction."""
-    size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "head_dim": 128}
-    tiny_hf_folder(folder, "Qwen3", vocab_size=8192, **size)
-    packed = pack(*random_samples(32, shortest=50, longest=500, vocab=8192), **_LIMIT)
+    packed = _medium(folder)
     found = {}
     for precision in ("fp32", "bf16"):
         policy = _policy(folder, ctx, precision)
         logprobs = np.concatenate(policy.logprobs(packed, 1.0))
         policy.compute_gradient(_on(ctx, packed), NllLoss())
-        gradient = torch.cat([p.main_grad.flatten().double() for p in policy._parameters()])
+        named = sorted(parameters_of(policy._chunks[0]).items())
+        gradient = torch.cat([p.main_grad.flatten().double() for _, p in named])
         found[precision] = logprobs, gradient.cpu()
     (exact, full), (rounded, half) = found["fp32"], found["bf16"]
     gap = np.abs(exact - rounded)
@@ -133,18 +143,74 @@ def checkpoint(folder: Path, ctx: ParallelContext) -> Iterator[Row]:
     yield "  log-probs after loading", "the same bits" if same else "DIFFER"
 
 
-_LIMIT = {"tokens_per_microbatch": 16_384}
+def fp8(folder: Path, ctx: ParallelContext) -> Iterator[Row]:
+    """Every recipe of the chip: log-probs against float32, then steps of the 1.5B model."""
+    _policies.clear()
+    for recipe in CAPABILITY:
+        if reason := _why_not(recipe):
+            yield f"FP8 {recipe}", f"skipped: {reason}"
+            continue
+        packed = _medium(folder, pad_multiple=32)
+        exact, ours = (
+            np.concatenate(_policy(folder, ctx, *precision).logprobs(packed, 1.0))
+            for precision in (("fp32",), ("bf16", recipe))
+        )
+        gap = np.abs(exact - ours)
+        found = f"{gap.mean():.1e}, {gap.max():.1e}"
+        yield f"FP8 {recipe} against fp32: log-prob gap, mean, largest", found
+        yield from _fp8_steps(folder, ctx, recipe)
+        torch.cuda.empty_cache()
+
+
+def _fp8_steps(folder: Path, ctx: ParallelContext, recipe: str) -> Iterator[Row]:
+    model, packed, lengths = _large_inputs(folder, ctx)
+    policy = _policy(model, ctx, "bf16", recipe)
+    seconds, _ = _measured(lambda: policy.train_step(packed, NllLoss()), rounds=5)
+    rate = 3 * _forward_operations(lengths) / seconds
+    yield f"1.5B FP8 {recipe}, training step", f"{seconds:.2f} s in {_micro(packed)}"
+    yield "  tokens a second", f"{sum(lengths) / seconds:,.0f}"
+    for name, peaks in (("FP8", PEAK_FP8), ("bf16", PEAK_BF16)):
+        yield f"  MFU against the dense {name} peak", f"{rate / peaks.get(_chip(), math.nan):.1%}"
+    yield "  peak memory", f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB"
+
+
+def _why_not(recipe: str) -> str | None:
+    """Why the recipe cannot be run here; None if it can."""
+    if not has_transformer_engine():
+        return "TransformerEngine is not installed"
+    return capability_problem(recipe, cuda_capability())
+
+
+_LIMIT: dict[str, Any] = {"tokens_per_microbatch": 16_384}
 PARTS: dict[str, Callable[[Path, ParallelContext], Iterator[Row]]] = {
     "numerics": numerics,
     "logprobs": logprobs,
     "step": step,
     "checkpoint": checkpoint,
+    "fp8": fp8,
 }
-_kept: dict[str, tuple[MegatronPolicy, PackedStep, list[int]]] = {}
+_kept: dict[str, tuple[Path, PackedStep, list[int]]] = {}
+_policies: dict[str, MegatronPolicy] = {}
+
+
+def _medium(folder: Path, pad_multiple: int = 1) -> PackedStep:
+    """Samples for a model of 8 layers of 512, which is written to ``folder``."""
+    size = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "head_dim": 128}
+    tiny_hf_folder(folder, "Qwen3", vocab_size=8192, **size)
+    samples = random_samples(32, shortest=50, longest=500, vocab=8192)
+    return pack(*samples, pad_multiple=pad_multiple, **_LIMIT)
 
 
 def _large(folder: Path, ctx: ParallelContext) -> tuple[MegatronPolicy, PackedStep, list[int]]:
-    """The 1.5B policy, 65,536 tokens and their lengths; made once."""
+    """The 1.5B policy in bf16, its inputs and their lengths; made once."""
+    model, packed, lengths = _large_inputs(folder, ctx)
+    if "large" not in _policies:
+        _policies["large"] = _policy(model, ctx, "bf16")
+    return _policies["large"], packed, lengths
+
+
+def _large_inputs(folder: Path, ctx: ParallelContext) -> tuple[Path, PackedStep, list[int]]:
+    """The 1.5B model's folder, 65,536 tokens padded for any recipe, their lengths; made once."""
     if "large" not in _kept:
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -165,13 +231,17 @@ def _large(folder: Path, ctx: ParallelContext) -> tuple[MegatronPolicy, PackedSt
         for weight in weights:
             weight[0] = 0.0  # nothing predicts the first token
         origins = [Origin.ON_POLICY] * len(samples)
-        packed = pack(samples, weights, origins, mix_lengths=True, **_LIMIT)
-        _kept["large"] = _policy(model, ctx, "bf16"), packed, lengths
+        packed = pack(samples, weights, origins, mix_lengths=True, pad_multiple=32, **_LIMIT)
+        _kept["large"] = model, packed, lengths
     return _kept["large"]
 
 
-def _policy(folder: Path, ctx: ParallelContext, precision: str) -> MegatronPolicy:
-    section = PolicySection(precision=precision, **_LIMIT)
+def _policy(
+    folder: Path, ctx: ParallelContext, precision: str, recipe: str = "none"
+) -> MegatronPolicy:
+    """With no layer left in bf16, so that recipes compare."""
+    fp8 = {"recipe": recipe, "bf16_layers_at_start": 0, "bf16_layers_at_end": 0}
+    section = PolicySection(precision=precision, fp8=fp8, **_LIMIT)
     return MegatronPolicy.from_hf(folder, section, OptimizerSection(lr=1e-5), 100, ctx)
 
 
@@ -226,14 +296,13 @@ def main() -> int:
         print("gpu: no CUDA device; this benchmark measures one", file=sys.stderr)
         return 2
     ctx = parallel.initialize(PolicySection(), seed=0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"bf16: {choose(PolicySection(precision='bf16'))[1]}\n")
     print(f"| {'what':<52} | {'seen':<44} |\n|{'-' * 54}|{'-' * 46}|")
     with tempfile.TemporaryDirectory() as folder:
         for name in parts:
             for what, seen in PARTS[name](Path(folder), ctx):
                 print(f"| {what:<52} | {seen:<44} |", flush=True)
-    if importlib.util.find_spec("transformer_engine") is None:
-        print("\nskipped: FP8 steps (TransformerEngine is not installed)")
     parallel.destroy()
     return 0
 

@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="rounds of clip_cov")
     parser.add_argument("--steps", type=int, default=8, help="pairs of steps")
     parser.add_argument("--config", default="examples/alfworld/quickstart.yaml")
-    options, options.settings = parser.parse_known_args()
+    options, settings = parser.parse_known_args()
+    options.settings = settings
     torch.set_num_threads(options.threads)
     lines = [("what", "ours", "other", "ratio (aim)"), ("---",) * 4]
     try:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def lognormal_lengths(count: int, mean: float, sigma: float, cap: int, seed: int
     draw = np.random.default_rng(seed).lognormal(0.0, sigma, count)
     for _ in range(50):
         draw *= mean / np.minimum(draw, cap).mean()
-    return np.clip(draw.round(), 1, cap).astype(int).tolist()
+    return [int(length) for length in np.clip(draw.round(), 1, cap)]
 
 
 def plan_rows(options: argparse.Namespace) -> list[Row]:
@@ -91,7 +92,11 @@ def step_rows(options: argparse.Namespace) -> list[Row]:
     section = PolicySection(tokens_per_microbatch=STEP_LIMIT)
     ctx = parallel.initialize(section, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        size = {"hidden_size": 128, "intermediate_size": 576, "num_hidden_layers": 3}
+        size: dict[str, Any] = {
+            "hidden_size": 128,
+            "intermediate_size": 576,
+            "num_hidden_layers": 3,
+        }
         tiny_hf_folder(Path(folder), vocab_size=VOCAB, **size)
         policies = {
             name: MegatronPolicy.from_hf(Path(folder), section, OptimizerSection(), 1000, ctx)

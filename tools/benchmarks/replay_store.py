@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +114,19 @@ def against_plain_files(sizes: Sizes, folder: Path) -> tuple[list[Line], dict[st
     read.write_bytes(drawn)
     for step in range(sizes.rounds):
         timed(times, "read", read.read_bytes)
-        timed(times, "draw", lambda step=step: draw_from_store(store, sizes, steps + step))
+        timed(times, "draw", partial(draw_from_store, store, sizes, steps + step))
         timed(times, "index", store.index)
     for step in range(steps, steps + sizes.rounds):
         rows, plain = renamed(trajectories, step), folder / f"plain-{step}"
         # As a run that is full: what leaves gives its memory to what comes, on both sides.
         (folder / f"plain-{step - 2}").unlink(missing_ok=True)
         store.prune([])
-        turns = [
-            ("write", lambda plain=plain: plain.write_bytes(content)),
-            ("add", lambda rows=rows: store.add(rows)),
+        turns: list[tuple[str, Callable[[], object]]] = [
+            ("write", partial(plain.write_bytes, content)),
+            ("add", partial(store.add, rows)),
         ]
-        syncs = {
-            "write": lambda plain=plain: (sync_file(plain), sync_folder(folder)),
+        syncs: dict[str, Callable[[], object]] = {
+            "write": partial(sync_both, plain, folder),
             "add": store.state_dict,
         }
         for name, work in turns[:: 1 - 2 * (step % 2)]:  # who is first has the warmer memory
@@ -199,8 +200,8 @@ def against_list(sizes: Sizes, folder: Path, state: Mapping[str, Any]) -> list[L
         tensors = [as_tensors(sample) for (sample,) in rows]
         del held[: -sizes.added]
         beside.prune([])
-        timed(times, "list add", lambda tensors=tensors: held.extend(map(copy.deepcopy, tensors)))
-        timed(times, "add", lambda rows=rows: beside.add(rows))
+        timed(times, "list add", partial(extend_by_copies, held, tensors))
+        timed(times, "add", partial(beside.add, rows))
         timed(times, "add sync", beside.state_dict)
     while len(held) < sizes.rows:
         rows = renamed(trajectories, len(held))
@@ -211,12 +212,12 @@ def against_list(sizes: Sizes, folder: Path, state: Mapping[str, Any]) -> list[L
         store.add(rows)
         held = held[sizes.added + len(held) - sizes.rows :]
         held += [copy.deepcopy(as_tensors(sample)) for (sample,) in rows]
-        timed(times, "list save", lambda held=held: torch.save(held, folder / "list.pt"))
+        timed(times, "list save", partial(torch.save, held, folder / "list.pt"))
         timed(times, "list save sync", lambda: sync_file(folder / "list.pt"))
         (folder / "list.pt").unlink()
-        timed(times, "list draw", lambda held=held, step=step: draw_from_list(held, sizes, step))
+        timed(times, "list draw", partial(draw_from_list, held, sizes, step))
         timed(times, "save", lambda: write_whole(folder / "s", json.dumps(store.state_dict())))
-        timed(times, "draw", lambda step=step: draw_from_store(store, sizes, step))
+        timed(times, "draw", partial(draw_from_store, store, sizes, step))
     return list_lines(sizes, times)
 
 
@@ -267,6 +268,17 @@ def make_trajectories(sizes: Sizes) -> Trajectories:
         )
         result.append([sample])
     return result
+
+
+def sync_both(path: Path, folder: Path) -> None:
+    """A new file's content and its name to disk."""
+    sync_file(path)
+    sync_folder(folder)
+
+
+def extend_by_copies(held: list[dict[str, Any]], tensors: list[dict[str, Any]]) -> None:
+    """Append a copy of each."""
+    held.extend(map(copy.deepcopy, tensors))
 
 
 def renamed(trajectories: Trajectories, step: int) -> Trajectories:

@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,14 +77,13 @@ def save_model(folder: str, args: argparse.Namespace) -> None:
     print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, fp32")
 
 
-@torch.inference_mode()
-def run_generate(model: torch.nn.Module, work: Workload, vocab: int, seed: int, group: int) -> None:
+def run_generate(model: Any, work: Workload, vocab: int, group: int, seed: int) -> None:
     """One round with ``generate``; log-probs from the scores, the whole context anew each turn."""
     torch.manual_seed(seed)
     context = torch.from_numpy(work.prompts(vocab, seed, group))
     observations = torch.from_numpy(work.observations(vocab, seed))
     for turn in range(work.turns):
-        output = model.generate(
+        output = model.generate(  # without gradients of its own accord
             context,
             attention_mask=torch.ones_like(context),
             do_sample=True,
@@ -100,7 +101,7 @@ def run_generate(model: torch.nn.Module, work: Workload, vocab: int, seed: int, 
         context = torch.cat((output.sequences, observations[turn]), 1)
 
 
-def run_embedded(engine: EmbeddedEngine, work: Workload, vocab: int, seed: int, group: int) -> None:
+def run_embedded(engine: EmbeddedEngine, work: Workload, vocab: int, group: int, seed: int) -> None:
     """One round with the embedded engine: each conversation is a coroutine with its session."""
     prompts, observations = work.prompts(vocab, seed, group), work.observations(vocab, seed)
     sampling = SamplingParams(temperature=1.0, max_new_tokens=work.answer)
@@ -183,8 +184,8 @@ def main() -> None:
         rates = measure(
             work,
             {
-                "generate": lambda s, w=work: run_generate(model, w, args.vocab, s, args.group),
-                "embedded": lambda s, w=work: run_embedded(engine, w, args.vocab, s, args.group),
+                "generate": partial(run_generate, model, work, args.vocab, args.group),
+                "embedded": partial(run_embedded, engine, work, args.vocab, args.group),
             },
             args.rounds,
         )

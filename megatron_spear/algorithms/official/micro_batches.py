@@ -6,7 +6,7 @@ of which rows share a micro-batch, so they can be said as weights, and the packi
 is free.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -61,25 +61,24 @@ def official_dropped(
 
     The official permutation is torch's, unseeded; here it is drawn by ``key`` and the micro-batch.
     """
-    result: list[BoolArray] = []
-    chunks = zip(_chunks(rows, micro_batch_rows), _chunks(logprobs, micro_batch_rows), strict=True)
-    for number, (chunk, own) in enumerate(chunks):
-        masks = [s.response_mask for s in chunk]
-        columns = [masks, own, [s.old_logprobs for s in chunk], [s.advantages for s in chunk]]
-        mask, current, old, advantages = _padded(chunk, columns, 1)
+
+    def dropped(
+        number: int, mask: Tensor, current: Tensor, old: Tensor, advantages: Tensor
+    ) -> Tensor:
         _, clipped, _ = clipped_surrogate(
             (current - old).exp(), advantages, clip.clip_low, clip.clip_high, None
         )
 
-        def permutation(count: int, number: int = number) -> Tensor:
+        def permutation(count: int) -> Tensor:
             order = shuffled(np.arange(count), *key, "official clip_cov", number)
             return torch.from_numpy(order)
 
         drop = covariance_drop(current, advantages, mask, clipped, clip, permutation)
         flags = torch.zeros_like(mask)
         flags[drop.dropped[:, 0], drop.dropped[:, 1]] = 1.0
-        result += [row > 0 for row in _unpadded(chunk, flags)]
-    return result
+        return flags
+
+    return _flagged(rows, logprobs, micro_batch_rows, dropped)
 
 
 def official_kl_selected(
@@ -89,12 +88,27 @@ def official_kl_selected(
     fraction: float,
 ) -> list[BoolArray]:
     """bool ``[L]`` of each row: the tokens that pay in its micro-batch (kl_cov)."""
+
+    def selected(_: int, mask: Tensor, current: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        return kl_cov_selected(current, advantages, mask, fraction).double()
+
+    return _flagged(rows, logprobs, micro_batch_rows, selected)
+
+
+def _flagged(
+    rows: _Rows,
+    logprobs: Sequence[npt.NDArray[np.floating]],
+    micro_batch_rows: int,
+    flag: Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> list[BoolArray]:
+    """bool ``[L]`` of each row, from each micro-batch's ``flag(number, mask, logprobs,
+    old_logprobs, advantages)``, all ``[B, T]``; above 0 is True."""
     result: list[BoolArray] = []
     chunks = zip(_chunks(rows, micro_batch_rows), _chunks(logprobs, micro_batch_rows), strict=True)
-    for chunk, own in chunks:
-        columns = [[s.response_mask for s in chunk], own, [s.advantages for s in chunk]]
-        mask, current, advantages = _padded(chunk, columns, 1)
-        flags = kl_cov_selected(current, advantages, mask, fraction).double()
+    for number, (chunk, own) in enumerate(chunks):
+        masks = [s.response_mask for s in chunk]
+        columns = [masks, own, [s.old_logprobs for s in chunk], [s.advantages for s in chunk]]
+        flags = flag(number, *_padded(chunk, columns, 1))
         result += [row > 0 for row in _unpadded(chunk, flags)]
     return result
 

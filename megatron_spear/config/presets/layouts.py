@@ -4,7 +4,7 @@ All are for GPUs of 80 GB in nodes of 8 and bf16, and obey the same rules, which
 parallel divides heads, KV groups and the MLP; it and expert parallel stay within a node; pipeline
 parallel divides the layers; the fullest rank stays below ``MAX_RANK_BYTES`` by the estimate of
 ``policy/memory.py``. Data parallel is what is left of the GPUs, so a preset also runs on other
-multiples of tensor x pipeline parallel.
+multiples of tensor x pipeline parallel; on fewer, each rank has more of the optimizer's states.
 """
 
 from collections.abc import Mapping
@@ -49,9 +49,17 @@ def unknown_preset(name: str) -> str:
 
 
 def _preset(
-    model: str, gpus: int, tensor: int, pipeline: int, tokens: int, why: str, experts: int = 1
+    model: str,
+    gpus: int,
+    tensor: int,
+    pipeline: int,
+    tokens: int,
+    recompute: str,
+    why: str,
+    experts: int = 1,
 ) -> Preset:
-    """Sequence parallel wherever it is possible, since it costs nothing."""
+    """Sequence parallel wherever it is possible, since it costs nothing, and all that splits the
+    optimizer and hides what its ranks say to each other: every layout here has several replicas."""
     policy = {
         "tensor_parallel": tensor,
         "pipeline_parallel": pipeline,
@@ -59,40 +67,51 @@ def _preset(
         "sequence_parallel": tensor > 1,
         "precision": "bf16",
         "tokens_per_microbatch": tokens,
+        "recompute": recompute,
+        "distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
     }
     return Preset(model=model, gpus=gpus, policy=policy, why=why)
 
 
-_SMALLEST = "the smallest tensor parallel that fits: 2 leaves no room for activations"
-_TWICE = "the room that more stages give goes to contexts of twice the length"
+_NONE, _FULL = "none", "full"
+_PAIR = "2 GPUs a replica; one would not hold it"
+_KEPT = "tensor parallel 4 has room to keep activations: no second forward pass"
+_NODE = "a node a replica: one stage, no pipeline bubble"
+_LONG = "the states of a replica, split over more, leave room for twice the length"
 
 _TABLE = (
-    _preset("qwen2.5-1.5b", 8, 1, 1, 8192, "a GPU holds it whole; only gradients are exchanged"),
-    _preset("qwen2.5-1.5b", 32, 1, 1, 8192, "as on 8, four times the replicas"),
-    _preset("qwen2.5-1.5b", 128, 2, 1, 16384, "half the replicas, each with twice the tokens"),
-    _preset("qwen2.5-7b", 8, 4, 1, 16384, _SMALLEST),
-    _preset("qwen2.5-7b", 32, 4, 1, 16384, "as on 8; 4 KV groups allow no more tensor parallel"),
-    _preset("qwen2.5-7b", 128, 4, 1, 16384, "as on 8; one stage, so no pipeline bubble"),
-    _preset("qwen2.5-7b", 512, 4, 2, 32768, f"a node a replica; {_TWICE}"),
-    _preset("qwen3-8b", 8, 4, 1, 16384, _SMALLEST),
-    _preset("qwen3-8b", 32, 4, 1, 16384, "as on 8, four times the replicas"),
-    _preset("qwen3-8b", 128, 8, 1, 32768, "a node a replica; contexts of twice the length"),
-    _preset("qwen3-8b", 512, 8, 1, 32768, "as on 128, four times the replicas"),
+    _preset("qwen2.5-1.5b", 8, 1, 1, 16384, _NONE, "a GPU holds it whole"),
+    _preset("qwen2.5-1.5b", 32, 1, 1, 32768, _FULL, "twice the length, by recomputation"),
+    _preset("qwen2.5-1.5b", 128, 2, 1, 32768, _NONE, "twice the length, by tensor parallel"),
     *(
-        _preset(model, gpus, 8, stages, tokens, why)
-        for model in ("qwen2.5-32b", "qwen3-32b")
-        for gpus, stages, tokens, why in (
-            (32, 2, 8192, "a node a stage: one stage leaves no room for activations"),
-            (128, 2, 8192, "as on 32, four times the replicas"),
-            (512, 4, 16384, f"16 replicas; {_TWICE}"),
+        _preset(model, gpus, tensor, 1, 32768, recompute, why)
+        for model in ("qwen2.5-7b", "qwen3-8b")
+        for gpus, tensor, recompute, why in (
+            (8, 2, _FULL, _PAIR),
+            (32, 4, _NONE, _KEPT),
+            (128, 4, _NONE, "as on 32, four times the replicas"),
+            (512, 4, _NONE, "as on 32, sixteen times the replicas"),
         )
     ),
-    _preset("qwen3-30b-a3b", 32, 4, 2, 8192, "the experts over a node; one stage does not fit", 8),
-    _preset("qwen3-30b-a3b", 128, 4, 2, 8192, "as on 32, four times the replicas", 8),
-    _preset("qwen3-30b-a3b", 512, 4, 4, 16384, f"32 replicas; {_TWICE}", 8),
-    _preset("llama-3.1-70b", 32, 8, 4, 8192, "a node a stage; 2 stages would not hold it"),
-    _preset("llama-3.1-70b", 128, 8, 4, 8192, "as on 32, four replicas"),
-    _preset("llama-3.1-70b", 512, 8, 8, 8192, "8 replicas; stages of 10 layers, half the states"),
+    *(
+        _preset(model, gpus, 8, 1, tokens, _FULL, why)
+        for model in ("qwen2.5-32b", "qwen3-32b")
+        for gpus, tokens, why in (
+            (16, 32768, _NODE),
+            (32, 32768, "as on 16, twice the replicas"),
+            (128, 65536, _LONG),
+            (512, 65536, "as on 128, four times the replicas"),
+        )
+    ),
+    _preset("qwen3-30b-a3b", 16, 4, 1, 32768, _FULL, "the experts over a node", 8),
+    _preset("qwen3-30b-a3b", 32, 4, 1, 32768, _FULL, "as on 16, twice the replicas", 8),
+    _preset("qwen3-30b-a3b", 128, 4, 1, 16384, _NONE, "no second forward pass", 8),
+    _preset("qwen3-30b-a3b", 512, 4, 2, 32768, _NONE, "two stages: twice the length so too", 8),
+    _preset("llama-3.1-70b", 32, 8, 2, 32768, _FULL, "a node a stage; one would not hold it"),
+    _preset("llama-3.1-70b", 128, 8, 2, 65536, _FULL, _LONG),
+    _preset("llama-3.1-70b", 512, 8, 2, 65536, _FULL, "as on 128, four times the replicas"),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _TABLE}

@@ -62,5 +62,5 @@ class Hook:
         require_keys(state, (), type(self).__name__)
 
     def prune(self, kept: Sequence[Mapping[str, Any]]) -> None:
-        """Free what none of the ``kept`` states (those of the checkpoints on disk) needs any
-        more."""
+        """Free what neither one of the ``kept`` states (those of the checkpoints on disk) nor the
+        present one needs any more; ``checkpoint.async_save`` calls it some steps after the save."""

@@ -11,14 +11,18 @@ from megatron_spear.config.presets.layouts import PRESETS
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.errors import ConfigError
 
-NAME = "qwen2.5-32b-32gpus"
+NAME = "qwen3-30b-a3b-128gpus"
 LAYOUT = {
-    "tensor_parallel": 8,
-    "pipeline_parallel": 2,
-    "expert_parallel": 1,
+    "tensor_parallel": 4,
+    "pipeline_parallel": 1,
+    "expert_parallel": 8,
     "sequence_parallel": True,
     "precision": "bf16",
-    "tokens_per_microbatch": 8192,
+    "tokens_per_microbatch": 16384,
+    "recompute": "none",
+    "distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
 }
 
 
@@ -44,8 +48,8 @@ def _loaded(config):
 def test_defaults_then_preset_then_file_then_command_line(tmp_path: Path) -> None:
     text = "policy:\n  tokens_per_microbatch: 1000\n  pipeline_parallel: 4\n"
     path = write(tmp_path, text)
-    given = [f"preset={NAME}", "policy.pipeline_parallel=1"]
-    changed = {"tokens_per_microbatch": 1000, "pipeline_parallel": 1}
+    given = [f"preset={NAME}", "policy.pipeline_parallel=3"]
+    changed = {"tokens_per_microbatch": 1000, "pipeline_parallel": 3}
     policy = load_config(path, given).policy
     assert policy == PolicySection(**LAYOUT | changed)
     assert policy.optimizer == PolicySection().optimizer
@@ -63,9 +67,9 @@ def test_a_resumed_run_keeps_its_layout_or_takes_the_preset_named_now(tmp_path: 
     assert (resumed.preset, resumed.policy) == (NAME, run.policy)
     moved = load_config(
         None,
-        [f"resume={tmp_path}", "preset=qwen2.5-32b-512gpus", "policy.tokens_per_microbatch=99"],
+        [f"resume={tmp_path}", "preset=qwen3-30b-a3b-512gpus", "policy.tokens_per_microbatch=99"],
     )
-    assert (moved.policy.pipeline_parallel, moved.policy.tokens_per_microbatch) == (4, 99)
+    assert (moved.policy.pipeline_parallel, moved.policy.tokens_per_microbatch) == (2, 99)
     assert config_hash(moved) == config_hash(run), "only the layout is another"
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from megatron_spear.conversion.shape import model_shape
 from megatron_spear.data.packing import TrainBatch, pack
 from megatron_spear.data.zigzag import part_of, zigzag_order
-from megatron_spear.policy.attention import Rotary, Turn
+from megatron_spear.policy.attention import Rotary, turn
 from megatron_spear.policy.context_attention import (
     attend_laid_out,
     attend_packed,
@@ -89,18 +89,18 @@ def test_equals_each_sequence_alone(
         context_layout(part_of(batch, rank, ranks), rotary, rank, ranks, None, packed=packed)
         for rank in range(ranks)
     ]
-    turned = [Turn.apply(key[own], layout) for own, layout in zip(order, layouts, strict=True)]
+    turned = [turn(key[own], layout) for own, layout in zip(order, layouts, strict=True)]
     both = torch.cat((torch.cat(turned), value[order.flatten()]), 1)  # as gathered over the group
     for own, layout in zip(order, layouts, strict=True):
         attend = attend_packed if packed else attend_laid_out
-        parts.append(attend(Turn.apply(query[own], layout), both, layout, SCALE)[:, 0])
+        parts.append(attend(turn(query[own], layout), both, layout, SCALE)[:, 0])
     got = torch.cat(parts)[order.flatten().argsort()]
 
     angles = batch.position_ids[:, None] * rotary.frequencies.double()
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    phases = torch.polar(torch.ones_like(angles), angles)[:, None]
 
     def turned_slowly(x: Tensor) -> Tensor:
-        pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * turn
+        pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :]) * phases
         return torch.cat((pairs.real, pairs.imag), -1)
 
     q, k = turned_slowly(query), turned_slowly(key)

@@ -1,5 +1,7 @@
 """One rank: equal to transformers, independent of packing, exact after a resume."""
 
+import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.hf_io import HfReader
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.errors import CheckpointError, ConfigError
-from megatron_spear.policy.parallel import ParallelContext
+from megatron_spear.policy.parallel import ParallelContext, seed_generators
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.testing.nll import WeightedNll
 from megatron_spear.testing.tiny import hf_logprobs, random_samples, tiny_hf_folder
@@ -197,6 +199,43 @@ def test_resume_is_exact(
     assert [resumed.train_step(packed(), WeightedNll()) for _ in range(2)] == expected
     want = exported(policy)
     assert all(torch.equal(tensor, want[name]) for name, tensor in exported(resumed).items())
+
+
+def draws() -> list[Tensor]:
+    """One draw from each generator, Megatron's by name included."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    found = [torch.rand(3), torch.rand(3)]
+    for name in get_cuda_rng_tracker().get_states():
+        with get_cuda_rng_tracker().fork(name):
+            found.append(torch.rand(3))
+    return found
+
+
+def test_random_generators_go_on_where_they_were(
+    tmp_path: Path, ctx: ParallelContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_hf_folder(tmp_path / "hf")
+    policy = make(tmp_path / "hf", ctx)
+    seed_generators(7)
+    draws()
+    policy.save(tmp_path / "state")
+    expected = draws()
+    assert len(expected) == 5 and len({tuple(t.tolist()) for t in expected}) == 5
+    policy.load(tmp_path / "state")
+    assert all(map(torch.equal, draws(), expected))
+    # as it was written before generators were saved
+    about = json.loads((tmp_path / "state" / "policy.json").read_text())
+    assert about.pop("rng_layout") == dict.fromkeys(
+        ("pipeline", "tensor", "context", "data", "expert"), 1
+    )
+    (tmp_path / "state" / "policy.json").write_text(json.dumps(about))
+    with caplog.at_level(logging.INFO):
+        policy.load(tmp_path / "state")
+    assert "no random generators, this is" in caplog.text and "seeded anew" in caplog.text
+    found = draws()
+    seed_generators(ctx.seed)
+    assert all(map(torch.equal, draws(), found))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.mapping import Shape
 from megatron_spear.conversion.shape import ModelShape, model_shape
-from megatron_spear.policy.memory import STATE_BYTES, fullest_rank, local_shapes
+from megatron_spear.policy.memory import fullest_rank, local_shapes
 from megatron_spear.policy.parallel import Place, check_layout
 from megatron_spear.policy.weights import place_of
 from megatron_spear.testing.ranks import run_ranks
@@ -149,6 +149,10 @@ def test_layout_is_possible_and_tensor_and_experts_stay_in_a_node(preset: Preset
     assert GPUS_PER_NODE % policy.expert_parallel == 0
     assert policy.sequence_parallel == (policy.tensor_parallel > 1)
     assert policy.precision == "bf16"
+    replicas = preset.gpus // (policy.tensor_parallel * policy.pipeline_parallel)
+    shared = (policy.distributed_optimizer, policy.overlap_grad_reduce, policy.overlap_param_gather)
+    assert replicas > 1 and all(shared)
+    assert policy.tokens_per_microbatch >= 16384
 
 
 @each_layout
@@ -200,42 +204,30 @@ def test_megatron_builds_what_the_tables_say(preset: Preset, megatron: dict[Any,
 
 @each_preset
 def test_the_fullest_rank_fits_its_gpu(preset: Preset) -> None:
-    assert (
-        fullest_rank(shape_of(preset.model), PolicySection(**preset.policy)).total < MAX_RANK_BYTES
-    )
+    needs = fullest_rank(shape_of(preset.model), PolicySection(**preset.policy), preset.gpus)
+    assert needs.total < MAX_RANK_BYTES
 
 
 @pytest.mark.parametrize(
-    ("model", "changes"),
+    ("like", "gpus", "changes"),
     [
-        ("qwen2.5-7b", {"tensor_parallel": 2, "tokens_per_microbatch": 4096}),
-        ("qwen3-8b", {"tensor_parallel": 2, "tokens_per_microbatch": 4096}),
-        ("qwen2.5-32b", {"tensor_parallel": 8, "tokens_per_microbatch": 4096}),
-        ("qwen3-30b-a3b", {"tensor_parallel": 4, "expert_parallel": 8}),
-        ("llama-3.1-70b", {"tensor_parallel": 8, "pipeline_parallel": 2}),
-        ("qwen2.5-1.5b", {"tokens_per_microbatch": 16384}),
+        ("qwen2.5-1.5b-8gpus", 8, {"tokens_per_microbatch": 32768}),
+        ("qwen2.5-7b-8gpus", 8, {"tensor_parallel": 1}),
+        ("qwen2.5-7b-32gpus", 32, {"tensor_parallel": 2}),
+        ("qwen3-8b-8gpus", 8, {"tensor_parallel": 1}),
+        ("qwen3-8b-32gpus", 32, {"tensor_parallel": 2}),
+        ("qwen2.5-32b-16gpus", 8, {}),
+        ("qwen2.5-32b-16gpus", 16, {"distributed_optimizer": False}),
+        ("qwen3-32b-128gpus", 128, {"recompute": "none"}),
+        ("qwen3-30b-a3b-16gpus", 8, {}),
+        ("qwen3-30b-a3b-512gpus", 512, {"pipeline_parallel": 1}),
+        ("llama-3.1-70b-32gpus", 16, {}),
+        ("llama-3.1-70b-32gpus", 32, {"pipeline_parallel": 1}),
     ],
 )
-def test_what_the_presets_call_too_large_is(model: str, changes: dict[str, Any]) -> None:
-    assert fullest_rank(shape_of(model), PolicySection(**changes)).total > MAX_RANK_BYTES
-
-
-def test_memory_of_a_small_model_by_hand() -> None:
-    """Hidden 8, 4 heads in 2 groups of 2, ffn 16, 50 words, 4 layers; TP 2, PP 2, 10 tokens."""
-    shape = ModelShape(
-        family="llama", num_layers=4, hidden_size=8, ffn_size=16, num_heads=4, num_groups=2,
-        head_dim=2, vocab_size=50, norm_eps=1e-6, rope_theta=1e4,
-    )  # fmt: skip
-    policy = PolicySection(tensor_parallel=2, pipeline_parallel=2, tokens_per_microbatch=10)
-    qkv, proj, mlp, norms = 8 * 16 // 2, 8 * 8 // 2, 3 * 8 * 16 // 2, 2 * 8
-    stage = 2 * (qkv + proj + mlp + norms) + 25 * 8
-    kept = 2 * 10 * (4 * 8 + 3 * (4 + 2) * 2 + 3 * 16) // 2
-    needs = fullest_rank(shape, policy)
-    assert STATE_BYTES == 18
-    assert needs.states == 18 * stage  # the first stage: an embedding, but no final norm
-    assert needs.activations == 2 * 2 * kept  # two micro-batches of two layers
-    long = policy.model_copy(update={"context_parallel": 2, "tokens_per_microbatch": 20})
-    gathered = 2 * 10 * (2 * 2 + 1) * 2 * 2 // 2  # half of the tokens, and others' keys and values
-    assert fullest_rank(shape, long).activations == 2 * 2 * (kept + gathered)
-    one = policy.model_copy(update={"pipeline_parallel": 1})
-    assert fullest_rank(shape, one).activations == 4 * kept + 4 * 10 * 25
+def test_what_the_presets_leave_out_is_too_large(
+    like: str, gpus: int, changes: dict[str, Any]
+) -> None:
+    preset = PRESETS[like]
+    policy = PolicySection(**preset.policy | changes)
+    assert fullest_rank(shape_of(preset.model), policy, gpus).total > MAX_RANK_BYTES

@@ -1,9 +1,11 @@
 """The run around the steps: when it evaluates and saves, and what its summary says."""
 
+import errno
 import io
 import json
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_spear.background import nothing_to_do
 from megatron_spear.config.load import load_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
 from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.alfworld.task import Panel
-from megatron_spear.errors import StopRequested
+from megatron_spear.errors import CheckpointError, StopRequested
 from megatron_spear.testing.hand_made import make_prompt, make_trajectory
 from megatron_spear.tracking.progress import Console
 from megatron_spear.trainer.hooks.calls import HookCalls
@@ -39,8 +42,17 @@ class _Console(Console):
 
 
 class _Policy:
+    """``written`` is what the files of a save in the background wait for; None = nothing."""
+
+    written: Future[None] | None = None
+
     def save(self, folder: Path) -> None:
         folder.mkdir()
+
+    def begin_save(self, folder: Path) -> Any:
+        folder.mkdir()
+        writing = self.written or nothing_to_do()
+        return SimpleNamespace(writing=writing, finish=writing.result, abandon=lambda: None)
 
     def load(self, folder: Path) -> None:
         assert folder.is_dir()
@@ -188,6 +200,65 @@ def test_a_stop_in_an_evaluation_saves_the_steps_before_it(tmp_path: Path) -> No
     assert resumed.run.resume() == 2
     resumed.run.run()
     assert resumed.events == ["evaluation 2", "step 3", "step 4", "evaluation 4"]
+
+
+ASYNC = "checkpoint.async_save=true"
+
+
+def _committed(path: Path) -> list[str]:
+    return sorted(folder.name for folder in (path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("ends", ["the end", "stop_after", "a stop", "a stop in an evaluation"])
+def test_a_save_in_the_background_is_committed_at_the_end(ends: str, tmp_path: Path) -> None:
+    settings = [ASYNC, "checkpoint.every=4", "checkpoint.keep=4", "evaluation.every=3"]
+    panels = iter([LOST, "", LOST])
+
+    def at(step: int) -> None:
+        if (ends, step) == ("a stop", 3):
+            launch.stop.request("SIGTERM")
+
+    def panel() -> str:
+        if ends == "a stop in an evaluation" and not next(panels):
+            launch.stop.request("SIGTERM")
+        return LOST
+
+    if ends == "stop_after":
+        settings.append("run.stop_after=3")
+    launch = _Launch(tmp_path, *settings, panels=panel, at=at)
+    if ends.startswith("a stop"):
+        with pytest.raises(StopRequested, match="SIGTERM"):
+            launch.run.run()
+    else:
+        launch.run.run()
+    step = 4 if ends == "the end" else 3
+    assert _committed(tmp_path) == [f"step_{step}"]
+    assert _Launch(tmp_path, *settings).run.resume() == step
+
+
+def test_a_second_ctrl_c_gives_up_the_save_in_the_background(tmp_path: Path) -> None:
+    def at(step: int) -> None:
+        launch.run._step.policy.written = Future()  # nothing is written from now on
+        if step == 4:
+            raise KeyboardInterrupt
+
+    launch = _Launch(tmp_path, ASYNC, "checkpoint.every=3", "evaluation.every=0", at=at)
+    with pytest.raises(KeyboardInterrupt):
+        launch.run.run()
+    assert _committed(tmp_path) == []
+
+
+def test_a_fault_in_the_background_ends_the_run(tmp_path: Path) -> None:
+    def at(step: int) -> None:
+        written: Future[None] = Future()
+        written.set_exception(OSError(errno.ENOSPC, "No space left on device"))
+        launch.run._step.policy.written = written if step == 2 else None
+
+    launch = _Launch(tmp_path, ASYNC, "run.steps=9", "checkpoint.keep=9", at=at)
+    with pytest.raises(CheckpointError, match="step 2 was not written: the disk is full"):
+        launch.run.run()
+    assert launch.events[-1] == "step 3"
+    assert _committed(tmp_path) == ["step_1"]
 
 
 def test_failed_games_are_told_and_count_nowhere(

@@ -1,8 +1,11 @@
 """What a checkpoint of a run holds, and which one a resumed run takes."""
 
+import errno
 import json
 import logging
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +23,33 @@ from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
 from megatron_spear.trainer.run_directory import RunDirectory
 
 
+class _Pending:
+    """A save that is written when the test says so; ``abandoned`` if it was told so."""
+
+    def __init__(self, folder: Path, state: int) -> None:
+        self.writing: Future[None] = Future()
+        self.abandoned = False
+        self._folder, self._state = folder, state
+
+    def finish(self) -> None:
+        self.writing.result()
+        (self._folder / "state").write_text(str(self._state))
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+
 class _Policy:
     """Its state is one number; ``refused`` are those it cannot load."""
 
     def __init__(self, refused: tuple[int, ...] = ()) -> None:
         self.state, self._refused = 0, refused
+        self.pending: list[_Pending] = []
+
+    def begin_save(self, folder: Path) -> _Pending:
+        folder.mkdir()
+        self.pending.append(_Pending(folder, self.state))
+        return self.pending[-1]
 
     def save(self, folder: Path) -> None:
         folder.mkdir()
@@ -89,6 +114,14 @@ class _Run:
 
     def folders(self) -> list[str]:
         return sorted(path.name for path in self.directory.checkpoints.iterdir())
+
+    def poll_until_committed(self, step: int) -> None:
+        """The manifest is written by a thread, so a poll may come too early."""
+        deadline = time.monotonic() + 30
+        while f"step_{step}" not in self.folders():
+            assert time.monotonic() < deadline
+            self.checkpoints.poll()
+            time.sleep(0.005)
 
 
 def _progress(step: int) -> Progress:
@@ -225,3 +258,95 @@ def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="none of its checkpoints"):
         run.checkpoints.resume()
     assert (folder / "step_1").is_dir()
+
+
+ASYNC = "checkpoint.async_save=true"
+
+
+def test_a_save_in_the_background_is_of_the_moment_it_was_begun(tmp_path: Path) -> None:
+    run = _Run(tmp_path, ASYNC)
+    progress = _progress(1)
+    run.policy.state, run.cursor.consumed = 1, 8
+    run.hook.write(1)
+    run.checkpoints.save(progress)
+    (pending,) = run.policy.pending
+    progress.step, progress.wall_s = 2, 99.0  # the run goes on
+    run.policy.state, run.cursor.consumed = 2, 16
+    run.hook.write(2)
+    run.checkpoints.poll()
+    assert run.folders() == ["step_1.tmp"]
+    pending.writing.set_result(None)
+    run.poll_until_committed(1)
+    assert run.folders() == ["step_1"] and run.hook.kept == [1]
+    run.checkpoints.poll()
+    run.checkpoints.finish()
+    resumed = _Run(tmp_path)
+    assert resumed.checkpoints.resume() == _progress(1)
+    assert (resumed.policy.state, resumed.hook.state, resumed.cursor.consumed) == (1, 1, 8)
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
+    run = _Run(tmp_path, ASYNC)
+    run.save(1)
+    run.policy.pending[0].writing.set_result(None)
+    run.save(2)
+    assert run.folders() == ["step_1", "step_2.tmp"]
+    run.policy.pending[1].writing.set_result(None)
+    run.checkpoints.finish()
+    assert run.folders() == ["step_1", "step_2"] and run.hook.kept == [1, 2]
+
+
+@pytest.mark.parametrize("where", ["files", "manifest"])
+@pytest.mark.parametrize("call", ["poll", "finish", "save"])
+def test_a_full_disk_in_the_background_is_told(
+    where: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = _Run(tmp_path, ASYNC)
+    run.save(1)
+    run.policy.pending[0].writing.set_result(None)
+    run.save(2)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(*args: Any) -> None:
+        raise full
+
+    if where == "files":
+        run.policy.pending[1].writing.set_exception(full)
+    else:
+        monkeypatch.setattr("megatron_spear.trainer.commit.write_manifest", refuse)
+        run.policy.pending[1].writing.set_result(None)
+    told = r"checkpoint of step 2 was not written: the disk is full.*No space left"
+    with pytest.raises(CheckpointError, match=told):
+        if call == "poll":
+            run.poll_until_committed(2)
+        elif call == "finish":
+            run.checkpoints.finish()
+        else:
+            run.save(3)
+    monkeypatch.undo()
+    assert run.folders() == ["step_1"]
+    run.checkpoints.finish()
+    run.save(4)
+    run.policy.pending[-1].writing.set_result(None)
+    run.checkpoints.finish()
+    assert run.folders() == ["step_1", "step_4"]
+
+
+def test_a_hook_at_fault_ends_a_save_that_was_just_begun(tmp_path: Path) -> None:
+    run = _Run(tmp_path, ASYNC)
+    run.hook.state_dict = lambda: {"state": {1, 2}}
+    with pytest.raises(HookError, match="state_dict after step 1 gave"):
+        run.save(1)
+    assert run.policy.pending[0].abandoned and run.folders() == []
+
+
+def test_an_abandoned_save_leaves_nothing(tmp_path: Path) -> None:
+    run = _Run(tmp_path, ASYNC)
+    run.checkpoints.abandon()
+    run.save(1)
+    run.policy.pending[0].writing.set_result(None)
+    run.save(2)
+    run.checkpoints.abandon()
+    run.checkpoints.poll()
+    assert run.policy.pending[1].abandoned and not run.policy.pending[0].abandoned
+    assert run.folders() == ["step_1"]
