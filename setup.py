@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
+        "bridge": ["megatron-bridge>=0.6; python_version >= '3.12'"],
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor
 
-from megatron_spear.conversion import fp8_blocks, hf_io
+from megatron_spear.conversion import bridge, fp8_blocks, hf_io
 from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.mapping import Shape, WeightMap
 from megatron_spear.conversion.safetensors_out import write_safetensors
@@ -64,6 +64,10 @@ def hf_to_megatron(
     without it tensors keep theirs, which must be the config's. Raises CheckpointError for a broken
     folder, tensors too many or too few, values that are not finite, and a full disk.
     """
+    if not bridge.has_table(source):
+        unread = {f"--{axis}-parallel": n > 1 for axis, n in asdict(layout).items()}
+        bridge.hf_to_megatron(source, target, unread | {"--dtype": dtype})
+        return
     model, table = _model(source)
     _check_layout(model, layout)
     with hf_io.HfReader(source) as reader:
@@ -110,6 +114,9 @@ def megatron_to_hf(
     ``dtype`` is fp32, bf16, fp16 or fp8-block; without it tensors keep theirs.
     """
     described = _config_folder(source, config)
+    if not bridge.has_table(described):
+        bridge.megatron_to_hf(source, target, described, {"--dtype": dtype})
+        return
     model, table = _model(described)
     reader = TorchDistReader(source)
     items = [(number, item) for number, item in enumerate(table) if not item.tied]

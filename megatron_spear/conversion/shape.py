@@ -67,8 +67,7 @@ def model_shape(config: Any) -> ModelShape:
     family = getattr(config, "model_type", None)
     if family not in SUPPORTED:
         raise ConfigError(
-            f"model_type {family!r} has no weight table; expected one of {', '.join(SUPPORTED)} "
-            "(checkpoints of others can be converted through megatron-bridge, docs/checkpoints.md)"
+            f"model_type {family!r} has no weight table; expected one of {', '.join(SUPPORTED)}"
         )
     _refuse_unsupported(config, family)
     experts = _experts(config) if family == "qwen3_moe" else {"ffn_size": config.intermediate_size}

@@ -7,6 +7,7 @@ the end the folder is put in place by one rename: it is whole or not there.
 """
 
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -118,11 +119,11 @@ def _run(
 def _write_one(work: Path, write: WriteShard, shard: Shard) -> Any:
     """Write the file, flush it, and note its hash; in whichever process."""
     path = work / shard.file
-    with path.open("wb") as file:
+    with _Hashed(path.open("wb", buffering=0)) as file:
         notes = write(file, shard)
         file.flush()
         os.fsync(file.fileno())
-    noted = {"hash": _hash(path), "bytes": path.stat().st_size, "notes": notes}
+    noted = {"hash": file.state.hexdigest(), "bytes": path.stat().st_size, "notes": notes}
     write_whole(_note_of(work, shard), json.dumps(noted))
     return notes
 
@@ -142,8 +143,19 @@ def _note_of(work: Path, shard: Shard) -> Path:
     return work / NOTES / f"{shard.file}.json"
 
 
+class _Hashed(io.BufferedWriter):
+    """A file written in order, with the XXH3 of what was written."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self.state = xxhash.xxh3_128()
+
+    def write(self, content: Any) -> int:
+        self.state.update(content)
+        return super().write(content)
+
+
 def _hash(path: Path) -> str:
-    """XXH3 of the file, which is in the page cache when it was just written."""
     state = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_HASHED_AT_A_TIME))
     with path.open("rb", buffering=0) as file:

@@ -203,11 +203,11 @@ def test_broken_sources_are_named(name: str, folder: Path, tmp_path: Path) -> No
     assert not (tmp_path / "there").exists()
 
 
-def test_unknown_architecture_names_the_known_ones_and_the_bridge(
+def test_unknown_architecture_names_the_known_ones_and_the_extra(
     folder: Path, tmp_path: Path
 ) -> None:
     _rename_architecture(folder)
-    with pytest.raises(ConfigError, match=r"'gpt2'.*qwen3, .*mistral .*megatron-bridge"):
+    with pytest.raises(ConfigError, match=r"'gpt2'.*qwen3, .*mistral,.*megatron-spear\[bridge\]"):
         hf_to_megatron(folder, tmp_path / "there", Layout())
 
 
