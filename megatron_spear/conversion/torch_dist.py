@@ -10,7 +10,6 @@ layers have them, which is what Megatron itself stores.
 No Megatron is imported here: its own ``dist_checkpointing.load`` reads what is written.
 """
 
-import io
 import json
 import pickle
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_spear.conversion.mapping import Shape, WeightMap, padded_vocab
+from megatron_spear.conversion.saved_tensors import mapped, saved_tensor
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import CheckpointError
 
@@ -209,7 +209,7 @@ class TorchDistReader:
             self._metadata = FileSystemReader(self.path).read_metadata()
         except Exception as error:
             raise CheckpointError(f"{self.path / METADATA} cannot be read: {error!r}") from error
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, memoryview] = {}
 
     def dtype(self, place: Place) -> torch.dtype:
         """What the tensor is stored as."""
@@ -268,15 +268,14 @@ class TorchDistReader:
         info = self._metadata.storage_data[MetadataIndex(place.key, chunk.offsets)]
         if info.relative_path not in self._files:
             try:
-                self._files[info.relative_path] = (self.path / info.relative_path).open("rb")
+                self._files[info.relative_path] = mapped(self.path / info.relative_path)
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path} lacks {info.relative_path}, which its {METADATA} names; copy it "
                     "again"
                 ) from error
-        view = _Window(self._files[info.relative_path], info.offset, info.length)
         try:
-            block = torch.load(io.BufferedReader(view), map_location="cpu", weights_only=True)
+            block = saved_tensor(self._files[info.relative_path], info.offset, info.length)
         except Exception as error:
             raise CheckpointError(
                 f"{place.key} cannot be read from {self.path / info.relative_path}: {error}; the "
@@ -287,32 +286,3 @@ class TorchDistReader:
             at - offset for at, offset in zip(place.index, chunk.offsets[:depth], strict=True)
         )
         return block[inner]
-
-
-class _Window(io.RawIOBase):
-    """``length`` bytes of an open file from ``start`` on, as a file of their own."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        super().__init__()
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        want = max(0, min(len(buffer), self._length - self._at))
-        self._file.seek(self._start + self._at)
-        got = self._file.readinto(memoryview(buffer)[:want])  # type: ignore[attr-defined]
-        self._at += got
-        return int(got)
