@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ from megatron_spear.files import sync_folder, write_whole
 
 NOTES = ".finished"
 _HASHED_AT_A_TIME = 2**24
+_SENT_AT_A_TIME = 2**26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,8 +122,7 @@ def _write_one(work: Path, write: WriteShard, shard: Shard) -> Any:
     path = work / shard.file
     with _Hashed(path.open("wb", buffering=0)) as file:
         notes = write(file, shard)
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
     noted = {"hash": file.state.hexdigest(), "bytes": path.stat().st_size, "notes": notes}
     write_whole(_note_of(work, shard), json.dumps(noted))
     return notes
@@ -144,15 +144,41 @@ def _note_of(work: Path, shard: Shard) -> Path:
 
 
 class _Hashed(io.BufferedWriter):
-    """A file written in order, with the XXH3 of what was written."""
+    """A file written in order, with the XXH3 of what was written.
 
-    def __init__(self, raw: io.RawIOBase) -> None:
+    A thread brings it to disk meanwhile, so that neither the disk nor the conversion waits.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
         super().__init__(raw)
         self.state = xxhash.xxh3_128()
+        self._written = self._sent = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._sending: Future[None] | None = None
 
     def write(self, content: Any) -> int:
         self.state.update(content)
-        return super().write(content)
+        size = super().write(content)
+        self._written += size
+        if self._written - self._sent > _SENT_AT_A_TIME and self._ready():
+            self._sent = self._written
+            self._sending = self._thread.submit(os.fdatasync, self.fileno())
+        return size
+
+    def sync(self) -> None:
+        """All of it is on disk when this returns."""
+        self.flush()
+        self._thread.submit(os.fsync, self.fileno()).result()
+
+    def close(self) -> None:
+        self._thread.shutdown()  # before the file number is given to another file
+        super().close()
+
+    def _ready(self) -> bool:
+        if self._sending is None or not self._sending.done():
+            return self._sending is None
+        self._sending.result()  # a disk error belongs to the writer
+        return True
 
 
 def _hash(path: Path) -> str:

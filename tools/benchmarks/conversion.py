@@ -6,8 +6,8 @@
 A Qwen3-shaped model in bfloat16 (vocabulary 151,936, width 2048) gets as many layers as the size
 asks for. Each part runs in a process of its own: ``cp`` of the Hugging Face files, conversion to
 Megatron at TP1 and TP4, back, and ``transformers``' way, which loads everything and saves it. All
-flush what they wrote to disk. Memory is the peak of anonymous pages, without mapped files. Needs
-five times the size on disk.
+flush what they wrote to disk. Times are medians over rounds; memory is the peak of anonymous pages,
+without mapped files. Needs six times the size on disk.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -158,32 +159,34 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--skip", choices=PARTS, action="append", default=[])
+    parser.add_argument("--rounds", type=int, default=3, help="parts take turns so often")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         source = Path(name) / "source"
         make(source, options.gigabytes * GB)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        _warm(source)
+        found: dict[str, list[tuple[float, float]]] = {part: [] for part in PARTS}
+        for _ in range(options.rounds):
+            for part in PARTS:
+                found[part].append(_once(part, source, Path(name) / part, options.processes))
         print(f"{size / GB:.2f} GB in {len(list(source.glob('*.safetensors')))} files")
-        print(f"{'':32}{'s':>8}{'GB/s':>8}{'of cp':>8}{'memory, GB':>12}", flush=True)
-        base = 0.0
+        print(f"{'':32}{'s':>8}{'GB/s':>8}{'of cp':>8}{'memory, GB':>12}")
+        base = statistics.median(seconds for seconds, _ in found["copy"])
         for part, (what, _) in PARTS.items():
-            if part in options.skip:
-                continue
-            target = Path(name) / part
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                job = pool.submit(measured, part, source, target, options.processes)
-                seconds, memory = job.result()
-            base = base or seconds
-            rate = size / GB / seconds
-            print(
-                f"{what:32}{seconds:8.1f}{rate:8.2f}{base / seconds:7.2f}x{memory:12.2f}",
-                flush=True,
-            )
-            if part != "there":
-                shutil.rmtree(target)
+            seconds = statistics.median(one for one, _ in found[part])
+            memory = max(one for _, one in found[part])
+            ratio = f"{base / seconds:.2f}x"
+            print(f"{what:32}{seconds:8.1f}{size / GB / seconds:8.2f}{ratio:>8}{memory:12.2f}")
+
+
+def _once(part: str, source: Path, target: Path, processes: int) -> tuple[float, float]:
+    """One part in a process of its own, with the source in memory and nothing else to write."""
+    shutil.rmtree(target, ignore_errors=True)
+    _warm(source)
+    os.sync()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(measured, part, source, target, processes).result()
 
 
 def _warm(source: Path) -> None:
