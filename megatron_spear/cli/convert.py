@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_spear.errors import StopRequested
+
 DIFFERENT_EXIT = 1
 _POLL_S = 0.5
 
@@ -56,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
         return _verify(first, second, options.config)
     from megatron_spear.conversion import convert
 
-    with _progress(first, second):
+    with _progress(first, second), _stop_told():
         if options.kind == "hf-to-megatron":
             layout = convert.Layout(
                 tensor=options.tensor_parallel,
@@ -110,8 +112,18 @@ def _positive(text: str) -> int:
 
 
 @contextmanager
+def _stop_told() -> Iterator[None]:
+    """Ctrl-C loses nothing here."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise StopRequested("the same command goes on with what is not finished yet") from None
+
+
+@contextmanager
 def _progress(source: Path, target: Path) -> Iterator[None]:
-    """A bar with bytes a second and the time left; it watches the growing folder."""
+    """On a terminal a bar with bytes a second and the time left; it watches the growing folder."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -124,7 +136,9 @@ def _progress(source: Path, target: Path) -> Iterator[None]:
 
     work, done = work_folder(target), threading.Event()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar as progress:
         task = progress.add_task("convert", total=_size(source) or None, completed=_size(work))
 
         def watch() -> None:

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -108,13 +109,19 @@ def _run(
         yield from ((shard, one(shard)) for shard in shards)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(shards)), mp_context=context) as pool:
+    count = min(processes, len(shards))
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_finish_on_ctrl_c) as pool:
         running = {pool.submit(one, shard): shard for shard in shards}
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _finish_on_ctrl_c() -> None:
+    """The main process stops for all; a file that is being written is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _write_one(work: Path, write: WriteShard, shard: Shard) -> Any:
