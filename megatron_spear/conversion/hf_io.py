@@ -128,14 +128,15 @@ class HfReader:
         return self._handles[file]
 
 
-def check_complete(reader: HfReader, table: Iterable[WeightMap]) -> None:
+def check_complete(reader: HfReader, table: Iterable[WeightMap], also: Iterable[str] = ()) -> None:
     """No tensor left: each tensor of the folder is named by the table, and the other way round.
 
-    A tied output embedding may be stored once more as ``lm_head.weight``; that copy is allowed.
+    A tied output embedding may be stored once more as ``lm_head.weight``; that copy is allowed, and
+    so are the names ``also``.
     """
     maps = tuple(table)
     wanted = {name for item in maps for name in item.sources}
-    allowed = {"lm_head.weight"} if any(item.tied for item in maps) else set()
+    allowed = {"lm_head.weight", *also} if any(item.tied for item in maps) else set(also)
     allowed |= {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
     missing = sorted(wanted - set(reader.names))
     extra = sorted(set(reader.names) - wanted - allowed)

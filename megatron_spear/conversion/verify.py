@@ -6,7 +6,7 @@ allows. Both are counted apart.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_spear.conversion import fp8_blocks
 from megatron_spear.conversion.families import weight_table
-from megatron_spear.conversion.hf_io import HfReader
+from megatron_spear.conversion.hf_io import HfReader, check_complete
 from megatron_spear.conversion.mapping import WeightMap
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
 from megatron_spear.conversion.torch_dist import METADATA, TorchDistReader, place_in_checkpoint
@@ -26,8 +26,6 @@ EQUAL, ROUNDED, QUANTIZED = "equal", "rounded", "quantized"
 
 
 class _Weights(Protocol):
-    path: Path
-
     def get(self, item: WeightMap) -> Mapping[str, Tensor]:
         """By name, the tensors of an item, and what belongs to them."""
         ...
@@ -57,13 +55,14 @@ def compare(first: Path, second: Path, *, config: Path | None = None) -> Compari
             f"neither {first} nor {second} has a config.json; give the model's folder with --config"
         )
     model = model_shape(load_config(with_config[0]))
+    table = weight_table(model)
     sides: list[_Weights] = [
-        _Megatron(path, model) if (path / METADATA).exists() else _HuggingFace(path)
+        _Megatron(path, model) if (path / METADATA).exists() else _HuggingFace(path, table)
         for path in (first, second)
     ]
     found: Counter[str] = Counter()
     lines: list[str] = []
-    for item in weight_table(model):
+    for item in table:
         if item.tied:
             continue
         one, other = (side.get(item) for side in sides)
@@ -110,8 +109,12 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 class _HuggingFace:
-    def __init__(self, path: Path) -> None:
-        self.path, self._reader = path, HfReader(path)
+    """Scales of FP8 blocks come with the tensors they belong to."""
+
+    def __init__(self, path: Path, table: Sequence[WeightMap]) -> None:
+        self._reader = HfReader(path)
+        sources = {name + fp8_blocks.SCALE for item in table for name in item.sources}
+        check_complete(self._reader, table, also=sources)
 
     def get(self, item: WeightMap) -> Mapping[str, Tensor]:
         names = set(self._reader.names)
@@ -122,7 +125,7 @@ class _HuggingFace:
 
 class _Megatron:
     def __init__(self, path: Path, model: ModelShape) -> None:
-        self.path, self._model, self._reader = path, model, TorchDistReader(path)
+        self._model, self._reader = model, TorchDistReader(path)
 
     def get(self, item: WeightMap) -> Mapping[str, Tensor]:
         full = self._reader.read(place_in_checkpoint(item, self._model), item.full_shape)

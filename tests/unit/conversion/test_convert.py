@@ -291,6 +291,13 @@ def test_differences_are_told(folder: Path, tmp_path: Path) -> None:
     assert outcome.differences == (f"{DOWN}: 1 of 6144 values differ, by up to 0.5",)
 
 
+def test_a_tensor_too_many_is_told(folder: Path, tmp_path: Path) -> None:
+    there = _whole(folder, tmp_path / "there")
+    change(folder, other=torch.zeros(2))
+    with pytest.raises(CheckpointError, match="1 tensors that the model does not use: other"):
+        compare(there, folder)
+
+
 def test_writers_give_notes_that_json_can_hold(folder: Path, tmp_path: Path) -> None:
     """Else a conversion could not go on in another process."""
     seen: list[Any] = []
