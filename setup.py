@@ -31,6 +31,7 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
+        "bridge": ["megatron-bridge>=0.6; python_version >= '3.12'"],
         "dev": [
             "pytest>=9",
             "pytest-xdist>=3.8",
@@ -41,6 +42,7 @@ setup(
             "import-linter>=2.16",
             "types-PyYAML",
             "psutil",
+            "accelerate>=1.10",  # transformers reads GGUF files and FP8 folders with it
         ],
     },
     entry_points={"console_scripts": ["megatron-spear = megatron_spear.cli.main:main"]},

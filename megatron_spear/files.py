@@ -55,9 +55,17 @@ def sync_folder(path: Path) -> None:
 
 
 def says_disk_full(error: BaseException) -> bool:
-    """Whether a failed write met a full disk or a quota.
+    """Whether a failed write met a full disk or a quota."""
+    return disk_full_behind(error) is not None
+
+
+def disk_full_behind(error: BaseException) -> BaseException | None:
+    """The error that speaks of a full disk or a quota: this one, or one it came up in the handling
+    of (torch's "unexpected pos" hides what the system said).
 
     torch, safetensors and tokenizers raise errors of their own for it, so the text counts too.
     """
     text = str(error).lower()
-    return getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_IN_WORDS)
+    if getattr(error, "errno", None) in _FULL or any(words in text for words in _FULL_IN_WORDS):
+        return error
+    return None if error.__context__ is None else disk_full_behind(error.__context__)

@@ -23,6 +23,7 @@ _COMMANDS = {
     "evaluate": "play the evaluation panel with a Hugging Face folder",
     "check-config": "print the resolved configuration, or every mistake in it",
 }
+_CONVERT = "make a Megatron checkpoint of a Hugging Face folder or the other way, or compare two"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,11 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name == "evaluate":
             sub.add_argument("--model", required=True, help="Hugging Face folder to evaluate")
+    commands.add_parser("convert", help=_CONVERT, add_help=False)  # has a parser of its own
     return parser
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command; returns the exit status."""
+    if arguments and arguments[0] == "convert":
+        from megatron_spear.cli import convert
+
+        return convert.run(arguments[1:])
     parser = build_parser()
     words = _joined(arguments)
     options, unknown = parser.parse_known_args([w for w in words if not _is_setting(w)])

@@ -6,9 +6,10 @@ which a folder can be broken is a CheckpointError that names the file or the ten
 
 import contextlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from megatron_spear.conversion.mapping import WeightMap
 from megatron_spear.errors import CheckpointError
-from megatron_spear.files import says_disk_full
+from megatron_spear.files import disk_full_behind
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -67,6 +68,12 @@ class HfReader:
     def names(self) -> tuple[str, ...]:
         """All tensors of the folder."""
         return tuple(self._files)
+
+    def num_bytes(self, name: str) -> int:
+        """Size of a tensor of the folder."""
+        part = self._open(self._files[name]).get_slice(name)
+        bits = int("".join(filter(str.isdigit, part.get_dtype().partition("_")[0])))  # F8_E4M3
+        return int(math.prod(part.get_shape())) * bits // 8
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """One tensor; CheckpointError if it is missing or has another shape than expected."""
@@ -121,14 +128,15 @@ class HfReader:
         return self._handles[file]
 
 
-def check_complete(reader: HfReader, table: Iterable[WeightMap]) -> None:
+def check_complete(reader: HfReader, table: Iterable[WeightMap], also: Iterable[str] = ()) -> None:
     """No tensor left: each tensor of the folder is named by the table, and the other way round.
 
-    A tied output embedding may be stored once more as ``lm_head.weight``; that copy is allowed.
+    A tied output embedding may be stored once more as ``lm_head.weight``; that copy is allowed, and
+    so are the names ``also``.
     """
     maps = tuple(table)
     wanted = {name for item in maps for name in item.sources}
-    allowed = {"lm_head.weight"} if any(item.tied for item in maps) else set()
+    allowed = {"lm_head.weight", *also} if any(item.tied for item in maps) else set(also)
     allowed |= {name for name in reader.names if name.endswith("rotary_emb.inv_freq")}
     missing = sorted(wanted - set(reader.names))
     extra = sorted(set(reader.names) - wanted - allowed)
@@ -190,10 +198,7 @@ def write_hf_folder(
         with full_disk_told(target):
             work.mkdir(parents=True)
             dtype = _write_shards(work, weights, max_shard_bytes)
-            _write_config(work, source, dtype)
-            for name in COPIED:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, work / name)
+            write_description(work, source, dtype)
             if target.exists():
                 target.rmdir()
             work.replace(target)
@@ -202,17 +207,25 @@ def write_hf_folder(
 
 
 @contextlib.contextmanager
-def full_disk_told(target: Path) -> Iterator[None]:
-    """A full disk while ``target`` is written is a CheckpointError, whichever library wrote."""
+def full_disk_told(target: Path, kept: Path | None = None) -> Iterator[None]:
+    """A full disk while ``target`` is written is a CheckpointError, whichever library wrote.
+
+    ``kept`` is where what was written stays, to go on from.
+    """
     try:
         yield
     except Exception as error:
-        if not says_disk_full(error):
+        cause = disk_full_behind(error)
+        if cause is None:
             raise
+        then = (
+            f"{kept} has what was finished; free some space and give the same command again"
+            if kept
+            else "nothing is left of it. Free some space and start again, a run that has "
+            "checkpoints with resume=DIR"
+        )
         raise CheckpointError(
-            f"{target} was not written: the disk is full or a quota is reached ({error}); nothing "
-            "is left of it. Free some space and start again, a run that has checkpoints with "
-            "resume=DIR"
+            f"{target} was not written: the disk is full or a quota is reached ({cause}); {then}"
         ) from error
 
 
@@ -227,16 +240,13 @@ def _write_shards(
         files.append((file, list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
         dtype = next(iter(shard.values())).dtype
-    if len(files) == 1:
-        files[0][0].rename(work / SINGLE)
-        return dtype
     weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        name = shard_name(number, len(files))
         file.rename(work / name)
         weight_map |= dict.fromkeys(names, name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (work / INDEX).write_text(json.dumps(index, indent=2))
+    if len(files) > 1:
+        write_index(work, weight_map, total)
     return dtype
 
 
@@ -257,8 +267,27 @@ def _shards(
         yield shard
 
 
-def _write_config(work: Path, source: Path, dtype: torch.dtype) -> None:
+def write_description(
+    work: Path, source: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """``source``'s config, for weights of ``dtype``, and tokenizer into ``work``."""
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, work / name)
+
+
+def write_index(work: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """The file that says which shard has which tensor."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
+    (work / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name of shard ``number`` (from 1) of ``count``."""
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"

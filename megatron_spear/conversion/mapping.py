@@ -1,9 +1,10 @@
 """How one Megatron parameter and its Hugging Face tensors turn into each other, both ways.
 
 A ``WeightMap`` names one Megatron parameter (``target``), the tensors it is made of (``sources``,
-with their shapes) and four pure functions: ``to_megatron`` and ``to_hf`` for whole tensors,
-``shard`` and ``unshard`` for tensor parallelism. An expert's parameters are whole on the
-expert-parallel ranks that hold the expert. One table serves import, export and weight transfer.
+with their shapes) and pure functions: ``to_megatron`` and ``to_hf`` for whole tensors, ``part`` and
+``unshard`` for tensor parallelism, ``pieces`` for checkpoints. An expert's parameters are whole on
+the expert-parallel ranks that hold the expert. One table serves import, export, checkpoints of
+Megatron and weight transfer.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 Stage = Literal["first", "layer", "last"]
+Piece = tuple[Shape, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,21 +55,43 @@ class WeightMap:
         """Shape of the whole Megatron tensor, without vocabulary padding."""
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
+    @property
+    def split_axis(self) -> int | None:
+        """The axis that tensor parallelism splits, of each source and of the whole tensor alike;
+        None if every rank holds all."""
+        return None
+
     def to_megatron(self, sources: Sequence[Tensor]) -> Tensor:
-        """The whole Megatron tensor."""
+        """The whole Megatron tensor; of a rank's slices of the sources, the rank's part of it."""
         return sources[0]
 
     def to_hf(self, full: Tensor) -> tuple[Tensor, ...]:
         """The Hugging Face tensors, in the order of ``sources``."""
         return (full,)
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+    def slices(self, sources: Sequence[Tensor], rank: int, size: int) -> Sequence[Tensor]:
+        """What of each source tensor-parallel rank ``rank`` of ``size`` needs; views."""
+        axis = self.split_axis
+        return sources if axis is None else [part.chunk(size, axis)[rank] for part in sources]
+
+    def part(self, sources: Sequence[Tensor], rank: int, size: int) -> Tensor:
         """What tensor-parallel rank ``rank`` of ``size`` holds."""
-        return full
+        return self.to_megatron(self.slices(sources, rank, size))
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole Megatron tensor from all ranks' shards, in rank order."""
-        return shards[0]
+        """The whole Megatron tensor from all ranks' parts, in rank order."""
+        return shards[0] if self.split_axis is None else torch.cat(list(shards), self.split_axis)
+
+    def pieces(self, sources: Sequence[Tensor], rank: int, size: int) -> list[Piece]:
+        """The rank's part as blocks of the whole tensor: (where each begins, its values).
+
+        Example: rows 6 to 11 of an embedding of 12 are ``[((6, 0), rows)]`` on rank 1 of 2. What
+        every rank holds is a piece of rank 0 only.
+        """
+        axis, part = self.split_axis, self.part(sources, rank, size)
+        if axis is None:
+            return [] if rank else [((0,) * part.dim(), part)]
+        return [(_offset(part, axis, rank * part.shape[axis]), part)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +100,9 @@ class SplitMap(WeightMap):
 
     axis: int
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
-        return full.chunk(size, self.axis)[rank]
-
-    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(shards), self.axis)
+    @property
+    def split_axis(self) -> int:
+        return self.axis
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +119,13 @@ class QkvMap(WeightMap):
     groups: int
     head_dim: int
 
+    @property
+    def split_axis(self) -> int:
+        return 0
+
     def to_megatron(self, sources: Sequence[Tensor]) -> Tensor:
-        rest = sources[0].shape[1:]
-        parts = [source.reshape(self.groups, -1, self.head_dim, *rest) for source in sources]
+        rest, groups = sources[0].shape[1:], sources[1].shape[0] // self.head_dim
+        parts = [source.reshape(groups, -1, self.head_dim, *rest) for source in sources]
         return torch.cat(parts, 1).reshape(-1, *rest)
 
     def to_hf(self, full: Tensor) -> tuple[Tensor, ...]:
@@ -107,12 +133,6 @@ class QkvMap(WeightMap):
         grouped = full.reshape(self.groups, -1, self.head_dim, *rest)
         heads = grouped.shape[1] - 2
         return tuple(part.reshape(-1, *rest) for part in grouped.split((heads, 1, 1), 1))
-
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
-        return full.chunk(size, 0)[rank]
-
-    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(shards), 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +142,10 @@ class GatedMap(WeightMap):
     Rank r of 2 holds ``gate[r] | up[r]``, the whole tensor is ``gate | up``.
     """
 
+    @property
+    def split_axis(self) -> int:
+        return 0
+
     def to_megatron(self, sources: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(sources), 0)
 
@@ -129,28 +153,40 @@ class GatedMap(WeightMap):
         gate, up = full.chunk(2, 0)
         return gate, up
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
-        gate, up = full.chunk(2, 0)
-        return torch.cat((gate.chunk(size, 0)[rank], up.chunk(size, 0)[rank]), 0)
-
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
         halves = [shard.chunk(2, 0) for shard in shards]
         return torch.cat([gate for gate, _ in halves] + [up for _, up in halves], 0)
+
+    def pieces(self, sources: Sequence[Tensor], rank: int, size: int) -> list[Piece]:
+        parts = self.slices(sources, rank, size)
+        rows = len(parts[0])
+        starts = (rank * rows, (size + rank) * rows)
+        return [(_offset(p, 0, start), p) for start, p in zip(starts, parts, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocabMap(WeightMap):
     """An embedding ``[V, hidden]`` split along the vocabulary, zero rows added to split evenly."""
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+    @property
+    def split_axis(self) -> int:
+        return 0
+
+    def slices(self, sources: Sequence[Tensor], rank: int, size: int) -> Sequence[Tensor]:
+        (full,) = sources
         rows = padded_vocab(full.shape[0], size) // size
         part = full[rank * rows : (rank + 1) * rows]
-        if len(part) == rows:
-            return part
-        return torch.cat((part, full.new_zeros(rows - len(part), *full.shape[1:])), 0)
+        if len(part) < rows:
+            part = torch.cat((part, full.new_zeros(rows - len(part), *full.shape[1:])), 0)
+        return (part,)
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(shards), 0)[: self.shapes[0][0]]
+
+
+def _offset(part: Tensor, axis: int, start: int) -> Shape:
+    """Where a block begins that is whole on all axes but one."""
+    return tuple(start if number == axis else 0 for number in range(part.dim()))
 
 
 def padded_vocab(vocab_size: int, tensor_parallel: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from megatron_spear.errors import CheckpointError, ConfigError
 
-SUPPORTED = ("qwen3", "qwen3_moe", "qwen2", "llama")
+SUPPORTED = ("qwen3", "qwen3_moe", "qwen2", "llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -21,7 +21,7 @@ class ModelShape:
     to 1.
     """
 
-    family: Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
+    family: Literal["qwen3", "qwen3_moe", "qwen2", "llama", "mistral"]
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -39,6 +39,12 @@ class ModelShape:
     num_experts: int = 0
     experts_per_token: int = 0
     normalize_routing: bool = False
+
+
+def split_sizes(shape: ModelShape) -> dict[str, int]:
+    """What tensor parallelism has to divide, by its name in config.json."""
+    sizes = {"num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_groups}
+    return sizes if shape.num_experts else sizes | {"intermediate_size": shape.ffn_size}
 
 
 def load_config(path: Path) -> Any:
@@ -127,6 +133,8 @@ def _refuse_unsupported(config: Any, family: str) -> None:
         wrong.append("mlp_bias (expected false)")
     if getattr(config, "use_sliding_window", False):
         wrong.append("use_sliding_window (expected false)")
+    if family == "mistral" and config.sliding_window is not None:
+        wrong.append(f"sliding_window {config.sliding_window} (expected null)")
     if getattr(config, "attention_dropout", 0.0):
         wrong.append(f"attention_dropout {config.attention_dropout} (expected 0)")
     if wrong:

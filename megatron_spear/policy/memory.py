@@ -80,9 +80,9 @@ def local_shapes(shape: ModelShape, place: Place) -> dict[str, Shape]:
         stage, _ = place_of(item, shape, place.pipeline_size, 1)
         if copied or not is_here(item, stage, shape, place):
             continue
-        part = torch.empty(item.full_shape, device="meta")
-        if item.expert is None:
-            part = item.shard(part, place.tensor_rank, place.tensor_size)
+        sources = [torch.empty(size, device="meta") for size in item.shapes]
+        split = place.tensor_size if item.expert is None else 1  # experts are whole
+        part = item.part(sources, place.tensor_rank % split, split)
         found[item.local_name(first_layer, first_expert)] = tuple(part.shape)
     return found
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_spear.config.layout import layout_problems
 from megatron_spear.config.precision import linear_sizes, precision_problems
 from megatron_spear.config.schema import PolicySection
-from megatron_spear.conversion.shape import model_shape
+from megatron_spear.conversion.shape import model_shape, split_sizes
 from megatron_spear.errors import ConfigError
 from megatron_spear.policy import cpu
 
@@ -176,12 +176,7 @@ def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None
     All problems are reported at once.
     """
     shape = model_shape(hf_config)
-    by_tensor = {
-        "the model's num_attention_heads": shape.num_heads,
-        "the model's num_key_value_heads": shape.num_groups,
-    }
-    if not shape.num_experts:
-        by_tensor["the model's intermediate_size"] = shape.ffn_size
+    by_tensor = {f"the model's {name}": size for name, size in split_sizes(shape).items()}
     by_pipeline = {"the model's num_hidden_layers": shape.num_layers}
     linears = linear_sizes(
         hidden=shape.hidden_size,

@@ -77,9 +77,8 @@ def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelC
                 reader.get(source, expected)
                 for source, expected in zip(item.sources, item.shapes, strict=True)
             ]
-            part = item.to_megatron(sources)
-            if item.expert is None:
-                part = item.shard(part, ctx.tensor_rank, ctx.tensor_size)
+            split = ctx.tensor_size if item.expert is None else 1  # experts are whole
+            part = item.part(sources, ctx.tensor_rank % split, split)
             if part.shape != parameters[name].shape:
                 raise CheckpointError(
                     f"{name} became {tuple(part.shape)} from {', '.join(item.sources)}; the model "

@@ -12,7 +12,11 @@ def table(shape: ModelShape) -> tuple[WeightMap, ...]:
             *llama.attention(shape, number),
             *qwen3.norms(shape, number),
             _router(shape, number),
-            *(item for e in range(shape.num_experts) for item in _expert(shape, number, e)),
+            *(
+                item
+                for expert in range(shape.num_experts)
+                for item in expert_maps(shape.hidden_size, shape.ffn_size, number, expert)
+            ),
         )
         for number in range(shape.num_layers)
     )
@@ -32,9 +36,9 @@ def _router(shape: ModelShape, number: int) -> WeightMap:
     )
 
 
-def _expert(shape: ModelShape, number: int, expert: int) -> tuple[WeightMap, ...]:
+def expert_maps(hidden: int, ffn: int, number: int, expert: int) -> tuple[WeightMap, ...]:
+    """One expert of layer ``number``, of inner width ``ffn``."""
     name = f"model.layers.{number}.mlp.experts.{expert}."
-    hidden, ffn = shape.hidden_size, shape.ffn_size
     return (
         GatedMap(
             target="linear_fc1.weight",

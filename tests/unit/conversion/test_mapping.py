@@ -27,14 +27,19 @@ def test_qkv_by_hand() -> None:
     q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([11, 12]), torch.tensor([21, 22])
     full = item.to_megatron([q, k, v])
     assert full.tolist() == [1, 2, 11, 21, 3, 4, 12, 22]
-    assert item.shard(full, 1, 2).tolist() == [3, 4, 12, 22]
+    assert item.part([q, k, v], 1, 2).tolist() == [3, 4, 12, 22]
+    ((offset, piece),) = item.pieces([q, k, v], 1, 2)
+    assert offset == (4,) and piece.tolist() == [3, 4, 12, 22]
     assert [part.tolist() for part in item.to_hf(full)] == [q.tolist(), k.tolist(), v.tolist()]
 
 
 def test_gated_by_hand() -> None:
     item = GatedMap(target="t", sources=("gate", "up"), shapes=((2,), (2,)))
-    full = item.to_megatron([torch.tensor([1, 2]), torch.tensor([11, 12])])
-    assert item.shard(full, 0, 2).tolist() == [1, 11]
+    sources = [torch.tensor([1, 2]), torch.tensor([11, 12])]
+    full = item.to_megatron(sources)
+    assert item.part(sources, 0, 2).tolist() == [1, 11]
+    found = [(offset, piece.tolist()) for offset, piece in item.pieces(sources, 1, 2)]
+    assert found == [((1,), [2]), ((3,), [12])]
     assert item.unshard([torch.tensor([1, 11]), torch.tensor([2, 12])]).tolist() == full.tolist()
 
 
@@ -42,9 +47,9 @@ def test_vocabulary_is_padded_and_cut() -> None:
     item = VocabMap(target="t", sources=("e",), shapes=((3, 1),), stage="first")
     full = torch.tensor([[1], [2], [3]])
     assert padded_vocab(3, 2) == 4
-    assert item.shard(full, 1, 2).tolist() == [[3], [0]]
-    assert item.unshard([item.shard(full, r, 2) for r in (0, 1)]).tolist() == full.tolist()
-    assert item.shard(full, 3, 4).tolist() == [[0]]
+    assert item.part([full], 1, 2).tolist() == [[3], [0]]
+    assert item.unshard([item.part([full], r, 2) for r in (0, 1)]).tolist() == full.tolist()
+    assert item.part([full], 3, 4).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
@@ -64,8 +69,15 @@ def test_table_covers_the_model_both_ways(family: str, tied: bool, size: int) ->
         assert [tuple(s.shape) for s in sources] == [tuple(s) for s in item.shapes]
         full = item.to_megatron(sources)
         assert tuple(full.shape) == item.full_shape
-        back = item.to_hf(item.unshard([item.shard(full, rank, size) for rank in range(size)]))
+        back = item.to_hf(item.unshard([item.part(sources, rank, size) for rank in range(size)]))
         assert all(torch.equal(a, b) for a, b in zip(sources, back, strict=True))
+        whole = torch.full((padded_vocab(len(full), size), *full.shape[1:]), torch.nan)
+        for rank in range(size):
+            for offset, piece in item.pieces(sources, rank, size):
+                region = tuple(slice(o, o + n) for o, n in zip(offset, piece.shape, strict=True))
+                assert whole[region].isnan().all(), "pieces do not overlap"
+                whole[region] = piece
+        assert torch.equal(whole[: len(full)], full) and not whole.isnan().any()
         seen += () if item.tied else item.sources
     assert sorted(seen) == sorted(state)
 
