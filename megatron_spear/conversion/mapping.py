@@ -66,7 +66,7 @@ class WeightMap:
         return sources[0]
 
     def to_hf(self, full: Tensor) -> tuple[Tensor, ...]:
-        """The Hugging Face tensors, in the order of ``sources``."""
+        """The Hugging Face tensors, in the order of ``sources``; of a rank's part, its slices."""
         return (full,)
 
     def slices(self, sources: Sequence[Tensor], rank: int, size: int) -> Sequence[Tensor]:
@@ -129,8 +129,8 @@ class QkvMap(WeightMap):
         return torch.cat(parts, 1).reshape(-1, *rest)
 
     def to_hf(self, full: Tensor) -> tuple[Tensor, ...]:
-        rest = full.shape[1:]
-        grouped = full.reshape(self.groups, -1, self.head_dim, *rest)
+        rest, rows = full.shape[1:], self.full_shape[0] // self.groups
+        grouped = full.reshape(full.shape[0] // rows, -1, self.head_dim, *rest)
         heads = grouped.shape[1] - 2
         return tuple(part.reshape(-1, *rest) for part in grouped.split((heads, 1, 1), 1))
 

@@ -24,6 +24,11 @@ def test_qkv_by_hand() -> None:
     item = QkvMap(
         target="t", sources=("q", "k", "v"), shapes=((4,), (2,), (2,)), groups=2, head_dim=1
     )
+    assert [part.tolist() for part in item.to_hf(torch.tensor([3, 4, 12, 22]))] == [
+        [3, 4],
+        [12],
+        [22],
+    ]
     q, k, v = torch.tensor([1, 2, 3, 4]), torch.tensor([11, 12]), torch.tensor([21, 22])
     full = item.to_megatron([q, k, v])
     assert full.tolist() == [1, 2, 11, 21, 3, 4, 12, 22]
