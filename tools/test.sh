@@ -12,7 +12,10 @@ export WANDB_MODE="${WANDB_MODE:-offline}" TOKENIZERS_PARALLELISM=false HF_HUB_O
 if [ $# -gt 0 ]; then
     exec "$bin/python" -m pytest "$@"
 fi
-"$bin/python" -m pytest -n 2 --dist loadgroup -m "not gpu and not slurm"
+# A file's tests run in one process, as they share results of ranks and whole runs; in this order, in
+# which the long files come first.
+export OMP_NUM_THREADS=1 # two processes on two cores
+"$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slurm"
 # The same policy on the GPU stack's Megatron version: a subset of at most 3 minutes.
 # With it comes triton, whose kernels run in its interpreter (which has to be chosen before triton is
 # imported).

@@ -105,7 +105,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-pytestmark = pytest.mark.xdist_group("layouts")
 every_layout = pytest.mark.parametrize("name", DENSE)
 tied_or_not = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
