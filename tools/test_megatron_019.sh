@@ -22,9 +22,9 @@ if [ ! -f "$overlay/.complete" ]; then
     fi
     touch "$overlay/.complete"
 fi
-export PYTHONPATH="$overlay" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export PYTHONPATH="$overlay" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 version="$("$venv/bin/python" -c 'import megatron.core as m; print(m.__version__)' 2>/dev/null)"
 [ "${version%%+*}" = 0.19.2 ] || { echo "found megatron-core $version, expected 0.19.2" >&2; exit 1; }
 echo "megatron-core $version"
 [ $# -gt 0 ] || set -- tests/unit/policy tests/distributed -m "not gpu and not slow"
-exec "$venv/bin/python" -m pytest -n 2 --dist loadgroup "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -3,6 +3,7 @@
 The ranks are forked from a server that has imported the policy once, so starting them is cheap.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-PRELOADED = ("megatron_spear.policy.policy",)
+PRELOADED = (
+    "megatron_spear.policy.policy",
+    "megatron.core.dist_checkpointing.strategies.torch",  # these two the policy imports when used
+    "transformers.models.auto.modeling_auto",
+    "pytest",  # the modules with the functions to run import it
+)
 
 
 class RankFailed(RuntimeError):
@@ -94,6 +100,7 @@ def _rank_main(
     sender: Connection, environment: dict[str, str], payload: bytes, fake_te: bool
 ) -> None:
     os.environ.update(environment)
+    gc.freeze()  # what was imported before the fork stays; looking at it would copy its pages
     import torch
 
     if fake_te:

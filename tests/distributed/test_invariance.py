@@ -220,9 +220,6 @@ def results_of(ranks: int) -> dict[str, dict[str, Any]]:
     return dict(zip(cuts, found, strict=True))
 
 
-pytestmark = pytest.mark.xdist_group("invariance")
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("cut", [name for name in CUTS if name != "one micro-batch"])
 def test_the_cut_changes_nothing(cut: str, loss: str) -> None:

@@ -26,8 +26,14 @@ STEPS = 3
 TEMPERATURE = 0.9
 
 
-def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """On every rank: each layout's log-probs, gradient, reports, weights and reloaded weights."""
+recorded = cache(recorded_samples)
+
+
+def run_layouts(
+    folder: Path, layouts: dict[str, dict[str, Any]], with_state: bool = True
+) -> dict[str, Any]:
+    """On every rank: each layout's log-probs, gradient, reports and weights; with ``with_state``
+    also the weights that it saved and loaded."""
     from megatron_spear.policy import parallel
     from megatron_spear.policy.policy import MegatronPolicy
 
@@ -44,7 +50,7 @@ def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, A
         packed, loss = None, None
         if ctx.is_controller:
             packed = pack(
-                *recorded_samples(folder, temperature=TEMPERATURE),
+                *recorded(folder, temperature=TEMPERATURE),
                 data_parallel=ctx.data_size,
                 tokens_per_microbatch=150,
                 pad_multiple=policy.pad_multiple,
@@ -59,12 +65,13 @@ def run_layouts(folder: Path, layouts: dict[str, dict[str, Any]]) -> dict[str, A
         reports = [policy.train_step(packed, loss)]
         gradient = exported_gradient(policy)
         reports += [policy.train_step(packed, loss) for _ in range(STEPS - 1)]
-        trained = exported(policy)
-        state = folder / f"state-{name}"
-        policy.save(state)
-        other = make()
-        other.load(state)
-        results[name] = (logprobs, untrained, gradient, reports, trained, exported(other))
+        results[name] = [logprobs, untrained, gradient, reports, exported(policy)]
+        if with_state:
+            state = folder / f"state-{name}"
+            policy.save(state)
+            other = make()
+            other.load(state)
+            results[name].append(exported(other))
         parallel.destroy(keep_world=True)
     return results
 
@@ -94,7 +101,7 @@ def load_one(folder: Path, names: list[str]) -> dict[str, dict[str, np.ndarray]]
 def results_of(world_size: int, tied: bool, root: Path) -> dict[str, Any]:
     folder = root / f"tied-{tied}"
     names = {k: v for k, (ranks, v) in DENSE.items() if ranks == world_size} or {"one": {}}
-    return run_ranks(run_layouts, world_size, folder, names, timeout_s=240)[0]
+    return run_ranks(run_layouts, world_size, folder, names, tied, timeout_s=240)[0]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +112,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-pytestmark = pytest.mark.xdist_group("layouts")
 every_layout = pytest.mark.parametrize("name", DENSE)
 tied_or_not = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 

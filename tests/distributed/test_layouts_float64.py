@@ -138,9 +138,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-pytestmark = pytest.mark.xdist_group("float64")
-
-
 @pytest.mark.parametrize(("model", "layout", "packing"), CASES)
 def test_the_update_equals_that_of_one_rank(
     model: str, layout: str, packing: str, root: Path

@@ -33,9 +33,6 @@ def loaded_on_one(folder: Path) -> dict[str, Any]:
     return run_ranks(load_one, 1, folder, list(EXPERTS), timeout_s=120)[0]
 
 
-pytestmark = pytest.mark.xdist_group("moe_layouts")
-
-
 @pytest.mark.parametrize("name", EXPERTS)
 def test_equals_one_rank(name: str, folder: Path) -> None:
     assert_equal(results_of(EXPERTS[name][0], folder)[name], results_of(1, folder)["one"])

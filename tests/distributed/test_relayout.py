@@ -146,9 +146,6 @@ def gone_on(root: Path) -> dict[str, list[float]]:
     return found
 
 
-pytestmark = pytest.mark.xdist_group("relayout")
-
-
 @pytest.mark.parametrize("name", LOADED)
 def test_the_next_losses_are_the_same(name: str, root: Path) -> None:
     expected = going_on(root)

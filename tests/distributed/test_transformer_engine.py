@@ -246,7 +246,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-pytestmark = pytest.mark.xdist_group("transformer_engine")
 PAIRS = [
     *((1, f"{model} local", f"{model} TE") for model in MODELS),
     *((2, name, name.replace("local", "TE")) for name in CASES[2] if "local" in name),

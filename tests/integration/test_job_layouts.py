@@ -1,4 +1,8 @@
-"""The same run on several ranks: the layout changes who computes, not what."""
+"""The same run on several ranks: the layout changes who computes, not what.
+
+Jobs that begin, go on and fail are started by torchrun too; the rest run on forked ranks, which
+have imported torch already.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,14 +51,13 @@ def test_more_ranks_same_run(
     ranks: int,
     layout: str,
     one_rank: Path,
-    launch: Callable[..., Any],
+    on_ranks: Callable[..., Any],
     tmp_path: Path,
     training_records: Records,
     same_weights: Same,
 ) -> None:
     run_dir = tmp_path / "run"
-    done = launch(f"run.dir={run_dir}", *SETTINGS, layout, ranks=ranks).wait(240)
-    assert done.status == 0, done.err
+    done = on_ranks(ranks, f"run.dir={run_dir}", *SETTINGS, layout)
     assert f"{ranks} rank(s)" in done.out
     expected, found = training_records(one_rank), training_records(run_dir)
     assert list(found) == [1, 2]
@@ -109,7 +112,7 @@ def test_a_run_goes_on_at_another_layout(
 
 @pytest.mark.slow
 def test_a_run_of_experts_goes_on_with_them_on_two_ranks(
-    launch: Callable[..., Any],
+    on_ranks: Callable[..., Any],
     spear: Callable[..., Any],
     tmp_path: Path,
     training_records: Records,
@@ -124,8 +127,7 @@ def test_a_run_of_experts_goes_on_with_them_on_two_ranks(
     settings = (*SETTINGS, f"model.path={model}", "sft.steps=30")
     spear("train", f"run.dir={one}", *settings)
     spear("train", f"run.dir={two}", *settings, "run.stop_after=1")
-    done = launch(f"resume={two}", *settings, "policy.expert_parallel=2", ranks=2).wait(240)
-    assert done.status == 0, done.err
+    on_ranks(2, f"resume={two}", *settings, "policy.expert_parallel=2")
     record = training_records(one)[2]
     assert record["optimizer/grad_norm"] > 0
     assert training_records(two)[2] == pytest.approx(record, rel=1e-3, abs=1e-5)
