@@ -16,7 +16,7 @@ from megatron_spear.errors import ConfigError
 from megatron_spear.rollout.engine import GenerationRequest, SamplingParams
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smollm2")]
+pytestmark = pytest.mark.slow
 
 
 def _tool() -> ModuleType:
