@@ -156,7 +156,6 @@ def _write_distcp(
 ) -> list[Any]:
     """One ``.distcp`` file of (number in the table, tensor-parallel rank); its blocks as rows."""
     model, table = _model(source)
-    torch.serialization.set_crc32_options(False)  # files are hashed whole
     writer = BlockWriter(file, shard.file)
     with hf_io.HfReader(source) as reader:
         for number, rank in shard.content:

@@ -145,8 +145,13 @@ class BlockWriter:
         )
 
     def _save(self, value: Any) -> tuple[int, int]:
-        start = self._file.tell()
-        torch.save(value, self._file)
+        """Without torch's own checksums, which take longer than the writing."""
+        start, checksums = self._file.tell(), torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(value, self._file)
+        finally:
+            torch.serialization.set_crc32_options(checksums)
         return start, self._file.tell() - start
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from embedded_cases import CONFIGS, SIZES, make_engine, reference, request, saved_model
-from transformers import MistralConfig
+from transformers import OlmoConfig
 
 from megatron_spear.errors import ConfigError, EngineError
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
@@ -196,8 +196,8 @@ def test_closing_and_releasing_fail_what_is_under_way():
 
 def test_what_the_decoder_cannot_run_is_refused(tmp_path):
     room = {"max_slots": 1, "deadline_s": 1.0}
-    MistralConfig(**SIZES).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"mistral.*qwen3, qwen3_moe, qwen2, llama"):
+    OlmoConfig(**SIZES).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"olmo.*qwen3, qwen3_moe, qwen2, llama"):
         EmbeddedEngine.from_hf(tmp_path, max_context=64, **room)
     folder, most = saved_model()[1], CONFIGS["qwen3"].max_position_embeddings
     with pytest.raises(ConfigError, match=f"max_position_embeddings={most}"):
