@@ -24,4 +24,5 @@ export OMP_NUM_THREADS=1 # two processes on two cores
 # before triton is imported).
 TRITON_INTERPRET=1 tools/test_megatron_019.sh tests/distributed/test_layouts.py \
     tests/distributed/test_transformer_engine.py tests/distributed/test_full_disk.py \
+    tests/distributed/test_stock_megatron.py \
     tests/unit/policy tests/unit/algorithms/test_logprobs_triton.py -k "not untied"
