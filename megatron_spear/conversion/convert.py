@@ -6,7 +6,6 @@ the model (mapped files aside). A stopped conversion goes on where it was (``sha
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -197,7 +196,7 @@ def _write_hf(
             else:
                 header[name] = shape, _kept_or(kept, dtype)
     items = (table[number] for number in shard.content)
-    write_safetensors(file, header, _one_ahead(_exported(reader, items, model, dtype)))
+    write_safetensors(file, header, _exported(reader, items, model, dtype))
     return list(header)
 
 
@@ -215,15 +214,6 @@ def _exported(
                 yield name + fp8_blocks.SCALE, scales
             else:
                 yield name, tensor.to(_kept_or(tensor.dtype, dtype))
-
-
-def _one_ahead(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same, each made in a thread while the one before is written."""
-    with ThreadPoolExecutor(1, thread_name_prefix="tensors") as pool:
-        coming = pool.submit(next, tensors, None)
-        while (found := coming.result()) is not None:
-            coming = pool.submit(next, tensors, None)
-            yield found
 
 
 def _kept_or(kept: torch.dtype, dtype: str | None) -> torch.dtype:
