@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_spear.conversion import bridge, fp8_blocks, hf_io
 from megatron_spear.conversion.families import weight_table
-from megatron_spear.conversion.mapping import Shape, WeightMap
+from megatron_spear.conversion.mapping import Shape, WeightMap, place_of
 from megatron_spear.conversion.safetensors_out import write_safetensors
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape, split_sizes
 from megatron_spear.conversion.shards import Shard, write_shards
@@ -248,9 +248,7 @@ def _entries(
     for number, item in enumerate(table):
         if item.tied:
             continue
-        stage = {"first": 0, "last": layout.pipeline - 1}.get(
-            item.stage, item.layer * layout.pipeline // model.num_layers
-        )
+        stage, _ = place_of(item, model.num_layers, layout.pipeline)
         if item.expert is not None:
             holder = item.expert * layout.expert // model.num_experts
             found[stage * ranks + holder].append((number, 0))

@@ -189,6 +189,19 @@ def _offset(part: Tensor, axis: int, start: int) -> Shape:
     return tuple(start if number == axis else 0 for number in range(part.dim()))
 
 
+def place_of(
+    item: WeightMap, num_layers: int, num_stages: int, num_chunks: int = 1
+) -> tuple[int, int]:
+    """The pipeline rank that holds the parameter, and which of its ``num_chunks`` pieces.
+
+    Example: 8 layers on 2 ranks of 2 pieces: layer 5 is in piece 2 of all, so (0, 1).
+    """
+    if item.stage != "layer":
+        return (0, 0) if item.stage == "first" else (num_stages - 1, num_chunks - 1)
+    chunk, stage = divmod(item.layer * num_stages * num_chunks // num_layers, num_stages)
+    return stage, chunk
+
+
 def padded_vocab(vocab_size: int, tensor_parallel: int) -> int:
     """The smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
     return -(-vocab_size // tensor_parallel) * tensor_parallel

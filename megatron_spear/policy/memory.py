@@ -43,10 +43,10 @@ import torch
 
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.families import weight_table
-from megatron_spear.conversion.mapping import Shape, padded_vocab
+from megatron_spear.conversion.mapping import Shape, padded_vocab, place_of
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.policy.parallel import Place
-from megatron_spear.policy.weights import is_here, place_of
+from megatron_spear.policy.weights import is_here
 
 WHOLE_BYTES = 2 + 4
 """Bytes a parameter: weight and gradient."""
@@ -77,7 +77,7 @@ def local_shapes(shape: ModelShape, place: Place) -> dict[str, Shape]:
     found: dict[str, Shape] = {}
     for item in weight_table(shape):
         copied = item.tied and place.pipeline_size == 1  # one stage has the embedding itself
-        stage, _ = place_of(item, shape, place.pipeline_size, 1)
+        stage, _ = place_of(item, shape.num_layers, place.pipeline_size)
         if copied or not is_here(item, stage, shape, place):
             continue
         sources = [torch.empty(size, device="meta") for size in item.shapes]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.hf_io import HfReader, check_complete
-from megatron_spear.conversion.mapping import WeightMap
+from megatron_spear.conversion.mapping import WeightMap, place_of
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import CheckpointError
 from megatron_spear.policy import fp8
@@ -68,7 +68,7 @@ def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelC
         table = weight_table(shape)
         check_complete(reader, table)
         for item in table:
-            stage, number = place_of(item, shape, ctx.pipeline_size, len(chunks))
+            stage, number = place_of(item, shape.num_layers, ctx.pipeline_size, len(chunks))
             chunk, parameters = chunks[number], named[number]
             name = item.local_name(chunk.first_layer, chunk.first_expert)
             if not is_here(item, stage, shape, ctx) or name not in parameters:
@@ -106,7 +106,7 @@ def export_hf(
     for item in weight_table(shape):
         if item.tied:
             continue
-        stage, number = place_of(item, shape, ctx.pipeline_size, len(chunks))
+        stage, number = place_of(item, shape.num_layers, ctx.pipeline_size, len(chunks))
         part = None
         if is_here(item, stage, shape, ctx):
             chunk = chunks[number]
@@ -119,20 +119,6 @@ def export_hf(
             continue
         tensors = item.to_hf(full)
         yield from zip(item.sources, (t.contiguous() for t in tensors), strict=True)
-
-
-def place_of(
-    item: WeightMap, shape: ModelShape, num_stages: int, num_chunks: int
-) -> tuple[int, int]:
-    """The pipeline rank that holds the parameter, and which of its ``num_chunks`` pieces.
-
-    Example: 8 layers on 2 ranks of 2 pieces: layer 5 is in piece 2 of all, so (0, 1).
-    """
-    if item.stage != "layer":
-        return (0, 0) if item.stage == "first" else (num_stages - 1, num_chunks - 1)
-    piece = item.layer // (shape.num_layers // (num_stages * num_chunks))
-    chunk, stage = divmod(piece, num_stages)
-    return stage, chunk
 
 
 def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext | Place) -> int:

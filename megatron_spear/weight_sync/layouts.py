@@ -7,7 +7,7 @@ knows weights: holdings follow from the weight table and the sizes of the layout
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_spear.conversion.mapping import QkvMap, VocabMap, WeightMap, padded_vocab
+from megatron_spear.conversion.mapping import QkvMap, VocabMap, WeightMap, padded_vocab, place_of
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import ConfigError
 
@@ -71,7 +71,6 @@ class Holding:
 def check_layouts(model: ModelShape, training: TrainingLayout, engine: EngineLayout) -> None:
     """ConfigError with every size that does not divide."""
     layers = {"num_layers": model.num_layers}
-    heads = {"num_heads": model.num_heads, "ffn_size": model.ffn_size}
     experts = {"num_experts": model.num_experts}
     split = {"num_heads": model.num_heads, "num_groups": model.num_groups}
     dense = {} if model.num_experts else {"ffn_size": model.ffn_size}
@@ -86,9 +85,7 @@ def check_layouts(model: ModelShape, training: TrainingLayout, engine: EngineLay
     if model.num_experts:
         rules.append(("engine expert parallel", engine.expert, experts))
         inner = engine.tensor // engine.expert
-        rules.append(
-            ("engine ranks an expert is split over", inner, {"ffn_size": heads["ffn_size"]})
-        )
+        rules.append(("engine ranks an expert is split over", inner, {"ffn_size": model.ffn_size}))
     wrong = [
         f"{name}={size} is not a multiple of {what}={parts}"
         for what, parts, sizes in rules
@@ -106,8 +103,8 @@ def training_holdings(
     item: WeightMap, source: int, model: ModelShape, layout: TrainingLayout
 ) -> Iterator[Holding]:
     """Who holds which part of the item's ``source``-th tensor; each part once, with its copies."""
-    first = _stage(item, model, layout) * layout.stage_size
-    stage = range(first, first + layout.stage_size)
+    number, _ = place_of(item, model.num_layers, layout.pipeline, layout.virtual)
+    stage = range(number * layout.stage_size, (number + 1) * layout.stage_size)
     shape = item.shapes[source]
     if item.expert is not None:
         own = item.expert // (model.num_experts // layout.expert)
@@ -167,10 +164,3 @@ def _needed(
     width = size // parts
     place = rank * parts // layout.tensor
     return item.split_axis, place * width, (place + 1) * width
-
-
-def _stage(item: WeightMap, model: ModelShape, layout: TrainingLayout) -> int:
-    if item.stage != "layer":
-        return 0 if item.stage == "first" else layout.pipeline - 1
-    piece = item.layer * layout.pipeline * layout.virtual // model.num_layers
-    return piece % layout.pipeline

@@ -5,11 +5,11 @@ from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.families import weight_table
+from megatron_spear.conversion.mapping import place_of
 from megatron_spear.conversion.shape import model_shape
 from megatron_spear.errors import ConfigError
 from megatron_spear.policy.optimizer import learning_rate
 from megatron_spear.policy.parallel import check_layout
-from megatron_spear.policy.weights import place_of
 
 MODEL = {
     "hidden_size": 64,
@@ -94,7 +94,7 @@ def test_where_weights_are(num_chunks: int, places: list[tuple[int, int]]) -> No
     found: dict[object, set[tuple[int, int]]] = {}
     for item in weight_table(shape):
         key = item.layer if item.stage == "layer" else item.stage
-        found.setdefault(key, set()).add(place_of(item, shape, 2, num_chunks))
+        found.setdefault(key, set()).add(place_of(item, shape.num_layers, 2, num_chunks))
     ends = {"first": {(0, 0)}, "last": {(1, num_chunks - 1)}}
     assert found == {number: {place} for number, place in enumerate(places)} | ends
 

@@ -16,11 +16,10 @@ from megatron_spear.config.presets.layouts import GPUS_PER_NODE, MAX_RANK_BYTES,
 from megatron_spear.config.presets.models import MODELS
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.families import weight_table
-from megatron_spear.conversion.mapping import Shape
+from megatron_spear.conversion.mapping import Shape, place_of
 from megatron_spear.conversion.shape import ModelShape, model_shape
 from megatron_spear.policy.memory import fullest_rank, local_shapes
 from megatron_spear.policy.parallel import Place, check_layout
-from megatron_spear.policy.weights import place_of
 from megatron_spear.testing.ranks import run_ranks
 
 each_preset = pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)
@@ -167,7 +166,7 @@ def test_ranks_together_hold_every_parameter_once(preset: Preset) -> None:
     }
     covered: dict[str, Shape] = {}
     for item in weight_table(shape):
-        stage, _ = place_of(item, shape, stages, 1)
+        stage, _ = place_of(item, shape.num_layers, stages)
         ranks, first_expert = held[stage], 0
         if item.expert is not None:  # whole, on one of the ranks
             per_rank = shape.num_experts // policy.expert_parallel
