@@ -27,6 +27,7 @@ setup(
         "rich>=14",
         "numpy>=2",
         "xxhash>=3.5",
+        "aiohttp>=3.13",
         "wandb>=0.25",
         "matplotlib>=3.9",
     ],

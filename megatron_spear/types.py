@@ -7,7 +7,7 @@ Arrays are numpy: torch starts at ``algorithms``. Index ``t`` always speaks of t
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -97,17 +97,23 @@ class ToolCall:
     succeeded: bool
 
 
+class VersionSpan(NamedTuple):
+    """``num_tokens`` tokens in a row drawn from the weights of ``policy_version``."""
+
+    policy_version: int
+    num_tokens: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
     """One generation and what came before it.
 
-    ``observation_tokens`` int32 ``[O]`` are the tokens that are new since the last action of
-    the same
-    segment (the whole prompt in a segment's first turn); ``action_tokens`` int32 ``[A]`` were
-    sampled
-    with ``action_logprobs`` float32 ``[A]`` by the engine at ``policy_version`` (first and last
-    token). ``text`` is what they decode to, ``void`` says that it neither acts nor answers (the
-    view's word), ``valid`` that the action was well formed and possible.
+    ``observation_tokens`` int32 ``[O]`` are the tokens that are new since the last action of the
+    same segment (the whole prompt in a segment's first turn); ``action_tokens`` int32 ``[A]`` were
+    sampled with ``action_logprobs`` float32 ``[A]`` by the engine, which says in ``versions`` from
+    which weights: spans that add up to A tokens. ``text`` is what they decode to, ``void`` says
+    that it neither acts nor answers (the view's word), ``valid`` that the action was well formed
+    and possible.
 
     Example: observation ``[5, 6, 7]``, action ``[9, 2]``, logprobs ``[-0.1, -0.3]``: five
     tokens, the last two of them trained.
@@ -117,7 +123,7 @@ class Turn:
     action_tokens: TokenArray
     action_logprobs: FloatArray
     finish_reason: str
-    policy_version: tuple[int, int]
+    versions: tuple[VersionSpan, ...]
     time_s: float = 0.0
     text: str = ""
     action_text: str = ""
@@ -128,6 +134,8 @@ class Turn:
 
     def __post_init__(self) -> None:
         assert len(self.action_tokens) == len(self.action_logprobs), "one log-prob per action token"
+        counted = sum(span.num_tokens for span in self.versions)
+        assert counted == len(self.action_tokens), "one version per action token"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

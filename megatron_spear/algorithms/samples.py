@@ -70,7 +70,9 @@ def _trajectory_samples(
                 reward=member.reward,
                 turn_starts=starts,
                 anchors=tuple(turn.anchor for turn in segment.turns),
-                policy_version=min(min(turn.policy_version) for turn in segment.turns),
+                policy_version=min(
+                    span.policy_version for turn in segment.turns for span in turn.versions
+                ),
                 tool_calls=sum(len(turn.tool_calls) for turn in segment.turns),
             )
         )

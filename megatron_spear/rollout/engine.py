@@ -1,13 +1,13 @@
 """The protocol between the rollouter and any rollout engine: token in, token out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from megatron_spear.errors import EngineError
-from megatron_spear.types import FloatArray, TokenArray
+from megatron_spear.types import FloatArray, TokenArray, VersionSpan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,18 +62,28 @@ class Generation:
     log-probs.
 
     ``finish_reason`` is ``stop``, ``length`` (max_new_tokens) or ``context`` (the context is full;
-    without tokens where the prompt fills it). ``policy_version`` is the first and last version the
-    tokens were drawn from.
+    without tokens where the prompt fills it). ``versions`` says which weights the tokens were drawn
+    from: spans in order that add up to A tokens, one of 0 tokens where there are none.
+
+    Example: 43 tokens at version 6, then an update, then 21 at version 7:
+    ``(VersionSpan(6, 43), VersionSpan(7, 21))``.
     """
 
     token_ids: TokenArray
     logprobs: FloatArray
     finish_reason: str
-    policy_version: tuple[int, int]
+    versions: tuple[VersionSpan, ...]
+
+
+PauseMode = Literal["retract", "abort"]
+"""What becomes of generations under way at a pause: ``retract`` keeps their tokens and computes
+their keys and values anew after it, ``abort`` draws them from the beginning. Both keep each token
+reproducible from the weights of its version; going on over old keys and values would not."""
 
 
 class RolloutEngine(Protocol):
-    """A server of one policy; ``policy_version`` counts the weight updates it holds."""
+    """A server of one policy, or several of the same; ``policy_version`` counts the weight updates
+    it holds. All methods belong to one event loop."""
 
     policy_version: int
     max_context: int
@@ -86,10 +96,17 @@ class RolloutEngine(Protocol):
         """Forget a session's cache (unknown sessions are fine)."""
         ...
 
-    def load_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
-        """Take a full set of weights by Hugging Face name, streamed, and a new version."""
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop drawing tokens until ``resume``; requests that come meanwhile wait.
+
+        Afterwards no step is under way, so that the weights may change.
+        """
         ...
 
-    def close(self) -> None:
-        """Free what the engine holds."""
+    async def resume(self) -> None:
+        """Go on after a pause, whatever the weights are now."""
+        ...
+
+    async def close(self) -> None:
+        """Fail what is under way and free what the engine holds."""
         ...

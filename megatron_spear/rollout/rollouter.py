@@ -13,6 +13,7 @@ from megatron_spear.errors import EngineError, EnvironmentFault, EnvironmentsLos
 from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
+from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.rollout.trajectory import Attempt, Stage, play, window_of
 from megatron_spear.types import Prompt, Status, Trajectory, TrajectoryGroup, TrajectoryId
 
@@ -26,7 +27,7 @@ class Rollouter:
 
     ``history`` is ``full`` (one segment that grows) or a ``WindowHistory`` (each turn is a segment,
     rendered anew). At most ``rollout.max_slots`` attempts run at once, which the engine has
-    room for.
+    room for. Engine and pool belong to ``loop``; None = one is run for each ``collect_sync``.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class Rollouter:
         *,
         history: str | WindowHistory,
         max_turns: int,
+        loop: EventLoop | None = None,
     ) -> None:
+        self._loop = loop
         self._stage = Stage(
             engine=engine,
             pool=pool,
@@ -108,17 +111,16 @@ class Rollouter:
         progress: Callable[[int], None] | None = None,
         all_may_fail: bool = False,
     ) -> list[TrajectoryGroup]:
-        """``collect`` for callers without an event loop; runs one for the length of the call."""
-        return asyncio.run(
-            self.collect(
-                prompts,
-                group_size=group_size,
-                seed=seed,
-                temperature=temperature,
-                progress=progress,
-                all_may_fail=all_may_fail,
-            )
+        """``collect`` for callers in another thread than the event loop's."""
+        work = self.collect(
+            prompts,
+            group_size=group_size,
+            seed=seed,
+            temperature=temperature,
+            progress=progress,
+            all_may_fail=all_may_fail,
         )
+        return asyncio.run(work) if self._loop is None else self._loop.run(work)
 
     async def _guarded(self, attempt: Attempt) -> _Outcome:
         """The played attempt, or what stands for it when it failed, with the reason."""

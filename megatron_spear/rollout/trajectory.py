@@ -136,7 +136,7 @@ class _Player:
                 action_tokens=generation.token_ids,
                 action_logprobs=generation.logprobs,
                 finish_reason=generation.finish_reason,
-                policy_version=generation.policy_version,
+                versions=generation.versions,
                 time_s=time.perf_counter() - started,
                 text=text,
                 action_text=action,

@@ -3,14 +3,17 @@
     from megatron_spear.testing.engines import check_engine
 
     def test_my_engine():
-        check_engine(lambda: MyEngine(folder), weights=lambda: named_tensors(folder))
+        with EventLoop("checks") as loop:
+            check_engine(loop, lambda: MyEngine(folder), update=lambda e, v: e.load(folder, v))
 
-Each check makes engines of its own and raises ContractViolation with what was got and expected.
-Token ids 1 to 20 occur in the prompts; ``make`` gives an engine with room for 40 tokens at least.
+Each check makes engines of its own, works with them on ``loop`` and raises ContractViolation with
+what was got and expected. Token ids 1 to 20 occur in the prompts; ``make`` gives an engine with
+room for 40 tokens at least. ``update(engine, version)`` brings the weights that ``make``'s engines
+start with into the engine as that version, while it is paused.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,33 +22,37 @@ from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import (
     Generation,
     GenerationRequest,
+    PauseMode,
     RolloutEngine,
     SamplingParams,
 )
+from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.testing.contract import fail
+from megatron_spear.types import VersionSpan
 
 Make = Callable[[], RolloutEngine]
-Weights = Callable[[], Iterable[tuple[str, Any]]]
+Update = Callable[[Any, int], None]
 
 LOGPROB_TOLERANCE = 1e-4
 """Largest difference of a token's log-prob between two batches (float32 sums in other orders)."""
 _LIMIT_S = 120.0
 
 
-def check_engine(make: Make, *, weights: Weights) -> None:
-    """All checks below. ``weights`` gives the full set that ``make``'s engines start with."""
-    check_answers(make)
-    check_finish_reasons(make)
-    check_draws(make)
-    check_sessions(make)
-    check_weights(make, weights)
-    check_errors(make)
+def check_engine(loop: EventLoop, make: Make, *, update: Update) -> None:
+    """All checks below."""
+    check_answers(loop, make)
+    check_finish_reasons(loop, make)
+    check_draws(loop, make)
+    check_sessions(loop, make)
+    check_weights(loop, make, update)
+    check_pause(loop, make, update)
+    check_errors(loop, make)
 
 
-def check_answers(make: Make) -> None:
+def check_answers(loop: EventLoop, make: Make) -> None:
     """Tokens int32 ``[A]``, one log-prob <= 0 each, float32, and no more than asked for."""
     asks = [_ask(i, new=1 + i % 5, temperature=(0.0, 0.7, 1.0)[i % 3]) for i in range(9)]
-    for ask, answer in zip(asks, _generate(make(), asks), strict=True):
+    for ask, answer in zip(asks, _generate(loop, make(), asks), strict=True):
         tokens, logprobs = answer.token_ids, answer.logprobs
         for name, array, dtype in (("tokens", tokens, "int32"), ("log-probs", logprobs, "float32")):
             if array.ndim != 1 or array.dtype != dtype:
@@ -58,69 +65,103 @@ def check_answers(make: Make) -> None:
             fail("log-probs are", str(logprobs), "finite numbers <= 0")
 
 
-def check_finish_reasons(make: Make) -> None:
+def check_finish_reasons(loop: EventLoop, make: Make) -> None:
     """``stop`` with the stop token last, ``length`` at max_new_tokens, ``context`` at the limit."""
     engine = make()
-    (free,) = _generate(engine, [_ask(0, new=6)])
+    (free,) = _generate(loop, engine, [_ask(0, new=6)])
     _expect_end(free, "length", 6)
     stop = int(free.token_ids[2])
     first = free.token_ids.tolist().index(stop) + 1
-    (stopped,) = _generate(engine, [_ask(0, new=6, stop=(stop,))])
+    (stopped,) = _generate(loop, engine, [_ask(0, new=6, stop=(stop,))])
     _expect_end(stopped, "stop", first)
     _expect_same(stopped.token_ids, free.token_ids[:first], "the tokens before a stop are")
     for room in (2, 1, 0):
         prompt = [1 + i % 20 for i in range(engine.max_context - room)]
-        (full,) = _generate(engine, [_ask(0, new=6, prompt=prompt)])
+        (full,) = _generate(loop, engine, [_ask(0, new=6, prompt=prompt)])
         _expect_end(full, "context", room)
 
 
-def check_draws(make: Make) -> None:
+def check_draws(loop: EventLoop, make: Make) -> None:
     """The seed keys the draw: neither the batch, nor the order, nor the session changes it."""
     asks = [_ask(i) for i in range(12)]
-    together = _generate(make(), asks)
-    turned = _generate(make(), asks[::-1])[::-1]
-    alone = [_generate(make(), [_ask(i, session=f"alone {i}")])[0] for i in (0, 7)]
+    together = _generate(loop, make(), asks)
+    turned = _generate(loop, make(), asks[::-1])[::-1]
+    alone = [_generate(loop, make(), [_ask(i, session=f"alone {i}")])[0] for i in (0, 7)]
     pairs = [*zip(together, turned, strict=True), (together[0], alone[0]), (together[7], alone[1])]
     for one, other in pairs:
         _expect_same(other.token_ids, one.token_ids, "the tokens of the same seed are")
         if np.abs(other.logprobs - one.logprobs).max() > LOGPROB_TOLERANCE:
             fail("log-probs of the same seed are", str(other.logprobs), str(one.logprobs))
     prompt = [3, 1, 4]
-    drawn = _generate(make(), [_ask(i, prompt=prompt) for i in range(12)])
+    drawn = _generate(loop, make(), [_ask(i, prompt=prompt) for i in range(12)])
     if len({tuple(answer.token_ids) for answer in drawn}) == 1:
         fail("12 seeds drew", "the same tokens", "different ones")
-    greedy = _generate(make(), [_ask(i, prompt=prompt, temperature=0.0) for i in range(12)])
+    greedy = _generate(loop, make(), [_ask(i, prompt=prompt, temperature=0.0) for i in range(12)])
     for answer in greedy:
         _expect_same(answer.token_ids, greedy[0].token_ids, "greedy tokens of another seed are")
 
 
-def check_sessions(make: Make) -> None:
+def check_sessions(loop: EventLoop, make: Make) -> None:
     """What is kept of a session, or was released, does not change the next answer."""
     first, second = _ask(0, session="s"), _ask(1, prompt=[2, 3, 4, 5, 6, 7], session="s")
-    (expected,) = _generate(make(), [second])
+    (expected,) = _generate(loop, make(), [second])
     for release in (None, "s", "nobody"):
         engine = make()
-        _generate(engine, [first])
+        _generate(loop, engine, [first])
         if release is not None:
-            engine.release(release)
-        (answer,) = _generate(engine, [second])
+            loop.run(_release(engine, release))
+        (answer,) = _generate(loop, engine, [second])
         _expect_same(answer.token_ids, expected.token_ids, f"after release({release!r}) tokens are")
 
 
-def check_weights(make: Make, weights: Weights) -> None:
+def check_weights(loop: EventLoop, make: Make, update: Update) -> None:
     """An update sets the version that answers report; equal weights give equal answers."""
     engine = make()
-    (before,) = _generate(engine, [_ask(0)])
-    if before.policy_version != (engine.policy_version,) * 2:
-        fail("an answer is of", f"{before.policy_version}", f"version {engine.policy_version}")
-    engine.load_weights(weights(), 7)
-    (after,) = _generate(engine, [_ask(0)])
-    if engine.policy_version != 7 or after.policy_version != (7, 7):
-        fail("after an update to 7 an answer is of", f"{after.policy_version}", "version (7, 7)")
+    (before,) = _generate(loop, engine, [_ask(0)])
+    _expect_versions(before, engine.policy_version)
+    loop.run(engine.pause("retract"))
+    update(engine, 7)
+    loop.run(engine.resume())
+    (after,) = _generate(loop, engine, [_ask(0)])
+    if engine.policy_version != 7:
+        fail("after an update to 7 the engine is of version", f"{engine.policy_version}", "7")
+    _expect_versions(after, 7)
     _expect_same(after.token_ids, before.token_ids, "after an update to equal weights, tokens are")
 
 
-def check_errors(make: Make) -> None:
+def check_pause(loop: EventLoop, make: Make, update: Update) -> None:
+    """A pause in the middle, with an update to equal weights, changes no token; each token has its
+    version, and after ``abort`` all have the new one."""
+    asks = [_ask(i, new=24, temperature=0.0) for i in range(4)]
+    whole = _generate(loop, make(), asks)
+    modes: tuple[PauseMode, ...] = ("retract", "abort")
+    for mode in modes:
+        engine = make()
+        going = [loop.start(engine.generate(ask)) for ask in asks]
+        loop.run(asyncio.sleep(0.02))
+        loop.run(engine.pause(mode))
+        late = loop.start(engine.generate(_ask(9, new=2)))
+        open_ones = [future for future in going if not future.done()]
+        loop.run(asyncio.sleep(0.1))
+        update(engine, 7)
+        if late.done():
+            fail(f"a request while paused ({mode}) was", "answered", "held back")
+        loop.run(engine.resume())
+        _expect_versions(late.result(_LIMIT_S), 7)
+        for future, expected in zip(going, whole, strict=True):
+            answer = future.result(_LIMIT_S)
+            _expect_same(answer.token_ids, expected.token_ids, f"after a pause ({mode}) tokens are")
+            if np.abs(answer.logprobs - expected.logprobs).max() > LOGPROB_TOLERANCE:
+                fail(f"after {mode} log-probs are", str(answer.logprobs), str(expected.logprobs))
+            if future in open_ones and mode == "abort":
+                _expect_versions(answer, 7)
+            if sum(span.num_tokens for span in answer.versions) != len(answer.token_ids):
+                fail("versions are", str(answer.versions), f"{len(answer.token_ids)} tokens' worth")
+            if future in open_ones and answer.versions[-1].policy_version != 7:
+                fail("what was under way ended at", str(answer.versions), "version 7")
+
+
+def check_errors(loop: EventLoop, make: Make) -> None:
     """What cannot be served is an EngineError that names the session; the engine goes on after."""
     engine = make()
     wrong = {
@@ -130,10 +171,10 @@ def check_errors(make: Make) -> None:
         "temperature nan": _ask(0, temperature=float("nan"), session="odd"),
     }
     for what, ask in wrong.items():
-        _expect_engine_error(engine, ask, what, naming="odd")
-    _generate(engine, [_ask(0, session="odd")])
-    engine.close()
-    _expect_engine_error(engine, _ask(0), "a request after close", naming="closed")
+        _expect_engine_error(loop, engine, ask, what, naming="odd")
+    _generate(loop, engine, [_ask(0, session="odd")])
+    loop.run(engine.close())
+    _expect_engine_error(loop, engine, _ask(0), "a request after close", naming="closed")
 
 
 def _ask(
@@ -155,14 +196,16 @@ def _ask(
     )
 
 
-def _generate(engine: RolloutEngine, asks: Sequence[GenerationRequest]) -> list[Generation]:
+def _generate(
+    loop: EventLoop, engine: RolloutEngine, asks: Sequence[GenerationRequest]
+) -> list[Generation]:
     """The answers to requests made at once."""
 
     async def all_of_them() -> list[Generation]:
         async with asyncio.timeout(_LIMIT_S):
             return await asyncio.gather(*(engine.generate(ask) for ask in asks))
 
-    return asyncio.run(all_of_them())
+    return loop.run(all_of_them())
 
 
 def _expect_end(answer: Generation, reason: str, size: int) -> None:
@@ -176,11 +219,22 @@ def _expect_same(got: Any, expected: Any, what: str) -> None:
         fail(what, str(got.tolist()), str(expected.tolist()))
 
 
+def _expect_versions(answer: Generation, version: int) -> None:
+    """All tokens of one version."""
+    expected = (VersionSpan(version, len(answer.token_ids)),)
+    if answer.versions != expected:
+        fail("an answer is of the versions", str(answer.versions), str(expected))
+
+
+async def _release(engine: RolloutEngine, session: str) -> None:
+    engine.release(session)
+
+
 def _expect_engine_error(
-    engine: RolloutEngine, ask: GenerationRequest, what: str, *, naming: str
+    loop: EventLoop, engine: RolloutEngine, ask: GenerationRequest, what: str, *, naming: str
 ) -> None:
     try:
-        _generate(engine, [ask])
+        _generate(loop, engine, [ask])
     except EngineError as error:
         if naming not in str(error):
             fail(f"the error of {what} is", repr(str(error)), f"one that names {naming!r}")

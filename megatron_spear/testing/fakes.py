@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from megatron_spear.errors import EngineError
-from megatron_spear.rollout.engine import Generation, GenerationRequest
-from megatron_spear.types import TokenArray
+from megatron_spear.rollout.engine import Generation, GenerationRequest, PauseMode
+from megatron_spear.types import TokenArray, VersionSpan
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,6 +40,8 @@ class ScriptedEngine:
         self.released: set[str] = set()
         self._answer = answer
         self._closed = False
+        self._going = asyncio.Event()
+        self._going.set()
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """The scripted answer, after one turn of the event loop."""
@@ -47,6 +49,7 @@ class ScriptedEngine:
             raise EngineError("the engine cannot generate: it is closed")
         request.check()
         await asyncio.sleep(0)
+        await self._going.wait()
         self.requests.append(request)
         script = np.asarray(self._answer(request), np.int32)
         for size in range(len(script) + 1):
@@ -56,7 +59,7 @@ class ScriptedEngine:
                     token_ids=script[:size],
                     logprobs=np.full(size, -0.5, np.float32),
                     finish_reason=reason,
-                    policy_version=(self.policy_version, self.policy_version),
+                    versions=(VersionSpan(self.policy_version, size),),
                 )
         raise ValueError(f"the script of session {request.session!r} ends before the answer does")
 
@@ -70,7 +73,15 @@ class ScriptedEngine:
             pass
         self.policy_version = policy_version
 
-    def close(self) -> None:
+    async def pause(self, mode: PauseMode) -> None:
+        """Let no request begin until ``resume``."""
+        self._going.clear()
+
+    async def resume(self) -> None:
+        """Go on."""
+        self._going.set()
+
+    async def close(self) -> None:
         """Refuse further requests."""
         self._closed = True
 

@@ -18,6 +18,7 @@ from megatron_spear.types import (
     Trajectory,
     TrajectoryId,
     Turn,
+    VersionSpan,
 )
 
 ONE_LAYER = ModelShape(
@@ -52,7 +53,7 @@ def make_turn(
         "action_tokens": np.arange(1, num_tokens + 1, dtype=np.int32),
         "action_logprobs": np.full(num_tokens, -0.5, np.float32),
         "finish_reason": "stop",
-        "policy_version": (policy_version, policy_version),
+        "versions": (VersionSpan(policy_version, num_tokens),),
         "text": action,
         "action_text": action,
         "valid": valid,

@@ -42,7 +42,7 @@ def recorded_samples(
             for group in range(groups)
         ]
     finally:
-        engine.close()
+        asyncio.run(engine.close())
     section = AlgorithmSection(norm_length=16)
     samples = make_samples(scored, turn_advantages(scored, section, intrinsic_weight=1.0))
     weights = token_weights(samples, section.aggregation, section.norm_length)
@@ -88,7 +88,7 @@ async def _attempt(
                 action_tokens=answer.token_ids,
                 action_logprobs=answer.logprobs,
                 finish_reason=answer.finish_reason,
-                policy_version=answer.policy_version,
+                versions=answer.versions,
                 valid=bool(draw.random() < 0.7),
             )
         )

@@ -26,6 +26,7 @@ from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
+from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.trainer import seeds
 from megatron_spear.trainer.controller import Controller
@@ -36,6 +37,8 @@ from megatron_spear.trainer.hooks.official_replay import OfficialReplayHook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.trainer.loop import SpearStep
 from megatron_spear.types import TaskType
+from megatron_spear.weight_sync.in_process import InProcess
+from megatron_spear.weight_sync.transport import Transport
 
 ENVIRONMENT = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
 
@@ -44,14 +47,18 @@ ENVIRONMENT = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
 class RolloutStack:
     """What plays games: engine, environment processes and the rollouter over both."""
 
+    loop: EventLoop
     engine: RolloutEngine
     pool: EnvironmentPool
     rollouter: Rollouter
 
     def close(self) -> None:
         """End the environment processes and free the engine."""
-        self.pool.close()
-        self.engine.close()
+        try:
+            self.pool.close()
+            self.loop.run(self.engine.close())
+        finally:
+            self.loop.close()
 
 
 def use_threads(threads: int) -> int:
@@ -91,6 +98,7 @@ folder."""
 def make_rollout(config: RunConfig, model: Path) -> RolloutStack:
     """Engine, pool and rollouter over the weights of a Hugging Face folder."""
     rollout, env = config.rollout, config.env
+    loop = EventLoop("rollout", lambda: use_threads(config.run.threads))
     engine = ENGINES[rollout.engine](rollout, model)
     pool = EnvironmentPool(
         ENVIRONMENT, workers=rollout.env_workers, deadline_s=rollout.env_deadline_s
@@ -103,8 +111,9 @@ def make_rollout(config: RunConfig, model: Path) -> RolloutStack:
         rollout,
         history=env.history,
         max_turns=env.max_turns,
+        loop=loop,
     )
-    return RolloutStack(engine=engine, pool=pool, rollouter=rollouter)
+    return RolloutStack(loop=loop, engine=engine, pool=pool, rollouter=rollouter)
 
 
 def make_panel(config: RunConfig) -> task.Panel:
@@ -146,7 +155,7 @@ def make_step(
         )
     return SpearStep(
         policy=policy,
-        engine=rollout.engine if rollout else None,
+        weight_sync=make_transport(policy, rollout),
         controller=controller,
         loss=PolicyLoss.from_sections(
             config.algorithm, config.replay.loss, temperature=config.rollout.temperature
@@ -154,6 +163,20 @@ def make_step(
         algorithm=config.algorithm,
         replay=config.replay,
         tokens_per_microbatch=config.policy.tokens_per_microbatch,
+    )
+
+
+def make_transport(policy: MegatronPolicy, rollout: RolloutStack | None) -> Transport:
+    """How the policy's weights get into the engine."""
+    if rollout is None:
+        return InProcess(source=policy, receiver=None)
+    loop, engine = rollout.loop, rollout.engine
+    assert isinstance(engine, EmbeddedEngine), "the only engine so far"
+    return InProcess(
+        source=policy,
+        receiver=engine,
+        pause=lambda: loop.run(engine.pause("retract")),
+        resume=lambda: loop.run(engine.resume()),
     )
 
 

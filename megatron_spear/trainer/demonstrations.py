@@ -28,7 +28,15 @@ from megatron_spear.errors import DataError, EnvironmentsLost
 from megatron_spear.rollout.chat import ChatRenderer, next_tokens
 from megatron_spear.rollout.env_worker import exit_with_parent
 from megatron_spear.rollout.trajectory import window_of
-from megatron_spear.types import Reward, Segment, TokenArray, TrainSample, TrajectoryId, Turn
+from megatron_spear.types import (
+    Reward,
+    Segment,
+    TokenArray,
+    TrainSample,
+    TrajectoryId,
+    Turn,
+    VersionSpan,
+)
 
 _MAX_TRIES = 50
 _PREFETCH = 4
@@ -187,7 +195,7 @@ def to_samples(
             action_tokens=answer,
             action_logprobs=np.zeros(len(answer), np.float32),
             finish_reason="stop",
-            policy_version=(0, 0),
+            versions=(VersionSpan(0, len(answer)),),
             valid=played.trained,
         )
         if window is not None or not segments:

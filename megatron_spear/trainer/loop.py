@@ -16,7 +16,6 @@ from megatron_spear.config.method import AlgorithmSection, ReplaySection
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.metrics import merge
 from megatron_spear.policy.policy import MegatronPolicy
-from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.trainer.controller import Controller, with_gradient, with_old_logprobs
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan, RefLogprobs
@@ -25,15 +24,15 @@ from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.timing import PhaseTimer
 from megatron_spear.trainer.work import Pass, PassWork, policy_work, rollout_work, work_metrics
 from megatron_spear.types import Origin, StepContext, StepReport, TrainSample, Update
-from megatron_spear.weight_sync.in_process import publish
+from megatron_spear.weight_sync.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpearStep:
-    """Runs trainer steps. ``controller`` and ``engine`` are None on ranks other than 0."""
+    """Runs trainer steps. ``controller`` is None on ranks other than 0."""
 
     policy: MegatronPolicy
-    engine: RolloutEngine | None
+    weight_sync: Transport
     controller: Controller | None
     loss: PolicyLoss
     algorithm: AlgorithmSection
@@ -70,8 +69,7 @@ class SpearStep:
             plans = self.mini_batches.plan(ctx, samples, active, extra)
         metrics.update(self._train(ctx, plans, reference, timer, work))
         with timer.phase("weight_sync"):
-            sent = publish(self.policy, self.engine, ctx.policy_version + 1)
-            metrics["weight_sync/bytes"] = float(sent)
+            metrics.update(self.weight_sync.publish(ctx.policy_version + 1))
         metrics.update(timer.metrics() | (work_metrics(work) if self.controller else {}))
         return self._finish(ctx, metrics)
 

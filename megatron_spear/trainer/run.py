@@ -22,7 +22,6 @@ from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
 from megatron_spear.trainer.run_directory import RunDirectory
 from megatron_spear.types import StepContext, StepReport
-from megatron_spear.weight_sync.in_process import publish
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class SpearRun:
         self._progress = self._checkpoints.resume()
         self._saved, self._wall_s_before = self._progress.step, self._progress.wall_s
         if self._progress.step:
-            publish(self._step.policy, self._step.engine, self._progress.policy_version)
+            self._step.weight_sync.publish(self._progress.policy_version)
         return self._progress.step
 
     def run(self) -> dict[str, Any]:

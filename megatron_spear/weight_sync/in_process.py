@@ -1,17 +1,12 @@
 """Weights from the policy into an engine of the same process, streamed by Hugging Face name."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-
-class WeightSource(Protocol):
-    """What exports weights: a collective generator; names everywhere, tensors on the controller."""
-
-    def export_weights(self) -> Iterable[tuple[str, torch.Tensor | None]]:
-        """One (Hugging Face name, full tensor) at a time."""
-        ...
+from megatron_spear.weight_sync.transport import WeightSource
 
 
 class WeightReceiver(Protocol):
@@ -24,23 +19,39 @@ class WeightReceiver(Protocol):
         ...
 
 
-def publish(source: WeightSource, receiver: WeightReceiver | None, policy_version: int) -> int:
-    """Stream all weights to the receiver (None on ranks without one); every rank must call this.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InProcess:
+    """A ``Transport`` to one engine of this process; ``receiver`` is None on other ranks.
 
-    Returns the bytes sent. Holds one tensor at a time.
+    ``pause`` and ``resume`` keep the engine from stepping meanwhile. One tensor is held at a time.
     """
-    sent = 0
 
-    def stream() -> Iterable[tuple[str, torch.Tensor]]:
-        nonlocal sent
-        for name, tensor in source.export_weights():
-            if tensor is not None:
-                sent += tensor.numel() * tensor.element_size()
-                yield name, tensor
+    source: WeightSource
+    receiver: WeightReceiver | None
+    pause: Callable[[], object] = lambda: None
+    resume: Callable[[], object] = lambda: None
 
-    if receiver is None:
-        for _ in stream():
-            pass
-    else:
-        receiver.load_weights(stream(), policy_version)
-    return sent
+    def publish(self, policy_version: int) -> dict[str, float]:
+        """Stream all weights to the receiver; see ``Transport``."""
+        sent = 0
+
+        def stream() -> Iterable[tuple[str, torch.Tensor]]:
+            nonlocal sent
+            for name, tensor in self.source.export_weights():
+                if tensor is not None:
+                    sent += tensor.numel() * tensor.element_size()
+                    yield name, tensor
+
+        if self.receiver is None:
+            for _ in stream():
+                pass
+        else:
+            self.pause()
+            try:
+                self.receiver.load_weights(stream(), policy_version)
+            finally:
+                self.resume()
+        return {"weight_sync/bytes": float(sent)}
+
+    def close(self) -> None:
+        """Nothing is held."""

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_spear.config.schema import RolloutSection
 from megatron_spear.conversion.hf_io import HfReader
+from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.testing.contract import ContractViolation
 from megatron_spear.testing.engines import (
     check_answers,
@@ -16,12 +17,20 @@ from megatron_spear.testing.engines import (
     check_engine,
     check_errors,
     check_finish_reasons,
+    check_pause,
     check_sessions,
     check_weights,
 )
 from megatron_spear.testing.fakes import ScriptedEngine
 from megatron_spear.testing.tiny import tiny_hf_folder
 from megatron_spear.trainer.build import ENGINES
+from megatron_spear.types import VersionSpan
+
+
+@pytest.fixture(scope="module")
+def loop():
+    with EventLoop("checks") as running:
+        yield running
 
 
 @pytest.fixture(scope="module", params=["Qwen3", "Qwen3Moe"])
@@ -32,12 +41,15 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_every_engine_of_the_settings_keeps_the_contract(name, folder):
+def test_every_engine_of_the_settings_keeps_the_contract(loop, name, folder):
     rollout = RolloutSection(engine=name, max_context=64, max_slots=8)
     with HfReader(folder) as reader:
         check_engine(
+            loop,
             lambda: ENGINES[name](rollout, folder),
-            weights=lambda: ((key, reader.get(key)) for key in reader.names),
+            update=lambda engine, version: engine.load_weights(
+                ((key, reader.get(key)) for key in reader.names), version
+            ),
         )
 
 
@@ -65,8 +77,12 @@ class _Scripted(ScriptedEngine):
         return answer
 
 
-def test_the_scripted_engine_keeps_the_contract():
-    check_engine(_Scripted, weights=lambda: iter(()))
+def _set_version(engine, version):
+    engine.load_weights(iter(()), version)
+
+
+def test_the_scripted_engine_keeps_the_contract(loop):
+    check_engine(loop, _Scripted, update=_set_version)
 
 
 class _LooseTypes(_Scripted):
@@ -130,7 +146,7 @@ class _GoesByTheSession(_Scripted):
 
 class _OldVersion(_Scripted):
     def spoil(self, request, answer):
-        return dataclasses.replace(answer, policy_version=(0, 0))
+        return dataclasses.replace(answer, versions=(VersionSpan(0, len(answer.token_ids)),))
 
 
 class _AnswersAnything(_Scripted):
@@ -143,7 +159,12 @@ class _AnswersAnything(_Scripted):
 
 
 class _NeverCloses(_Scripted):
-    def close(self):
+    async def close(self):
+        pass
+
+
+class _GoesOnWhilePaused(_Scripted):
+    async def pause(self, mode):
         pass
 
 
@@ -162,11 +183,19 @@ class _NeverCloses(_Scripted):
         (check_errors, _NeverCloses, "after close"),
     ],
 )
-def test_contract_finds_what_is_broken(check, broken, message):
+def test_contract_finds_what_is_broken(loop, check, broken, message):
     with pytest.raises(ContractViolation, match=message):
-        check(broken)
+        check(loop, broken)
 
 
-def test_contract_finds_a_version_that_is_not_reported():
-    with pytest.raises(ContractViolation, match=r"version \(7, 7\)"):
-        check_weights(_OldVersion, lambda: iter(()))
+@pytest.mark.parametrize(
+    ("check", "broken", "message"),
+    [
+        (check_weights, _OldVersion, "versions"),
+        (check_pause, _OldVersion, "versions"),
+        (check_pause, _GoesOnWhilePaused, "held back"),
+    ],
+)
+def test_contract_finds_what_is_broken_at_an_update(loop, check, broken, message):
+    with pytest.raises(ContractViolation, match=message):
+        check(loop, broken, _set_version)

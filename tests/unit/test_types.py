@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_spear.testing.hand_made import make_sample, make_trajectory, make_turn
-from megatron_spear.types import Reward, Segment, Status, TrajectoryId, Turn
+from megatron_spear.types import Reward, Segment, Status, TrajectoryId, Turn, VersionSpan
 
 
 def _turn(observation: list[int], action: list[int], logprobs: list[float]) -> Turn:
@@ -13,7 +13,7 @@ def _turn(observation: list[int], action: list[int], logprobs: list[float]) -> T
         action_tokens=np.array(action, np.int32),
         action_logprobs=np.array(logprobs, np.float32),
         finish_reason="stop",
-        policy_version=(0, 0),
+        versions=(VersionSpan(0, len(action)),),
     )
 
 

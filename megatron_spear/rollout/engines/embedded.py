@@ -1,7 +1,8 @@
 """The embedded engine: batched generation in this process, on the event loop's own thread.
 
     generate() -> waiting -> admit: slot, shared prefix, prefill -> running -> decode, draw -> done
-                     ^                                                                      |
+                     ^  ^                                              |                    |
+                     |  +---------------- at a pause -----------------+                    |
                      +--- next turn of the session: only its new tokens are prefilled <-----+
 
 One task steps the model while there is work and gives way to the other coroutines between steps, so
@@ -19,7 +20,7 @@ import torch
 from megatron_spear.conversion.hf_io import HfReader
 from megatron_spear.conversion.shape import load_config, model_shape
 from megatron_spear.errors import ConfigError, EngineError
-from megatron_spear.rollout.engine import Generation, GenerationRequest
+from megatron_spear.rollout.engine import Generation, GenerationRequest, PauseMode
 from megatron_spear.rollout.engines.decoder import Decoder
 from megatron_spear.rollout.engines.decoder_weights import DecoderWeights
 from megatron_spear.rollout.engines.jobs import Job, prefill_chunks, shared_prompts
@@ -71,6 +72,7 @@ class EmbeddedEngine:
         self._running: list[Job] = []
         self._waited_steps = 0
         self._task: asyncio.Task[None] | None = None
+        self._paused = False
         self._unusable: str | None = None
 
     @classmethod
@@ -105,13 +107,11 @@ class EmbeddedEngine:
         logits, or ``deadline_s`` passed. A cancelled call gives its slot back.
         """
         self._check(request)
-        job = Job(request, self.policy_version)
+        job = Job(request)
         if len(job.prompt) >= self.max_context:
-            return job.generation("context")
+            return job.generation("context", self.policy_version)
         self._waiting.append(job)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run(), name="embedded-engine")
-            self._task.add_done_callback(self._on_task_end)
+        self._work()
         try:
             async with asyncio.timeout(self.deadline_s):
                 return await job.future
@@ -133,16 +133,35 @@ class EmbeddedEngine:
                 self._remove(job)
         self._cache.release(session)
 
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop stepping; see ``RolloutEngine``. What runs waits again, what waits goes on to."""
+        self._paused = True
+        for job in self._running:
+            job.back_to_waiting(mode)
+        for job in self._waiting if mode == "abort" else ():
+            job.back_to_waiting(mode)
+        self._waiting = self._running + self._waiting
+        self._running = []
+
+    async def resume(self) -> None:
+        """Go on after a pause; fails what waits if an update was not completed."""
+        self._paused = False
+        if self._unusable is not None:
+            self._fail_all(self._unusable)
+        self._work()
+
     def load_weights(self, named_tensors: Iterable[tuple[str, Any]], policy_version: int) -> None:
         """Take a full set of weights in place and drop every cached context.
 
-        Raises EngineError when a generation is under way or the set is not exactly the model's
-        parameters; after the latter the engine refuses to generate until a full set has arrived.
+        Another thread than the event loop's may call it while the engine is paused or idle.
+        Raises EngineError when a generation is under way and not paused, or the set is not exactly
+        the model's parameters; after the latter the engine refuses to generate until a full set has
+        arrived.
         """
-        if self._waiting or self._running:
+        if not self._paused and (self._waiting or self._running):
             raise EngineError(
                 f"weights of version {policy_version} arrived while {len(self._running)} "
-                f"generations run and {len(self._waiting)} wait; await them before updating"
+                f"generations run and {len(self._waiting)} wait; await them or pause first"
             )
         self._unusable = f"the update to policy version {policy_version} was not completed"
         self._decoder.weights.load(named_tensors)
@@ -150,17 +169,15 @@ class EmbeddedEngine:
         self.policy_version = policy_version
         self._unusable = None
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Fail what is under way and refuse further requests."""
-        self._unusable = "the engine is closed"
+        self._unusable, self._paused = "the engine is closed", False
         self._fail_all("the engine was closed")
-        if self._task is not None and not self._task.get_loop().is_closed():
-            self._task.cancel()
         self._task = None
 
     def _check(self, request: GenerationRequest) -> None:
         """Raise EngineError for a request that cannot be served."""
-        if self._unusable is not None:
+        if self._unusable is not None and not self._paused:
             raise EngineError(f"the engine cannot generate: {self._unusable}")
         request.check()
         tokens, vocab, problem = request.token_ids, self._decoder.shape.vocab_size, None
@@ -173,10 +190,20 @@ class EmbeddedEngine:
         if problem is not None:
             raise EngineError(f"request of session {request.session!r}: {problem}")
 
+    def _work(self) -> None:
+        """See to it that a task steps while there is work."""
+        if self._paused or not (self._waiting or self._running):
+            return
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run(), name="embedded-engine")
+            self._task.add_done_callback(self._on_task_end)
+
     async def _run(self) -> None:
         """Step while there is work; other coroutines advance between the steps."""
         while self._waiting or self._running:
             await asyncio.sleep(0)
+            if self._paused:
+                return
             self._admit()
             self._decode()
 
@@ -289,8 +316,7 @@ class EmbeddedEngine:
                 self._cache.release(job.session)
                 self._end(job, None)
                 continue
-            job.tokens.append(token)
-            job.logprobs.append(logprob)
+            job.draw(token, logprob, self.policy_version)
             self.stats["sampled_tokens"] += 1
             reason = job.request.finish_reason(job.tokens, self.max_context)
             if reason is not None:
@@ -301,7 +327,7 @@ class EmbeddedEngine:
     def _end(self, job: Job, reason: str | None) -> None:
         """Answer a job; ``reason`` None = its logits were not finite."""
         if reason is not None:
-            job.succeed(reason)
+            job.succeed(reason, self.policy_version)
             return
         job.fail(
             EngineError(

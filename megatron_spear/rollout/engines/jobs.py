@@ -5,8 +5,9 @@ import asyncio
 import numpy as np
 
 from megatron_spear.errors import EngineError
-from megatron_spear.rollout.engine import Generation, GenerationRequest
+from megatron_spear.rollout.engine import Generation, GenerationRequest, PauseMode
 from megatron_spear.rollout.engines.sampling import seed_key
+from megatron_spear.types import VersionSpan
 
 # Most cells of one prefill's attention: sequences x new tokens x context.
 _MAX_CELLS = 4 << 20
@@ -16,16 +17,16 @@ _MAX_TOKENS = 8192
 class Job:
     """One request on its way: ``tokens`` and ``logprobs`` drawn; its ``slot``, -1 without one.
 
+    ``prompt`` are the tokens to prefill: the request's, and after a pause those drawn before it.
     ``cached`` counts the first tokens of the prompt that the slot holds before the prefill;
     ``returning`` says that they are the session's own.
     """
 
-    def __init__(self, request: GenerationRequest, policy_version: int) -> None:
+    def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.session = request.session
         self.prompt = np.ascontiguousarray(request.token_ids, np.int32)
         self.key = seed_key(request.seed)
-        self.policy_version = policy_version
         loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Generation] = loop.create_future()
         self.queued_s = loop.time()
@@ -34,6 +35,7 @@ class Job:
         self.returning = False
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self._versions: list[VersionSpan] = []
 
     @property
     def finished(self) -> bool:
@@ -45,19 +47,36 @@ class Job:
         """True once it was answered or failed; the engine holds nothing of it any more."""
         return self.future.done() and not self.future.cancelled()
 
-    def generation(self, reason: str) -> Generation:
-        """The answer as it stands."""
+    def draw(self, token: int, logprob: float, policy_version: int) -> None:
+        """Note a drawn token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self._versions and self._versions[-1].policy_version == policy_version:
+            self._versions[-1] = VersionSpan(policy_version, self._versions[-1].num_tokens + 1)
+        else:
+            self._versions.append(VersionSpan(policy_version, 1))
+
+    def back_to_waiting(self, mode: PauseMode) -> None:
+        """To be prefilled again, from the beginning or with what was drawn."""
+        if mode == "abort":
+            self.tokens, self.logprobs, self._versions = [], [], []
+        drawn = np.array(self.tokens, np.int32)
+        self.prompt = np.concatenate([self.request.token_ids, drawn]).astype(np.int32)
+        self.slot, self.cached = -1, 0
+
+    def generation(self, reason: str, policy_version: int) -> Generation:
+        """The answer as it stands; ``policy_version`` is the present one."""
         return Generation(
             token_ids=np.array(self.tokens, np.int32),
             logprobs=np.array(self.logprobs, np.float32),
             finish_reason=reason,
-            policy_version=(self.policy_version, self.policy_version),
+            versions=tuple(self._versions) or (VersionSpan(policy_version, 0),),
         )
 
-    def succeed(self, reason: str) -> None:
+    def succeed(self, reason: str, policy_version: int) -> None:
         """Answer whoever waits."""
         if not self.future.done():
-            self.future.set_result(self.generation(reason))
+            self.future.set_result(self.generation(reason, policy_version))
 
     def fail(self, error: EngineError) -> None:
         """Raise ``error`` where the answer is awaited."""

@@ -57,7 +57,7 @@ def test_greedy_equals_generate(kind):
     answer = asyncio.run(make_engine(kind).generate(request(prompt, new=20, temperature=0.0)))
     assert answer.token_ids.tolist() == expected.tolist()
     assert np.abs(answer.logprobs - reference(model, prompt, answer)).max() < 1e-5
-    assert answer.finish_reason == "length" and answer.policy_version == (0, 0)
+    assert answer.finish_reason == "length" and answer.versions[0].policy_version == 0
 
 
 def test_what_is_drawn_does_not_depend_on_the_batch():

@@ -11,6 +11,7 @@ from transformers import OlmoConfig
 from megatron_spear.errors import ConfigError, EngineError
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.engines.linear import Linear
+from megatron_spear.types import VersionSpan
 
 
 def _weights(seed: int = 1) -> dict[str, torch.Tensor]:
@@ -24,7 +25,7 @@ def test_new_weights_are_what_the_engine_draws_from():
     engine.load_weights(iter(_weights(1).items()), 7)
     after = asyncio.run(engine.generate(request([*prompt, *before.token_ids, 3])))
     whole = [*prompt, *before.token_ids.tolist(), 3]
-    assert after.policy_version == (7, 7) and engine.policy_version == 7
+    assert after.versions == (VersionSpan(7, 5),) and engine.policy_version == 7
     assert engine.stats["reused_tokens"] == 0, "keys of the old weights were used"
     new, old = saved_model("qwen3", 1)[0], saved_model("qwen3", 0)[0]
     assert np.abs(after.logprobs - reference(new, whole, after)).max() < 1e-5
@@ -77,7 +78,7 @@ def test_weights_may_not_change_under_a_generation():
             engine.load_weights(_weights().items(), 1)
         return await running
 
-    assert asyncio.run(update_in_between()).policy_version == (0, 0)
+    assert asyncio.run(update_in_between()).versions == (VersionSpan(0, 50),)
 
 
 def test_non_finite_logits_fail_only_the_requests_that_have_them():
@@ -180,14 +181,17 @@ def test_one_generation_a_session_at_a_time():
 def test_closing_and_releasing_fail_what_is_under_way():
     engine = make_engine()
 
+    async def released():
+        engine.release("s")
+
     async def stop(how):
         running = asyncio.create_task(engine.generate(request([1], new=80)))
         await asyncio.sleep(0.005)
-        how()
+        await how()
         return await running
 
     with pytest.raises(EngineError, match="released"):
-        asyncio.run(stop(lambda: engine.release("s")))
+        asyncio.run(stop(released))
     with pytest.raises(EngineError, match="closed"):
         asyncio.run(stop(engine.close))
     with pytest.raises(EngineError, match="closed"):

@@ -31,6 +31,7 @@ from megatron_spear.types import (
     TrajectoryGroup,
     Update,
 )
+from megatron_spear.weight_sync.in_process import InProcess
 
 CTX = StepContext(
     step=3,
@@ -185,7 +186,7 @@ def _step(
     )
     return SpearStep(
         policy=world.policy,
-        engine=world.engine,
+        weight_sync=InProcess(source=world.policy, receiver=world.engine),
         controller=controller,
         loss=LOSS,
         algorithm=section,
@@ -326,7 +327,7 @@ def test_a_rank_without_data_takes_part_in_publishing_only() -> None:
     world = _world()
     step = SpearStep(
         policy=world.policy,
-        engine=None,
+        weight_sync=InProcess(source=world.policy, receiver=None),
         controller=None,
         loss=LOSS,
         algorithm=AlgorithmSection(),

@@ -26,6 +26,7 @@ from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.run import SpearRun
 from megatron_spear.trainer.run_directory import RunDirectory
 from megatron_spear.types import Prompt, Status, StepContext, StepReport, TrajectoryGroup
+from megatron_spear.weight_sync.in_process import InProcess
 
 IDS = ("look-Pen-1/t1", "pick-Mug-2/t2", "pick-Pan-3/t3", "pick-Cup-4/t4")
 PANEL = Panel(tuple(Prompt(prompt_id=i, env="alfworld") for i in IDS), sha256="ab" * 32)
@@ -64,10 +65,9 @@ class _Policy:
 class _Step:
     """Notes the steps it was asked for; ``at`` is called at the end of each."""
 
-    engine = None
-
     def __init__(self, events: list[str], at: Callable[[int], None]) -> None:
         self.policy = _Policy()
+        self.weight_sync = InProcess(source=self.policy, receiver=None)
         cursor = PromptCursor(FreshPrompts(lambda i: make_prompt(str(i))))
         self.controller = SimpleNamespace(cursor=cursor, hooks=HookCalls({}))
         self._events, self._at = events, at

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from megatron_spear.weight_sync.in_process import publish
+from megatron_spear.weight_sync.in_process import InProcess
 
 TENSORS = {
     "a.weight": torch.arange(6.0).reshape(2, 3),
@@ -49,15 +49,23 @@ class _Receiver:
 def test_the_receiver_gets_every_tensor_one_at_a_time() -> None:
     source = _Source()
     receiver = _Receiver(source)
-    sent = publish(source, receiver, policy_version=8)
+    calls: list[str] = []
+    transport = InProcess(
+        source=source,
+        receiver=receiver,
+        pause=lambda: calls.append("pause"),
+        resume=lambda: calls.append("resume"),
+    )
+    metrics = transport.publish(8)
+    assert calls == ["pause", "resume"]
     assert receiver.version == 8 and list(receiver.got) == list(TENSORS)
     assert all(torch.equal(receiver.got[name], tensor) for name, tensor in TENSORS.items())
     assert receiver.ahead == [1, 2], "the next tensor is made when the one before is taken"
-    assert sent == BYTES == 34
+    assert metrics == {"weight_sync/bytes": BYTES} and BYTES == 34
     assert source.ended
 
 
 def test_a_rank_without_receiver_still_takes_part() -> None:
     source = _Source(whole=False)
-    assert publish(source, None, policy_version=8) == 0
+    assert InProcess(source=source, receiver=None).publish(8) == {"weight_sync/bytes": 0.0}
     assert source.ended and source.sent == list(TENSORS)
