@@ -25,6 +25,7 @@ from megatron_spear.config.method import (
     RewardSection,
 )
 from megatron_spear.config.presets.layouts import PRESETS, unknown_preset
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.types import TASK_TYPES, TaskType
 
 
@@ -231,31 +232,6 @@ class AlfworldSection(Section):
     prompt with admissible actions, <think> and <action> tags."""
     max_turns: PositiveInt = 20
     """Turns after which a game is over (paper: 50)."""
-
-
-class RolloutSection(Section):
-    """How trajectories are made."""
-
-    engine: Literal["embedded"] = "embedded"
-    """The rollout engine."""
-    prompts_per_step: PositiveInt = 8
-    """Prompts (games) a trainer step."""
-    group_size: PositiveInt = 8
-    """Attempts a prompt."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; the policy's log-probs use the same."""
-    max_new_tokens: PositiveInt = 10
-    """Most tokens in one turn's answer."""
-    max_context: PositiveInt = 512
-    """Most tokens in one context, prompt and answers."""
-    max_slots: PositiveInt = 64
-    """Contexts the engine holds at once; further ones wait."""
-    env_workers: PositiveInt = 1
-    """Environment worker processes."""
-    env_deadline_s: PositiveFloat = 30.0
-    """Deadline of one environment call."""
-    engine_deadline_s: PositiveFloat = 300.0
-    """Deadline of one generation."""
 
 
 class SftSection(Section):

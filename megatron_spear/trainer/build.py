@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_spear.algorithms.policy_loss import PolicyLoss
-from megatron_spear.config.schema import RolloutSection, RunConfig
+from megatron_spear.config.rollout import RolloutSection
+from megatron_spear.config.schema import RunConfig
 from megatron_spear.curriculum.task_sampling import TaskSampler
 from megatron_spear.data.buckets import BucketCursor
 from megatron_spear.data.prompts import (
@@ -29,6 +30,7 @@ from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.trainer import seeds
+from megatron_spear.trainer.ahead import RolloutsAhead
 from megatron_spear.trainer.controller import Controller
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.calls import HookCalls
@@ -53,8 +55,9 @@ class RolloutStack:
     rollouter: Rollouter
 
     def close(self) -> None:
-        """End the environment processes and free the engine."""
+        """Give up what is under way, end the environment processes and free the engine."""
         try:
+            self.loop.cancel_all()
             self.pool.close()
             self.loop.run(self.engine.close())
         finally:
@@ -145,6 +148,9 @@ def make_step(
     controller = None
     if rollout is not None:
         cursor, measuring = make_cursor(config)
+        ahead = None
+        if config.rollout.max_lag:
+            ahead = RolloutsAhead(rollout.rollouter, cursor, config.rollout, config.run.steps)
         controller = Controller(
             cursor=cursor,
             rollouter=rollout.rollouter,
@@ -152,10 +158,11 @@ def make_step(
             rollout=config.rollout,
             reward=config.reward,
             algorithm=config.algorithm,
+            ahead=ahead,
         )
     return SpearStep(
         policy=policy,
-        weight_sync=make_transport(policy, rollout),
+        weight_sync=make_transport(config.rollout, policy, rollout),
         controller=controller,
         loss=PolicyLoss.from_sections(
             config.algorithm, config.replay.loss, temperature=config.rollout.temperature
@@ -166,7 +173,9 @@ def make_step(
     )
 
 
-def make_transport(policy: MegatronPolicy, rollout: RolloutStack | None) -> Transport:
+def make_transport(
+    section: RolloutSection, policy: MegatronPolicy, rollout: RolloutStack | None
+) -> Transport:
     """How the policy's weights get into the engine."""
     if rollout is None:
         return InProcess(source=policy, receiver=None)
@@ -175,7 +184,7 @@ def make_transport(policy: MegatronPolicy, rollout: RolloutStack | None) -> Tran
     return InProcess(
         source=policy,
         receiver=engine,
-        pause=lambda: loop.run(engine.pause("retract")),
+        pause=lambda: loop.run(engine.pause(section.pause_mode)),
         resume=lambda: loop.run(engine.resume()),
     )
 

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.conversion.hf_io import HfReader
 from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.testing.contract import ContractViolation
