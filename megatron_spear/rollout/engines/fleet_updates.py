@@ -1,7 +1,8 @@
 """The fleet for the thread that trains: ``weight_sync.servers`` over an event loop."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Protocol
 
 from megatron_spear.rollout.engine import PauseMode
@@ -36,10 +37,11 @@ class FleetServer:
         return self._loop.start(self._server.begin_update())
 
     def end_update(self, policy_version: int) -> "Future[None]":
-        return self._loop.start(self._server.end_update(self._label(policy_version)))
+        return self._loop.start(self._labelled(policy_version, self._server.end_update))
 
     def load_folder(self, folder: str, policy_version: int) -> "Future[None]":
-        return self._loop.start(self._server.load_folder(folder, self._label(policy_version)))
+        load = partial(self._server.load_folder, folder)
+        return self._loop.start(self._labelled(policy_version, load))
 
     def join_group(self, group: Group, first_rank: int) -> "Future[None]":
         return self._loop.start(self._server.join_group(group, first_rank))
@@ -50,19 +52,19 @@ class FleetServer:
     def receive_broadcast(
         self, tensors: Sequence[Tensor], group: str, policy_version: int
     ) -> "Future[None]":
-        self._label(policy_version)
         return self._loop.start(self._server.receive_broadcast(tensors, group))
 
     def receive_payloads(
         self, payloads: Sequence[bytes], load_format: str | None, policy_version: int
     ) -> "Future[None]":
-        self._label(policy_version)
         return self._loop.start(self._server.receive_payloads(payloads, load_format))
 
-    def _label(self, policy_version: int) -> str:
-        """The label of a version that the server may be given."""
-        self._fleet.check_version(self.member, policy_version)
-        return self._fleet.labels.label(policy_version)
+    async def _labelled(
+        self, policy_version: int, finish: Callable[[str], Awaitable[None]]
+    ) -> None:
+        """Do what makes the weights a version; EngineError if it may not be given to the server."""
+        self._fleet.roster.check_version(self.member, policy_version)
+        await finish(self._fleet.labels.label(policy_version))
 
 
 class FleetUpdates:
@@ -84,10 +86,10 @@ class FleetUpdates:
         self._loop.run(self._fleet.resume())
 
     def take_out(self, server: Named, why: str) -> None:
-        self._loop.run(self._take_out(self._fleet.member(server.name), why))
+        self._loop.run(self._take_out(self._fleet.roster.member(server.name), why))
 
     def admit(self, server: Named, policy_version: int) -> None:
-        self._loop.run(self._fleet.admit(self._fleet.member(server.name), policy_version))
+        self._loop.run(self._fleet.admit(self._fleet.roster.member(server.name), policy_version))
 
     def adopt(self, policy_version: int) -> None:
         """Let all reachable servers serve the weights they were started with, as this version.
@@ -101,4 +103,4 @@ class FleetUpdates:
             self.admit(server, policy_version)
 
     async def _take_out(self, member: Member, why: str) -> None:
-        self._fleet.take_out(member, why)
+        self._fleet.roster.take_out(member, why)

@@ -95,7 +95,7 @@ class Prober:
         pause_s = self._probe_s
         while True:
             await asyncio.sleep(pause_s)
-            if await self.probe(member):
+            if await self.probe(member) or member.out is None:
                 pause_s = self._probe_s
             else:
                 pause_s = min(2 * pause_s, self._max_probe_s)
