@@ -94,7 +94,9 @@ class FakeSGLang:
         app = web.Application(client_max_size=1 << 30)
         app.add_routes([web.get("/model_info", self._info), web.get("/server_info", self._info)])
         app.add_routes([web.post(path, self._post) for path in _POSTS])
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=0.0, handler_cancellation=True
+        )
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, backlog=4096, reuse_address=True)
         await site.start()
