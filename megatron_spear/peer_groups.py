@@ -10,7 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed import rendezvous
+
+
+def meeting_point(timeout_s: float) -> dist.TCPStore:
+    """A store on a free port (``.port``) of this process, for all groups it is rank 0 of.
+
+    Once it is dropped, those who still wait there for others fail.
+    """
+    return dist.TCPStore(
+        "localhost",
+        0,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )
 
 
 def join(
@@ -23,17 +36,24 @@ def join(
     name: str,
     timeout_s: float,
     device: torch.device | None = None,
+    hosts: bool = True,
 ) -> dist.ProcessGroup:
-    """The group of ``world_size`` processes; rank 0 hosts the store at ``host:port``.
+    """The group of ``world_size`` processes; rank 0 hosts the store at ``host:port``, unless
+    ``hosts`` is False since its ``meeting_point`` is there.
 
     Returns once all have joined; ``timeout_s`` is for that and for each collective. Ranks are those
     within the group, also as ``src`` and ``dst``. Raises torch.distributed.DistError (a
     RuntimeError) when somebody is missing.
     """
     timeout = timedelta(seconds=timeout_s)
-    url = f"tcp://{host}:{port}"
-    store, rank, world_size = next(rendezvous(url, rank, world_size, timeout=timeout))
-    store.set_timeout(timeout)
+    # Not torch's rendezvous: under torchrun every process would be a client of torchrun's store.
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=hosts and rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
     # Two private names of torch: it has no public way to a group without a default one.
     group, _ = c10d._new_process_group_helper(
         world_size,
