@@ -6,6 +6,7 @@ knows weights: holdings follow from the weight table and the sizes of the layout
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_spear.conversion.mapping import QkvMap, VocabMap, WeightMap, padded_vocab, place_of
 from megatron_spear.conversion.shape import ModelShape
@@ -39,6 +40,33 @@ class TrainingLayout:
     def world_size(self) -> int:
         """All ranks."""
         return self.stage_size * self.pipeline
+
+
+class Sizes(Protocol):
+    """The sizes of a training layout; ``policy.parallel.ParallelContext`` has them."""
+
+    @property
+    def tensor_size(self) -> int: ...
+    @property
+    def context_size(self) -> int: ...
+    @property
+    def data_size(self) -> int: ...
+    @property
+    def pipeline_size(self) -> int: ...
+    @property
+    def expert_size(self) -> int: ...
+
+
+def layout_of(sizes: Sizes, *, virtual: int = 1) -> TrainingLayout:
+    """The layout of a running policy; ``virtual`` is ``policy.virtual_pipeline``."""
+    return TrainingLayout(
+        tensor=sizes.tensor_size,
+        context=sizes.context_size,
+        data=sizes.data_size,
+        pipeline=sizes.pipeline_size,
+        virtual=virtual,
+        expert=sizes.expert_size,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

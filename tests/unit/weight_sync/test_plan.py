@@ -210,7 +210,7 @@ def test_by_hand() -> None:
 
 
 def test_rows_of_an_engines_embedding() -> None:
-    """SGLang's ``VocabParallelEmbedding``: to 64, and only if that does not divide to 64 x ranks."""
+    """SGLang's ``VocabParallelEmbedding`` pads to 64, to 64 x ranks if those do not divide it."""
     assert engine_vocab_rows(133, 2) == 96  # 192 in all, not 256
     assert engine_vocab_rows(133, 3) == 64
     assert engine_vocab_rows(133, 5) == 64  # 320
