@@ -102,7 +102,7 @@ class Broadcast:
             return nothing_to_do()
         old = self._groups.pop(server.name, None)
         if self._meeting_point is None:
-            self._meeting_point = peer_groups.meeting_point(self._deadline_s)
+            self._meeting_point = peer_groups.listen(self._host, timeout_s=self._deadline_s)
         self._num_made += 1
         address = GroupAddress(
             host=self._host,
@@ -143,7 +143,7 @@ class Broadcast:
             world_size=address.world_size,
             name=address.name,
             timeout_s=2 * self._deadline_s,
-            hosts=False,
+            store=peer_groups.connect(address.host, address.port, timeout_s=self._deadline_s),
             device=self._device if self._backend == "nccl" else None,
         )
 

@@ -138,7 +138,9 @@ def test_two_trainers_on_one_server():
             fleet_over(1, launch="aaaaaaaa", all_out_s=0.2) as (first, fakes),
             fleet_over(fakes=fakes, launch="bbbbbbbb", version=1) as (second, _),
         ):
-            with pytest.raises(EngineError, match=r"bbbbbbbb/1' of another run.*servers of its own"):
+            with pytest.raises(
+                EngineError, match=r"bbbbbbbb/1' of another run.*servers of its own"
+            ):
                 await first.generate(ask())
             assert await first.reachable() == []
             answer = await second.generate(greedy())
