@@ -25,7 +25,7 @@ from megatron_spear.config.method import (
     RewardSection,
 )
 from megatron_spear.config.presets.layouts import PRESETS, unknown_preset
-from megatron_spear.config.rollout import RolloutSection
+from megatron_spear.config.rollout import RolloutSection, WeightSyncSection
 from megatron_spear.types import TASK_TYPES, TaskType
 
 
@@ -316,6 +316,8 @@ class RunConfig(Section):
     """The environment."""
     rollout: RolloutSection = RolloutSection()
     """The rollout stage."""
+    weight_sync: WeightSyncSection = WeightSyncSection()
+    """From policy to engines."""
     reward: RewardSection = RewardSection()
     """The reward parts."""
     algorithm: AlgorithmSection = AlgorithmSection()

@@ -26,14 +26,10 @@ class FleetServer:
         self.name = member.name
         self.num_ranks = member.info.num_ranks
         self.member = member
+        self.serving = member.out is None
         self._fleet = fleet
         self._server = member.server
         self._loop = loop
-
-    @property
-    def serving(self) -> bool:
-        """See ``UpdateServer``."""
-        return self.member.out is None
 
     def parameter_names(self) -> "Future[frozenset[str] | None]":
         return self._loop.start(self._server.parameter_names())
