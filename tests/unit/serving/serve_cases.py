@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_spear.background import in_background
+from megatron_spear.conversion.hf_io import HfReader
 
 VOCAB = 61
 _SIZES = {
@@ -59,8 +60,8 @@ def saved(seed: int = 0, kind: str = "qwen3") -> tuple[Any, Path]:
 
 def weights(seed: int, kind: str = "qwen3") -> dict[str, torch.Tensor]:
     """The parameters of ``saved`` by Hugging Face name."""
-    named = saved(seed, kind)[0].named_parameters()
-    return {name: parameter.detach().clone() for name, parameter in named}
+    with HfReader(saved(seed, kind)[1]) as reader:
+        return {name: reader.get(name).clone() for name in reader.names}
 
 
 def call(url: str, path: str, body: Any = None, *, method: str = "POST") -> tuple[int, Any]:
