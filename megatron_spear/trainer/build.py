@@ -169,12 +169,13 @@ def make_step(
 def make_transport(policy: MegatronPolicy, rollout: RolloutStack | None) -> Transport:
     """How the policy's weights get into the engine."""
     if rollout is None:
-        return InProcess(source=policy, receiver=None)
+        return InProcess(source=policy, receiver=None, control=policy.ctx.control)
     loop, engine = rollout.loop, rollout.engine
     assert isinstance(engine, EmbeddedEngine), "the only engine so far"
     return InProcess(
         source=policy,
         receiver=engine,
+        control=policy.ctx.control,
         pause=lambda: loop.run(engine.pause("retract")),
         resume=lambda: loop.run(engine.resume()),
     )
