@@ -125,6 +125,7 @@ def make_step(
     config: RunConfig,
     policy: MegatronPolicy,
     rollout: RolloutStack | None,
+    model: Path,
     run_folder: Path,
     own_hooks: Mapping[str, Hook],
 ) -> SpearStep:
@@ -155,6 +156,7 @@ def make_step(
             policy,
             (rollout.loop, rollout.made) if rollout is not None else None,
             virtual_pipeline=config.policy.virtual_pipeline,
+            model=model,
             folder=run_folder / "weights",
         ),
         controller=controller,

@@ -40,7 +40,7 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         tracker = None
         try:
             policy = build.make_policy(config, model, context)
-            step = build.make_step(config, policy, rollout, directory.path, own_hooks)
+            step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
             console.line(method_text(config))
             run = SpearRun(
                 config,

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+import torch.distributed as dist
+
 from megatron_spear.config.rollout import RolloutSection, WeightSyncSection
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.trainer.engines import MadeEngine
 from megatron_spear.weight_sync.broadcast import Broadcast
+from megatron_spear.weight_sync.disk import Disk
 from megatron_spear.weight_sync.in_process import InProcess
+from megatron_spear.weight_sync.ipc import Ipc
 from megatron_spear.weight_sync.layouts import layout_of
 from megatron_spear.weight_sync.manifest import Manifest
-from megatron_spear.weight_sync.servers import UpdateServers
 from megatron_spear.weight_sync.sharded.transport import Sharded
 from megatron_spear.weight_sync.transport import Transport
 from megatron_spear.weight_sync.update import Delivery, ServerTransport
@@ -30,11 +33,13 @@ def make_transport(
     made: tuple[EventLoop, MadeEngine] | None,
     *,
     virtual_pipeline: int,
+    model: Path,
     folder: Path,
 ) -> Transport:
     """The transport, on every rank; ``made`` is None on ranks other than the controller.
 
-    ``folder`` is where ``disk`` writes unless the settings name another.
+    ``model`` is the Hugging Face folder that the policy began with, ``folder`` where ``disk``
+    writes unless the settings name another.
     """
     if rollout.engine == "embedded":
         return _in_process(rollout, policy, made)
@@ -56,8 +61,8 @@ def make_transport(
         source=policy,
         manifest=Manifest.of_model(policy.shape, section.precision),
         servers=servers,
-        delivery=None if servers is None else _delivery(section, policy, servers, host, folder),
-        control=policy.ctx.control if policy.ctx.world_size > 1 else None,
+        delivery=_delivery(section, policy, host, model, folder) if servers is not None else None,
+        control=_control(policy),
         deadline_s=section.deadline_s,
     )
 
@@ -66,25 +71,31 @@ def _in_process(
     rollout: RolloutSection, policy: MegatronPolicy, made: tuple[EventLoop, MadeEngine] | None
 ) -> InProcess:
     if made is None:
-        return InProcess(source=policy, receiver=None)
+        return InProcess(source=policy, receiver=None, control=_control(policy))
     loop, engine = made[0], made[1].engine
     assert isinstance(engine, EmbeddedEngine), "it takes weights itself"
     return InProcess(
         source=policy,
         receiver=engine,
+        control=_control(policy),
         pause=lambda: loop.run(engine.pause(rollout.pause_mode)),
         resume=lambda: loop.run(engine.resume()),
     )
 
 
+def _control(policy: MegatronPolicy) -> dist.ProcessGroup | None:
+    """The gloo group of all training ranks, where there are several."""
+    return policy.ctx.control if policy.ctx.world_size > 1 else None
+
+
 def _delivery(
-    section: WeightSyncSection,
-    policy: MegatronPolicy,
-    servers: UpdateServers,
-    host: str,
-    folder: Path,
+    section: WeightSyncSection, policy: MegatronPolicy, host: str, model: Path, folder: Path
 ) -> Delivery:
     device = policy.ctx.device
+    if section.transport == "disk":
+        return Disk(folder=section.folder or folder, model=model, precision=section.precision)
+    if section.transport == "ipc":
+        return Ipc(bucket_bytes=section.bucket_bytes, device=device)
     backend: Literal["gloo", "nccl"] = "nccl" if device.type == "cuda" else "gloo"
     return Broadcast(
         host=host,

@@ -6,7 +6,6 @@ controller runs it to its end also when no engine is left, then tells all ranks 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,45 +48,64 @@ class _Outcome:
     error: str | None
 
 
-def publish_together(
-    source: WeightSource,
-    control: dist.ProcessGroup | None,
-    update: Callable[[Export], dict[str, float]] | None,
-) -> dict[str, float]:
-    """Run ``update`` on the controller (None on other ranks), which takes tensors from the export.
+class TrainingRanks:
+    """The training ranks' part of every transport: versions that grow, one export, one outcome.
 
-    ``control`` is a gloo group of all training ranks, None where there is one rank. Returns
-    ``update``'s metrics, on other ranks that nothing was sent. Raises EngineError on every rank if
-    ``update`` raised a SpearError; anything else it raised as it is, and EngineError elsewhere.
+    ``control`` is a gloo group of all ranks, None where there is one.
     """
-    export = Export(source)
-    if update is None:
-        export.run_out()
-        outcome = _told(control, None)
-        if outcome.error is not None:
-            raise EngineError(outcome.error)
-        return {"weight_sync/bytes": 0.0}
-    outcome = _Outcome(error="the controller failed in the middle of the weight update; see rank 0")
-    try:
-        metrics = update(export)
-        outcome = _Outcome(error=None)
-    except SpearError as error:
-        outcome = _Outcome(error=str(error))
-        raise EngineError(str(error)) from error
-    finally:
-        if not export.broken:  # else the other ranks' exports have failed too
+
+    def __init__(self, source: WeightSource, control: dist.ProcessGroup | None) -> None:
+        self._source = source
+        self._control = control
+        self._version = -1
+
+    def publish(
+        self, policy_version: int, update: Callable[[Export], dict[str, float]] | None
+    ) -> dict[str, float]:
+        """Run ``update`` on the controller (None on other ranks), which takes tensors from the
+        export; collective.
+
+        Returns ``update``'s metrics, on other ranks that nothing was sent. Raises EngineError on
+        every rank if the version is not above all before or ``update`` raised a SpearError;
+        anything else it raised as it is, and EngineError elsewhere.
+        """
+        if policy_version <= self._version:
+            raise EngineError(
+                f"policy version {policy_version} is published after {self._version}; versions "
+                "have to grow, for engines name what they hold by them"
+            )
+        export = Export(self._source)
+        if update is None:
             export.run_out()
-            _told(control, outcome)
-    return metrics
+            outcome = self._told(None)
+            if outcome.error is not None:
+                raise EngineError(outcome.error)
+            metrics = {"weight_sync/bytes": 0.0}
+        else:
+            metrics = self._lead(export, update)
+        self._version = policy_version
+        return metrics
 
+    def _lead(
+        self, export: Export, update: Callable[[Export], dict[str, float]]
+    ) -> dict[str, float]:
+        """The controller's part."""
+        outcome = _Outcome(error="the controller failed in a weight update; see the log of rank 0")
+        try:
+            metrics = update(export)
+            outcome = _Outcome(error=None)
+        except SpearError as error:
+            outcome = _Outcome(error=str(error))
+            raise EngineError(str(error)) from error
+        finally:
+            if not export.broken:  # else the other ranks' exports have failed too
+                export.run_out()
+                self._told(outcome)
+        return metrics
 
-def _told(control: dist.ProcessGroup | None, outcome: _Outcome | None) -> _Outcome:
-    """The controller's outcome, on every rank."""
-    if control is None:
-        assert outcome is not None, "one rank is the controller"
-        return outcome
-    box: list[Any] = [outcome]
-    dist.broadcast_object_list(box, src=0, group=control)
-    told = box[0]
-    assert isinstance(told, _Outcome)
-    return told
+    def _told(self, outcome: _Outcome | None) -> _Outcome:
+        """The controller's outcome, on every rank."""
+        box: list[_Outcome | None] = [outcome]
+        if self._control is not None:
+            dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0] or _Outcome(error=None)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_spear.background import nothing_to_do
 from megatron_spear.errors import EngineError
 from megatron_spear.weight_sync.buckets import Bucket
-from megatron_spear.weight_sync.export import Export, publish_together
+from megatron_spear.weight_sync.export import Export, TrainingRanks
 from megatron_spear.weight_sync.manifest import Manifest
 from megatron_spear.weight_sync.servers import UpdateServer, UpdateServers
 from megatron_spear.weight_sync.transport import WeightSource
@@ -156,27 +156,18 @@ class ServerTransport:
         control: dist.ProcessGroup | None,
         deadline_s: float,
     ) -> None:
-        self._source = source
+        self._ranks = TrainingRanks(source, control)
         self._manifest = manifest
         self._servers = servers
         self._delivery = delivery
-        self._control = control
         self._deadline_s = deadline_s
-        self._version = -1
 
     def publish(self, policy_version: int) -> dict[str, float]:
-        """See ``Transport``. Refuses a version that is not above all before."""
-        if policy_version <= self._version:
-            raise EngineError(
-                f"policy version {policy_version} is published after {self._version}; versions "
-                "have to grow, for engines name what they hold by them"
-            )
+        """See ``Transport``."""
         update = None
         if self._servers is not None and self._delivery is not None:
             update = partial(self._update, self._servers, self._delivery, policy_version)
-        metrics = publish_together(self._source, self._control, update)
-        self._version = policy_version
-        return metrics
+        return self._ranks.publish(policy_version, update)
 
     def close(self) -> None:
         """See ``Transport``."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_spear.testing.serve import serving
+from megatron_spear.testing.serve import serve_in_process
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -26,11 +26,11 @@ def server(cache: Path, spear: Callable[..., Any]) -> Iterator[str]:
     """The URL of a server with the tiny model's first weights."""
     spear("sft")  # the model folder, if it is not there yet
     (folder,) = [path.parent for path in cache.glob("tiny-*/config.json")]
-    with serving(folder, max_slots=8, max_context=512) as url:
-        yield url
+    with serve_in_process(folder, "--max-context", 512) as served:
+        yield served.url
 
 
-@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+@pytest.mark.parametrize("transport", ["broadcast", "disk", "ipc", "sharded"])
 def test_training_through_a_server_gives_the_same_run(
     transport: str,
     server: str,

@@ -28,8 +28,6 @@ from megatron_spear.rollout.engines.http import JsonClient, RequestRefused, Serv
 from megatron_spear.rollout.engines.sampling import seed_key
 from megatron_spear.rollout.engines.server import Answer, Group, ServerInfo, Tensor, malformed
 
-_SEED_BITS = 0x7FFF_FFFF
-
 
 class SGLangServer:
     """An ``EngineServer``.
@@ -77,7 +75,7 @@ class SGLangServer:
         self, request: GenerationRequest, token_ids: list[int], max_new_tokens: int, rid: str
     ) -> Answer:
         """See ``EngineServer``."""
-        seed = seed_key(request.seed) & _SEED_BITS
+        seed = seed_key(request.seed)
         body = (
             f'{{"rid": "{rid}", "input_ids": {token_ids}, "return_logprob": true, "stream": false, '
             f'"session_id": {json.dumps(request.session)}, "sampling_params": '
