@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from megatron_spear.testing.serve import serve_in_process
 
+LOADER = "megatron_spear.weight_sync.receivers.sglang.load"
 pytestmark = pytest.mark.timeout(300)
 
 SETTINGS = ("run.steps=3", "policy.optimizer.lr=0.002", "algorithm.keep_groups_fraction=1.0")
@@ -26,7 +27,7 @@ def server(cache: Path, spear: Callable[..., Any]) -> Iterator[str]:
     """The URL of a server with the tiny model's first weights."""
     spear("sft")  # the model folder, if it is not there yet
     (folder,) = [path.parent for path in cache.glob("tiny-*/config.json")]
-    with serve_in_process(folder, "--max-context", 512) as served:
+    with serve_in_process(folder, "--max-context", 512, "--custom-weight-loader", LOADER) as served:
         yield served.url
 
 
