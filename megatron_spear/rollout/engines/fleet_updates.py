@@ -30,6 +30,11 @@ class FleetServer:
         self._server = member.server
         self._loop = loop
 
+    @property
+    def serving(self) -> bool:
+        """False until it is admitted, and from the moment it is taken out."""
+        return self.member.out is None
+
     def parameter_names(self) -> "Future[frozenset[str] | None]":
         return self._loop.start(self._server.parameter_names())
 
