@@ -13,6 +13,7 @@ from megatron_spear.rollout.engines.fleet import Fleet, FleetLimits
 from megatron_spear.rollout.engines.fleet_updates import FleetUpdates
 from megatron_spear.rollout.engines.server import EngineServer
 from megatron_spear.rollout.engines.sglang import SGLangServer
+from megatron_spear.rollout.engines.vllm import VllmServer
 from megatron_spear.rollout.event_loop import EventLoop
 
 _PROBE_S = 20.0
@@ -79,7 +80,17 @@ def _sglang(url: str, rollout: RolloutSection, weight_sync: WeightSyncSection) -
     )
 
 
+def _vllm(url: str, rollout: RolloutSection, weight_sync: WeightSyncSection) -> EngineServer:
+    return VllmServer(
+        url,
+        deadline_s=rollout.engine_deadline_s,
+        update_deadline_s=weight_sync.deadline_s,
+        probe_deadline_s=_PROBE_S,
+    )
+
+
 SERVERS: Mapping[str, Callable[[str, RolloutSection, WeightSyncSection], EngineServer]] = {
     "sglang": _sglang,
+    "vllm": _vllm,
 }
 """What makes the client of one server, by the name of ``rollout.engine``."""

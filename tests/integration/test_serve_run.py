@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from megatron_spear.testing.serve import serve_in_process
 
 LOADER = "megatron_spear.weight_sync.receivers.sglang.load"

@@ -1,8 +1,8 @@
 """One engine server of any make, as the fleet sees it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -136,3 +136,19 @@ def malformed(server: str, what: str, got: object) -> EngineError:
     return EngineError(
         f"{server} answered {what}: {got!r:.300}; is it of the configured make and version?"
     )
+
+
+def label_runs(spans: Sequence[Mapping[str, Any]], size: int) -> list[tuple[str, int]]:
+    """``Answer.labels`` from ``{"version", "start", "end"}`` spans, half-open, of ``size`` tokens.
+
+    Raises ValueError, KeyError or TypeError where they do not follow one another to the end.
+    """
+    runs, end = [], 0
+    for span in spans:
+        if span["start"] != end or span["end"] < end:
+            raise ValueError(f"weight_versions {spans}")
+        runs.append((span["version"], span["end"] - end))
+        end = span["end"]
+    if end != size:
+        raise ValueError(f"weight_versions {spans} of {size} tokens")
+    return runs

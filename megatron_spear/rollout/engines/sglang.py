@@ -26,7 +26,14 @@ from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import GenerationRequest, PauseMode, SamplingParams
 from megatron_spear.rollout.engines.http import JsonClient, RequestRefused, ServerLost
 from megatron_spear.rollout.engines.sampling import seed_key
-from megatron_spear.rollout.engines.server import Answer, Group, ServerInfo, Tensor, malformed
+from megatron_spear.rollout.engines.server import (
+    Answer,
+    Group,
+    ServerInfo,
+    Tensor,
+    label_runs,
+    malformed,
+)
 
 
 class SGLangServer:
@@ -239,23 +246,11 @@ def _answer(answer: Any) -> Answer:
     logprobs = [math.nan if entry[0] is None else entry[0] for entry in drawn]
     if answer["output_ids"] != token_ids:
         raise ValueError("output_ids are not those of output_token_logprobs")
-    labels = _labels(meta, len(token_ids))
+    spans = meta.get("weight_versions")
+    if spans is None:
+        labels = [(meta["weight_version"], len(token_ids))]
+    else:
+        labels = label_runs(spans, len(token_ids))
     if reason.get("matched") == "NaN happened":
         logprobs = [math.nan] * len(token_ids)
     return Answer(token_ids=token_ids, logprobs=logprobs, reason=kind, labels=labels)
-
-
-def _labels(meta: Mapping[str, Any], size: int) -> list[tuple[str, int]]:
-    """The label runs of ``size`` tokens; spans are half-open and follow one another."""
-    spans = meta.get("weight_versions")
-    if spans is None:
-        return [(meta["weight_version"], size)]
-    runs, end = [], 0
-    for span in spans:
-        if span["start"] != end or span["end"] < end:
-            raise ValueError(f"weight_versions {spans}")
-        runs.append((span["version"], span["end"] - end))
-        end = span["end"]
-    if end != size:
-        raise ValueError(f"weight_versions {spans} of {size} tokens")
-    return runs

@@ -138,9 +138,7 @@ def test_two_trainers_on_one_server():
             fleet_over(1, launch="aaaaaaaa", all_out_s=0.2) as (first, fakes),
             fleet_over(fakes=fakes, launch="bbbbbbbb", version=1) as (second, _),
         ):
-            with pytest.raises(
-                EngineError, match=r"bbbbbbbb/1' of another run.*servers of its own"
-            ):
+            with pytest.raises(EngineError, match=r"bbbbbbbb/1' of another.*servers of its own"):
                 await first.generate(ask())
             assert await first.reachable() == []
             answer = await second.generate(greedy())
@@ -323,7 +321,9 @@ def test_a_version_the_server_has_had_is_refused(ensemble):
 
 def test_a_server_is_taken_out_and_comes_back_with_the_next_update(ensemble):
     first = ensemble.updates.reachable()[0]
+    assert first.serving
     ensemble.updates.take_out(first, "it was late")
+    assert not first.serving
     assert ensemble.fleet.roster.members[0].out == "it was late"
     assert [server.name for server in ensemble.updates.reachable()] == [
         fake.url for fake in ensemble.fakes
