@@ -45,8 +45,8 @@ class Disk:
                 written += tensor.nbytes
                 yield name, tensor
 
-        self._remove(keep=self._keep - 1, below=version)
         try:
+            self._remove(keep=self._keep - 1, below=version)
             write_hf_folder(
                 target, self._model, counted(), quantization=self._quantization, flush=True
             )
