@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_spear import peer_groups
 from megatron_spear.weight_sync.sharded.link import Deadline, Link
 from megatron_spear.weight_sync.sharded.records import (
+    ON_THE_WAY,
     Assignment,
     Bucket,
     HeldTensor,
@@ -123,11 +124,13 @@ def receive(
 
     with torch.no_grad():
         for bucket in buckets:
-            if len(coming) > 1:
+            if len(coming) == ON_THE_WAY:
                 finish()
             buffer = None
             flat = in_place(bucket, tensors, targets)
             if flat is None:
+                while not any(buffer.free for buffer in buffers):
+                    finish()
                 buffer = next(b for b in buffers if b.free)
                 buffer.free = False
                 flat = buffer.make(bucket.num_bytes, targets[0].device)

@@ -16,6 +16,9 @@ from torch import Tensor
 ALIGNMENT = 16
 """Bytes: each piece of a bucket begins at a multiple, so that it can be viewed in its dtype."""
 
+ON_THE_WAY = 8
+"""Messages that a rank has begun at a time, at most; of these, two may be in buffers."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldTensor:

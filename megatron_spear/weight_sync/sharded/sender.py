@@ -15,6 +15,7 @@ from megatron_spear.conversion import fp8_blocks
 from megatron_spear.conversion.slices import TensorSlice
 from megatron_spear.weight_sync.sharded.link import Deadline, Link
 from megatron_spear.weight_sync.sharded.records import (
+    ON_THE_WAY,
     Bucket,
     HeldTensor,
     Piece,
@@ -38,9 +39,13 @@ def send(
     on_the_way: deque[tuple[Any, Tensor]] = deque()
     first_receiver = len(link.meeting.senders)
     for bucket in buckets:
-        while len(on_the_way) > 1:
+        if len(on_the_way) == ON_THE_WAY:
             link.wait(on_the_way.popleft()[0], deadline)
-        flat = packer.pack(bucket, tensors[bucket.target], [flat for _, flat in on_the_way])
+        flat = packer.as_it_lies(bucket, tensors[bucket.target])
+        if flat is None:
+            while (free := packer.free_buffer([flat for _, flat in on_the_way])) is None:
+                link.wait(on_the_way.popleft()[0], deadline)
+            flat = packer.pack(bucket, tensors[bucket.target], free)
         on_the_way.append((link.send(flat, first_receiver + bucket.target), flat))
     for work, _ in on_the_way:
         link.wait(work, deadline)
@@ -54,15 +59,28 @@ class Packer:
         self._slices = slices
         self._buffers: list[Tensor | None] = [None, None]
 
-    def pack(
-        self, bucket: Bucket, tensors: Sequence[HeldTensor], in_use: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """The message uint8 ``[num_bytes]``: a view of the weights, or of the buffer that none of
-        ``in_use`` is a view of."""
-        first = self._cut(bucket.pieces[0], tensors[bucket.pieces[0].tensor])
-        if len(bucket.pieces) == 1 and len(first) == 1 and first[0].is_contiguous():
-            return first[0].reshape(-1).view(torch.uint8)
-        flat = self._free_buffer(bucket.num_bytes, in_use, first[0].device)[: bucket.num_bytes]
+    def as_it_lies(self, bucket: Bucket, tensors: Sequence[HeldTensor]) -> Tensor | None:
+        """The message uint8 ``[num_bytes]`` as a view of the weights, if it is one."""
+        if len(bucket.pieces) > 1:
+            return None
+        (piece,) = bucket.pieces
+        rows = self._cut(piece, tensors[piece.tensor])
+        if len(rows) > 1 or not rows[0].is_contiguous():
+            return None
+        return rows[0].view(-1).view(torch.uint8)
+
+    def free_buffer(self, in_use: Sequence[Tensor]) -> int | None:
+        """The number of a buffer that none of ``in_use`` is a view of."""
+        taken = {flat.untyped_storage().data_ptr() for flat in in_use}
+        for number, buffer in enumerate(self._buffers):
+            if buffer is None or buffer.untyped_storage().data_ptr() not in taken:
+                return number
+        return None
+
+    def pack(self, bucket: Bucket, tensors: Sequence[HeldTensor], number: int) -> Tensor:
+        """The message in buffer ``number``."""
+        device = self._cut(bucket.pieces[0], tensors[bucket.pieces[0].tensor])[0].device
+        flat = self._buffer(number, bucket.num_bytes, device)
         scales: Tensor | None = None
         for piece, held, place in places(bucket.pieces, tensors):
             target = flat[place].view(held.torch_dtype)
@@ -93,18 +111,12 @@ class Packer:
             )
         )
 
-    def _free_buffer(
-        self, num_bytes: int, in_use: Sequence[Tensor], device: torch.device
-    ) -> Tensor:
-        taken = {flat.untyped_storage().data_ptr() for flat in in_use}
-        for number, buffer in enumerate(self._buffers):
-            if buffer is not None and buffer.untyped_storage().data_ptr() in taken:
-                continue
-            if buffer is None or len(buffer) < num_bytes:
-                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-                self._buffers[number] = buffer
-            return buffer
-        raise AssertionError("two buffers are enough for one message on its way")
+    def _buffer(self, number: int, num_bytes: int, device: torch.device) -> Tensor:
+        buffer = self._buffers[number]
+        if buffer is None or len(buffer) < num_bytes:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._buffers[number] = buffer
+        return buffer[:num_bytes]
 
 
 def _rows_of(
