@@ -12,7 +12,7 @@ export PYTHONPATH="$here:$here/../..${PYTHONPATH:+:$PYTHONPATH}"
 # Development mode mounts the routes that pause, resume and update weights.
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
-export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}" VLLM_CPU_MOE_PREPACK=0
+export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
 # --enable-scale-out mounts /inference/v1/generate; log-probs are those of the distribution drawn from.
 exec "$venv/bin/python" -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 --port "$port" \
     --dtype float32 --enforce-eager --logprobs-mode processed_logprobs --enable-scale-out \

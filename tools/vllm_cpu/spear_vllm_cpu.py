@@ -2,9 +2,11 @@
 
 vLLM imports this module in each worker before the model is made, so importing it is enough:
 
-1. Linear layers keep no oneDNN handle. A handle holds a packed copy of the weight, which an update does
-   not reach: vLLM would report success, even new checksums, and go on with the old weights.
-2. Weight transfer has a backend `gloo`, which takes the requests of vLLM's own `nccl` backend (not
+1. Linear layers keep no packed copy of the weight. An update does not reach such a copy: vLLM would
+   report success, even new checksums, and go on with the old weights.
+2. Experts' weights are packed again after an update. vLLM packs them at the start only, so that the
+   kernel would read plain weights as packed ones.
+3. Weight transfer has a backend `gloo`, which takes the requests of vLLM's own `nccl` backend (not
    packed) and receives by gloo: one broadcast from rank 0 for each tensor, in the order of the names.
 """
 
@@ -22,8 +24,22 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferInitInfo,
     NCCLWeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 
 _custom_ops._supports_onednn = False
+_set_up_experts = UnquantizedFusedMoEMethod._setup_kernel
+
+
+def _set_up_and_pack_experts(self: Any, layer: Any, w13: Any, w2: Any) -> None:
+    is_update = self.moe_kernel is not None
+    _set_up_experts(self, layer, w13, w2)
+    if is_update:
+        self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+UnquantizedFusedMoEMethod._setup_kernel = _set_up_and_pack_experts
 
 TIMEOUT = timedelta(seconds=120)
 """Longest wait for the trainer, at the start and in each broadcast."""
