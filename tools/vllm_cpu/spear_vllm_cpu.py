@@ -63,9 +63,7 @@ class GlooWeightTransferEngine(NCCLWeightTransferEngine):
         worker = self.parallel_config.data_parallel_index * workers + self.parallel_config.rank
         rank = init_info.rank_offset + worker
         address = f"tcp://{init_info.master_address}:{init_info.master_port}"
-        store, rank, world = next(
-            rendezvous(address, rank, init_info.world_size, timeout=TIMEOUT)
-        )
+        store, rank, world = next(rendezvous(address, rank, init_info.world_size, timeout=TIMEOUT))
         store.set_timeout(TIMEOUT)
         self._gloo, _ = c10d._new_process_group_helper(
             world, rank, [], c10d.Backend("gloo"), c10d.PrefixStore(GROUP, store),
