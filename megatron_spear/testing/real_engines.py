@@ -6,9 +6,9 @@
         with sglang_server(tmp_path / "model") as server:
             ...  # requests to server.url
 
-``tools/sglang_cpu/setup.sh`` and ``tools/vllm_cpu/setup.sh`` make the environments; the folders' names
-may be set by SPEAR_SGLANG_VENV and SPEAR_VLLM_VENV. A server starts in 20 to 130 s, so share one
-between tests.
+``tools/sglang_cpu/setup.sh`` and ``tools/vllm_cpu/setup.sh`` make the environments, in the checkout
+unless SPEAR_SGLANG_VENV and SPEAR_VLLM_VENV name other folders. A start takes 20 to 130 s, so
+share a server between tests.
 """
 
 import contextlib
@@ -174,6 +174,9 @@ def _server(
         _wait_until_ready(kind, process, url + kind.ready_path, log)
         took = time.monotonic() - started
         yield RealServer(url=url, pid=process.pid, log=log, start_s=took)
+    except BaseException as error:
+        error.add_note(f"the log of {kind.name}: {log}")
+        raise
     finally:
         _end_group(process)
     shutil.rmtree(folder)
@@ -209,7 +212,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _group_members(group: int) -> list[int]:
-    """The group's live processes; one that nobody waits for may stay a zombie and counts as gone."""
+    """The group's live processes: a zombie that nobody waits for does not count."""
     import psutil
 
     members = []
@@ -235,4 +238,4 @@ def _free_port() -> int:
 
 def _tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-    return "\n".join([f"the last lines of {log}:", *lines])
+    return "\n".join(["its log ends:", *lines])
