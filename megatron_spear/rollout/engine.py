@@ -93,11 +93,17 @@ reproducible from the weights of its version; going on over old keys and values 
 
 
 class RolloutEngine(Protocol):
-    """A server of one policy, or several of the same; ``policy_version`` counts the weight updates
-    it holds. All methods belong to one event loop."""
+    """A server of one policy, or several of the same. All methods belong to one event loop."""
 
-    policy_version: int
-    max_context: int
+    @property
+    def policy_version(self) -> int:
+        """How many weight updates it holds."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        ...
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Draw one generation; raises EngineError, never waits for ever."""
