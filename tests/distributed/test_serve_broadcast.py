@@ -1,6 +1,7 @@
 """A trainer's broadcast into a served engine over gloo, judged by log-probs; and one that fails."""
 
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -11,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear import peer_groups
-from megatron_spear.testing.ranks import run_ranks
 from megatron_spear.testing.serve import serve_in_process
 
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "serving"))
@@ -26,11 +26,21 @@ def _free_port():
         return probe.getsockname()[1]
 
 
+def _meeting(name, port):
+    """What tells the server where to join."""
+    return {
+        "master_address": "127.0.0.1",
+        "master_port": port,
+        "rank_offset": 1,
+        "world_size": 2,
+        "group_name": name,
+        "backend": "gloo",
+    }
+
+
 def _join(url, name, port):
     """Rank 0 of a group of this process and the server."""
-    body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
-    body |= {"group_name": name, "backend": "gloo"}
-    joined = later(done, url, "/init_weights_update_group", body)
+    joined = later(done, url, "/init_weights_update_group", _meeting(name, port))
     group = peer_groups.join(
         backend="gloo",
         host="127.0.0.1",
@@ -111,30 +121,36 @@ def test_a_wrong_shape_is_received_told_and_healed(served):
     peer_groups.leave(group)
 
 
-def _dies_after_one_tensor(url, name, port):
-    """A trainer that leaves in the middle of a broadcast."""
-    group = _join(url, name, port)
-    tensors = weights(1)
-    first = dict(list(tensors.items())[:1])
-    done(url, "/begin_weight_update")
-    later(call, url, "/update_weights_from_distributed", _described(tensors, name))
-    _broadcast(group, first, None)
-    time.sleep(0.5)
+_DYING_TRAINER = """
+import os, sys, time
+import torch, torch.distributed as dist
+from megatron_spear import peer_groups
+group = peer_groups.join(backend="gloo", host="127.0.0.1", port={port}, rank=0, world_size=2,
+                         name={name!r}, timeout_s=30.0)
+sys.stdin.readline()
+dist.broadcast(torch.zeros({size}), src=0, group=group)
+time.sleep(0.3)
+os._exit(0)
+"""
 
 
 def test_a_trainer_that_dies_in_a_receive_costs_that_update_only(served):
     done(served, "/update_weights_from_disk", {"model_path": str(saved(0)[1])})
     name = uuid.uuid4().hex
-    run_ranks(_dies_after_one_tensor, 1, served, name, _free_port(), timeout_s=_LIMIT_S)
-    ended, began = (0, {}), time.monotonic()
-    while ended[0] != 400 or "still being received" in ended[1]["message"]:
-        ended = call(served, "/end_weight_update")
-        assert time.monotonic() - began < 10.0, ended
-        time.sleep(0.1)
-    assert "Failed to receive weights" in ended[1]["message"]
+    tensors, port = weights(1), _free_port()
+    script = _DYING_TRAINER.format(port=port, name=name, size=next(iter(tensors.values())).shape)
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True)
+    done(served, "/init_weights_update_group", _meeting(name, port))
+    done(served, "/begin_weight_update")
+    body = _described(tensors, name)
+    receiving = later(call, served, "/update_weights_from_distributed", body)
+    trainer.communicate("send\n", timeout=_LIMIT_S)
+    status, answer = receiving.result(_LIMIT_S)
+    assert status == 400 and "Failed to receive weights" in answer["message"]
+    status, answer = call(served, "/end_weight_update")
+    assert status == 400 and "Failed to receive weights" in answer["message"]
     assert served_by(served) == [0], "nothing was written, so the old weights still serve"
     done(served, "/begin_weight_update")
-    body = _described(weights(1), name)
     status, answer = call(served, "/update_weights_from_distributed", body)
     assert status == 400 and "is broken" in answer["message"]
     assert call(served, "/end_weight_update")[0] == 400
@@ -160,23 +176,37 @@ def test_a_trainer_that_sends_nothing_is_waited_for_until_the_deadline(served):
 
 def test_groups_are_joined_once_in_time_and_with_gloo(served):
     name, port = uuid.uuid4().hex, _free_port()
-    body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
-    body |= {"group_name": name, "backend": "gloo"}
+    body = _meeting(name, port)
     init, failed = "/init_weights_update_group", "Failed to initialize custom process group: "
     began = time.monotonic()
-    lonely = later(call, served, init, body)
-    while True:
-        status, answer = call(served, init, body)
-        if "exists" in answer["message"]:
-            break
-        time.sleep(0.05)
-    assert status == 400 and answer["message"].startswith(failed)
-    status, answer = lonely.result(_LIMIT_S)
-    assert status == 400 and answer["message"].startswith(failed)
-    assert time.monotonic() - began < 15.0
+    both = [later(call, served, init, body) for _ in range(2)]
+    answers = [future.result(_LIMIT_S) for future in both]
+    taken, lonely = sorted(answers, key=lambda answer: "exists" not in str(answer))
+    assert taken[0] == lonely[0] == 400 and "exists" in taken[1]["message"]
+    assert taken[1]["message"].startswith(failed) and lonely[1]["message"].startswith(failed)
+    assert 3.0 < time.monotonic() - began < 15.0
     for wrong, message in (
         ({"backend": "nccl"}, "give backend gloo"),
         ({"rank_offset": 0}, "1 to 1"),
     ):
         status, answer = call(served, init, body | wrong)
         assert status == 400 and message in answer["message"]
+
+
+def test_a_server_that_waits_for_a_trainer_still_stops_at_once():
+    with serve_in_process(saved(0)[1], "--update-deadline-s", 60) as one:
+        name = uuid.uuid4().hex
+        group = _join(one.url, name, _free_port())
+        done(one.url, "/begin_weight_update")
+        body = _described(weights(1), name)
+        receiving = later(call, one.url, "/update_weights_from_distributed", body)
+        generating = later(call, one.url, "/generate", {"input_ids": [1]})
+        time.sleep(0.5)
+        began = time.monotonic()
+        one.process.terminate()
+        assert one.process.wait(_LIMIT_S) == 0
+        assert time.monotonic() - began < 20.0
+        status, answer = generating.result(_LIMIT_S)
+        assert status == 503 and "closed" in answer["error"]["message"]
+        assert isinstance(receiving.exception(_LIMIT_S), OSError)
+        peer_groups.leave(group)
