@@ -13,7 +13,7 @@ from megatron_spear.rollout.engines.fleet import Fleet, FleetLimits
 from megatron_spear.rollout.engines.fleet_updates import FleetUpdates
 from megatron_spear.rollout.engines.server import EngineServer
 from megatron_spear.rollout.engines.sglang import SGLangServer
-from megatron_spear.rollout.engines.vllm import VllmServer
+from megatron_spear.rollout.engines.vllm import VLLMServer
 from megatron_spear.rollout.event_loop import EventLoop
 
 _PROBE_S = 20.0
@@ -81,7 +81,7 @@ def _sglang(url: str, rollout: RolloutSection, weight_sync: WeightSyncSection) -
 
 
 def _vllm(url: str, rollout: RolloutSection, weight_sync: WeightSyncSection) -> EngineServer:
-    return VllmServer(
+    return VLLMServer(
         url,
         deadline_s=rollout.engine_deadline_s,
         update_deadline_s=weight_sync.deadline_s,
