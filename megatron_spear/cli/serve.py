@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--threads",
-        type=int,
+        type=_count,
         default=0,
         metavar="N",
         help="torch's threads; 0 = all cores (default %(default)s)",
@@ -100,11 +100,15 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def _count(text: str, least: int = 0) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected 1 or more")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"got {value}, expected {least} or more")
     return value
+
+
+def _positive(text: str) -> int:
+    return _count(text, 1)
 
 
 def _seconds(text: str) -> float:

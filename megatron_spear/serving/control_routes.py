@@ -96,9 +96,9 @@ class ControlRoutes:
 
     async def _health(self, request: web.Request) -> web.Response:
         """One token is drawn, unless some are being drawn anyway."""
-        if self._served.still or self._engine.unusable is not None:
-            why = self._engine.unusable or "paused, or held still by a weight update"
-            return web.Response(status=503, text=f"{why}; use /ready, /ping or /model_info\n")
+        why = self._served.held_by or self._engine.unusable
+        if why is not None:
+            return web.Response(status=503, text=f"{why}\n")
         if self._engine.is_still:
             ask = GenerationRequest(
                 session="health check",
@@ -114,7 +114,7 @@ class ControlRoutes:
         return web.Response()
 
     async def _ready(self, request: web.Request) -> web.Response:
-        fit = not self._served.still and self._engine.unusable is None
+        fit = self._served.held_by is None and self._engine.unusable is None
         return web.Response(status=200 if fit else 503)
 
     async def _ping(self, request: web.Request) -> web.Response:

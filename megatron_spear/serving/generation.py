@@ -124,7 +124,8 @@ async def _answer(served: Served, ask: _Ask) -> dict[str, Any]:
     try:
         generation = await served.engine.generate(ask.request)
     except EngineError as error:
-        raise generate_error(str(error), 503) from None
+        why = "" if served.held_by is None else f"; {served.held_by}"
+        raise generate_error(f"{error}{why}", 503) from None
     finally:
         del served.sessions[ask.rid]
     return _told(served, ask, generation, time.monotonic() - started_s)

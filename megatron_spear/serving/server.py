@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
+from megatron_spear.conversion.fp8_blocks import CONFIG
 from megatron_spear.conversion.shape import load_config
 from megatron_spear.errors import ConfigError, EngineError, describe
 from megatron_spear.rollout.engines.decoder import Decoder
@@ -30,7 +31,8 @@ from megatron_spear.serving.wire import Refused, generate_error
 
 log = logging.getLogger(__name__)
 
-_STOP_S = 5.0
+# For requests to be answered after the engine has failed them.
+_STOP_S = 1.0
 _BODY_BYTES = 64 << 20
 
 
@@ -82,9 +84,7 @@ def make_app(settings: ServeSettings) -> tuple[web.Application, Served]:
     """The application, with the model loaded."""
     loaders = {name: _loader(name) for name in settings.custom_weight_loaders}
     config = load_config(settings.model)
-    quantization = settings.quantization
-    if quantization is None and getattr(config, "quantization_config", None):
-        quantization = "fp8"
+    quantization = _quantization(settings, config)
     if quantization and loaders:
         raise ConfigError(
             "--custom-weight-loader on a server with quantization: its weights are held dequantised"
@@ -155,6 +155,19 @@ def _loader(name: str) -> Loader:
             "(model, named_tensors)"
         ) from None
     return found
+
+
+def _quantization(settings: ServeSettings, config: Any) -> str | None:
+    """As told, or as the folder's weights are."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return settings.quantization
+    different = {key: found.get(key) for key, value in CONFIG.items() if found.get(key) != value}
+    if different:
+        raise ConfigError(
+            f"{settings.model} has a quantization_config with {different}; expected {CONFIG}"
+        )
+    return "fp8"
 
 
 def _tokenizer(settings: ServeSettings) -> Any:

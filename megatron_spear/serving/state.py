@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.types import VersionSpan
 
@@ -54,9 +55,11 @@ class Served:
     _holds: int = 0
 
     @property
-    def still(self) -> bool:
-        """True while paused or held by a weight update."""
-        return self.paused or self._holds > 0
+    def held_by(self) -> str | None:
+        """Why nothing is drawn at present; None if something could be."""
+        if self.paused:
+            return "the server is paused until /continue_generation"
+        return "a weight update is open, and holds the server still" if self._holds else None
 
     @property
     def label(self) -> str:
@@ -101,15 +104,20 @@ class Served:
 
     async def hold(self) -> None:
         """Keep the engine still until ``let_go``. Without a pause what runs comes to its end first;
-        TimeoutError where it does not in time."""
+        EngineError where it does not in time."""
+        limit_s = self.settings.update_deadline_s
         self._holds += 1
         try:
             if not self.paused:
-                async with asyncio.timeout(self.settings.update_deadline_s):
+                async with asyncio.timeout(limit_s):
                     await self.engine.drain()
-        except BaseException:
+        except BaseException as error:
             await self.let_go()
-            raise
+            if not isinstance(error, TimeoutError):
+                raise
+            raise EngineError(
+                f"the generations under way did not end within {limit_s} s; pause_generation first"
+            ) from None
 
     async def let_go(self) -> None:
         """Undo one ``hold``."""

@@ -61,18 +61,11 @@ class WeightUpdates:
     async def begin(self) -> None:
         """Open a session; the engine stands still from here on."""
         self._require_none_open()
-        session = self._session = _Session()
+        self._session = _Session()
         try:
             await self._served.hold()
-        except TimeoutError:
-            self._session = None
-            raise EngineError(
-                "the generations under way did not end within "
-                f"{self._served.settings.update_deadline_s} s; pause_generation first"
-            ) from None
         except BaseException:
-            if self._session is session:
-                self._session = None
+            self._session = None
             raise
 
     async def end(self) -> None:
@@ -157,7 +150,7 @@ class WeightUpdates:
                     lambda: self._load_folder(Path(folder), lambda: self._write(session)), "load"
                 )
                 await self._finish(session)
-        except (CheckpointError, TimeoutError) as error:
+        except CheckpointError as error:
             raise EngineError(f"Failed to get weights iterator: {error}") from None
         finally:
             self._session = None

@@ -1,12 +1,15 @@
 """Weight updates through every way in, judged by log-probs, and what refuses them."""
 
 import base64
+import json
 import os
+import threading
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from serve_cases import (
     ask,
     call,
@@ -21,7 +24,8 @@ from serve_cases import (
     weights,
 )
 
-from megatron_spear.conversion.fp8_blocks import SCALE, dequantize, quantize
+from megatron_spear.conversion.fp8_blocks import CONFIG, SCALE, dequantize, quantize
+from megatron_spear.errors import ConfigError
 from megatron_spear.testing.serve import serve_in_thread
 
 PROMPT = [5, 9, 2, 44, 17]
@@ -109,7 +113,7 @@ def test_from_disk(url):
 
 
 def test_what_runs_comes_to_its_end_before_an_update_without_a_pause(url):
-    running = later(done, url, "/generate", ask(PROMPT, 240))
+    running = later(done, url, "/generate", ask(PROMPT, 120))
     wait_until(lambda: get(url, "/server_info")[1]["internal_states"][0]["decode_steps"] > 3)
     updating = later(
         done,
@@ -117,12 +121,26 @@ def test_what_runs_comes_to_its_end_before_an_update_without_a_pause(url):
         "/update_weights_from_disk",
         {"model_path": str(saved(1)[1]), "weight_version": "b"},
     )
-    late = later(done, url, "/generate", ask(PROMPT, 240))
+    late = later(done, url, "/generate", ask(PROMPT, 120))
     answer = running.result(20)
-    assert len(answer["output_ids"]) == 240 and error_of(answer, 0, PROMPT) < 1e-4
+    assert len(answer["output_ids"]) == 120 and error_of(answer, 0, PROMPT) < 1e-4
     updating.result(20)
     meta = late.result(20)["meta_info"]
     assert len(meta["weight_versions"]) == 1, "it began before the update and went on after it"
+
+
+def test_what_does_not_end_in_time_is_not_updated_under():
+    with serve_in_thread(saved(0)[1], update_deadline_s=0.05) as url:
+        running = later(done, url, "/generate", ask(PROMPT, 240))
+        wait_until(lambda: get(url, "/server_info")[1]["internal_states"][0]["decode_steps"] > 3)
+        for path, body in (
+            ("/begin_weight_update", {}),
+            ("/update_weights_from_disk", {"model_path": str(saved(1)[1])}),
+        ):
+            status, answer = call(url, path, body)
+            assert status == 400 and "pause_generation first" in answer["message"]
+        assert error_of(running.result(30), 0, PROMPT) < 1e-4
+        assert served_by(url) == [0]
 
 
 def test_abort_all_requests_does_not_wait(url):
@@ -414,3 +432,67 @@ def test_a_quantised_server_takes_fp8_and_nothing_else(order):
             status, answer = send(url, spoilt, "flattened_bucket")
             ended = call(url, "/end_weight_update")
             assert ended[0] == 400 and message in ended[1]["message"]
+
+
+def _fp8_folder(path, seed):
+    """A folder as ``convert megatron-to-hf --dtype fp8-block`` writes it."""
+    path.mkdir()
+    config = json.loads((saved(seed)[1] / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
+    save_file(in_fp8(weights(seed))[0], path / "model.safetensors")
+    return path
+
+
+def test_a_folder_in_fp8_is_served_and_loaded_as_such(tmp_path):
+    first, second = (_fp8_folder(tmp_path / str(seed), seed) for seed in (0, 1))
+    with serve_in_thread(first) as url:
+        assert get(url, "/server_info")[1]["quantization"] == "fp8"
+        assert 1e-3 < error_of(done(url, "/generate", ask(PROMPT)), 0, PROMPT) < 0.5
+        before = done(url, "/weights_checker")["ranks"][0]["checksums"]
+        assert set(before) == set(fused(weights(0))), "scales are no parameters of their own"
+        done(url, "/update_weights_from_disk", {"model_path": str(second)})
+        assert 1e-3 < error_of(done(url, "/generate", ask(PROMPT)), 1, PROMPT) < 0.5
+        status, answer = call(url, "/update_weights_from_disk", {"model_path": str(saved(2)[1])})
+        assert status == 400 and "has no weights in FP8" in answer["message"]
+        assert 1e-3 < error_of(done(url, "/generate", ask(PROMPT)), 1, PROMPT) < 0.5
+    with serve_in_thread(saved(0)[1], quantization="fp8") as url:
+        assert done(url, "/weights_checker")["ranks"][0]["checksums"] == before
+    config = json.loads((first / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [64, 64]
+    (first / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="weight_block_size"), serve_in_thread(first):
+        pass
+
+
+def test_an_update_that_is_never_ended_is_waited_for_within_the_deadline():
+    with serve_in_thread(saved(0)[1], deadline_s=0.5) as url:
+        done(url, "/begin_weight_update")
+        status, answer = call(url, "/generate", ask(PROMPT))
+        assert status == 503 and "took more than 0.5 s" in answer["error"]["message"]
+        assert "a weight update is open" in answer["error"]["message"]
+        done(url, "/end_weight_update")
+        assert served_by(url) == [0]
+
+
+def _slow_loader(model, named_tensors):
+    _RELEASED.wait(20)
+
+
+_RELEASED = threading.Event()
+
+
+def test_a_loader_that_does_not_end_is_told_and_waited_for(monkeypatch):
+    monkeypatch.setattr("megatron_spear.serving.updates._GRACE_S", 0.0)
+    name = f"{_slow_loader.__module__}._slow_loader"
+    settings = {"custom_weight_loaders": (name,), "update_deadline_s": 0.3}
+    with serve_in_thread(saved(0)[1], **settings) as url:
+        done(url, "/begin_weight_update")
+        status, answer = send(url, {"a": torch.ones(1)}, name)
+        assert status == 400 and "not received within 0.3 s" in answer["message"]
+        status, answer = call(url, "/end_weight_update")
+        assert status == 400 and "still being received" in answer["message"]
+        _RELEASED.set()
+        wait_until(lambda: "given up" in call(url, "/end_weight_update")[1]["message"])
+        assert call(url, "/generate", ask(PROMPT))[0] == 503
+        done(url, "/update_weights_from_disk", {"model_path": str(saved(1)[1])})
+        assert served_by(url) == [1]
