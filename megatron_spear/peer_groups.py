@@ -9,21 +9,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 
-def meeting_point(timeout_s: float) -> dist.TCPStore:
-    """A store on a free port (``.port``) of this process, for all groups it is rank 0 of.
+def listen(host: str, *, port: int = 0, timeout_s: float) -> TCPStore:
+    """A store of this process that the others find at ``host`` and its ``port``; 0 takes a free
+    one.
 
-    Once it is dropped, those who still wait there for others fail.
+    ``host`` has to be a name of this machine that the others know. ``timeout_s`` is for each wait.
     """
-    return dist.TCPStore(
-        "localhost",
-        0,
-        is_master=True,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
+    # Not by torch's rendezvous, which under torchrun lets no rank listen.
+    return TCPStore(
+        host, port, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
     )
+
+
+def connect(host: str, port: int, *, timeout_s: float) -> TCPStore:
+    """The store of a process that listens; a RuntimeError if none does for ``timeout_s``."""
+    timeout = timedelta(seconds=timeout_s)
+    return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def join(
@@ -36,24 +41,19 @@ def join(
     name: str,
     timeout_s: float,
     device: torch.device | None = None,
-    hosts: bool = True,
+    store: dist.Store | None = None,
 ) -> dist.ProcessGroup:
-    """The group of ``world_size`` processes; rank 0 hosts the store at ``host:port``, unless
-    ``hosts`` is False since its ``meeting_point`` is there.
+    """The group of ``world_size`` processes; rank 0 hosts the store at ``host:port``.
 
     Returns once all have joined; ``timeout_s`` is for that and for each collective. Ranks are those
-    within the group, also as ``src`` and ``dst``. Raises torch.distributed.DistError (a
-    RuntimeError) when somebody is missing.
+    within the group, also as ``src`` and ``dst``. With ``store`` (of ``listen`` or ``connect``)
+    that one is used. Raises torch.distributed.DistError (a RuntimeError) when somebody is missing.
     """
     timeout = timedelta(seconds=timeout_s)
-    # Not torch's rendezvous: under torchrun every process would be a client of torchrun's store.
-    store = dist.TCPStore(
-        host,
-        port,
-        is_master=hosts and rank == 0,
-        timeout=timeout,
-        wait_for_workers=False,
-    )
+    if store is None:
+        open_store = listen if rank == 0 else connect
+        store = open_store(host, port=port, timeout_s=timeout_s)
+    store.set_timeout(timeout)
     # Two private names of torch: it has no public way to a group without a default one.
     group, _ = c10d._new_process_group_helper(
         world_size,
