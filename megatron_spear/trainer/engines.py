@@ -58,17 +58,17 @@ def make_engine(
     return MadeEngine(engine=fleet, updates=FleetUpdates(fleet, loop, rollout.pause_mode))
 
 
-def serve_folder(updates: FleetUpdates, model: Path) -> None:
+def serve_folder(updates: FleetUpdates, model: Path, policy_version: int = 0) -> None:
     """Have all servers load a Hugging Face folder, which they must see under its path, and serve.
 
     Raises EngineError naming the first server that cannot.
     """
     for server in updates.reachable():
         try:
-            server.load_folder(str(model.resolve()), 0).result()
+            server.load_folder(str(model.resolve()), policy_version).result()
         except EngineError as error:
             raise EngineError(f"{server.name} did not load {model.resolve()}: {error}") from error
-        updates.admit(server, 0)
+        updates.admit(server, policy_version)
 
 
 def _sglang(url: str, rollout: RolloutSection, weight_sync: WeightSyncSection) -> EngineServer:

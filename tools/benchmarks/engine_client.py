@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.envs.alfworld.prompts import alfworld_view
 from megatron_spear.envs.protocol import StepResult
 from megatron_spear.rollout.chat import ChatRenderer
