@@ -115,9 +115,10 @@ class FakeServer:
 
     def held(self) -> list[Held]:
         """What each rank holds."""
-        found = self._call("held", *[()] * self.num_ranks).result()
-        assert isinstance(found, list)
-        return found
+        return [
+            {name: data.view(dtype).view(shape) for name, (data, dtype, shape) in rank.items()}
+            for rank in self._call("held", *[()] * self.num_ranks).result()
+        ]
 
     def version(self) -> int | None:
         """The version it would name in its answers."""
@@ -280,8 +281,12 @@ class _Rank:
     def fail(self, method: str, kind: str, call: int) -> None:
         self._faults[method] = (kind, call)
 
-    def held(self) -> Held:
-        return self.weights
+    def held(self) -> dict[str, tuple[torch.Tensor, torch.dtype, torch.Size]]:
+        # As bytes: torch's plain pickle does not know FP8.
+        return {
+            name: (tensor.reshape(-1).view(torch.uint8), tensor.dtype, tensor.shape)
+            for name, tensor in self.weights.items()
+        }
 
     def version(self) -> int | None:
         return self.version_held

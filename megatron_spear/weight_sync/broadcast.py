@@ -134,6 +134,8 @@ class Broadcast:
         self._groups[server.name] = _Group(server=server, name=address.name, group=group)
 
     def _join(self, address: GroupAddress) -> dist.ProcessGroup:
+        # A client of its own, so that no group waits for another; it fails once nobody listens.
+        store = peer_groups.connect(address.host, address.port, timeout_s=self._deadline_s)
         # Our own deadline comes first: NCCL's watchdog ends the process at a timeout of its own.
         return peer_groups.join(
             backend=address.backend,
@@ -143,7 +145,7 @@ class Broadcast:
             world_size=address.world_size,
             name=address.name,
             timeout_s=2 * self._deadline_s,
-            store=peer_groups.connect(address.host, address.port, timeout_s=self._deadline_s),
+            store=store,
             device=self._device if self._backend == "nccl" else None,
         )
 

@@ -234,3 +234,69 @@ def test_engines_hold_what_their_loaders_would(
 ) -> None:
     told = run_ranks(publish, world_size, models, world_size, engine, timeout_s=280)
     assert [line for rank in told for line in rank] == []
+
+
+class _Cut:
+    """Weights of any shape on two ranks, others at each update."""
+
+    def __init__(self, shape: Any, layout: Any, rank: int) -> None:
+        self._shape, self._layout, self._rank, self.update = shape, layout, rank, 0
+
+    @property
+    def whole(self) -> dict[str, torch.Tensor]:
+        from megatron_spear.testing.training_ranks import random_weights
+
+        return random_weights(self._shape, seed=self.update)
+
+    def export_weights(self) -> Iterator[tuple[str, Any]]:
+        yield from self.whole.items()
+
+    def local_slices(self) -> Any:
+        from megatron_spear.testing.training_ranks import rank_slices
+
+        self.update += 1
+        return rank_slices(self.whole, self._shape, self._layout, self._rank)
+
+
+def publish_cut(changes: dict[str, Any], layout: Any, engine: dict[str, Any]) -> list[str]:
+    import os
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from megatron_spear.conversion.shape import ModelShape
+
+    shape = ModelShape(
+        family="llama", num_layers=2, hidden_size=256, ffn_size=512, num_heads=4, num_groups=2,
+        head_dim=128, vocab_size=500, norm_eps=1e-6, rope_theta=1e4, **changes,
+    )  # fmt: skip
+    dist.init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    source = _Cut(shape, layout, rank)
+    source.shape, source.ctx = shape, SimpleNamespace(  # type: ignore[attr-defined]
+        rank=rank, world_size=2, device=torch.device("cpu"), control=dist.group.WORLD,
+        is_controller=rank == 0, tensor_size=layout.tensor, context_size=layout.context,
+        data_size=layout.data, pipeline_size=layout.pipeline, expert_size=1,
+    )  # fmt: skip
+    wrong = []
+    with engines_of(source, {}, bucket_bytes=200_000, **engine) as (transport, servers):
+        for update in (1, 2):
+            transport.publish(update)
+            wrong += differences(servers, source.whole, shape, engine, update)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine"),
+    [
+        ({"tensor": 2}, {"tensor": 4}),  # fewer keys and values than ranks
+        ({"tensor": 2}, {"tensor": 2, "precision": "fp8"}),
+        ({"data": 2}, {"tensor": 1, "replicas": 2, "precision": "fp8"}),
+    ],
+    ids=str,
+)
+def test_other_engines(layout: dict[str, int], engine: dict[str, Any]) -> None:
+    from megatron_spear.weight_sync.layouts import TrainingLayout
+
+    told = run_ranks(publish_cut, 2, {}, TrainingLayout(**layout), engine, timeout_s=200)
+    assert [line for rank in told for line in rank] == []

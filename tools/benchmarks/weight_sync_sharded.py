@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,12 +61,11 @@ class Trainer:
         for number, item in enumerate(weight_table(shape)):
             if item.tied:
                 continue
-            wholes = [
-                torch.randn(size, generator=draw).to(torch.bfloat16) for size in item.shapes
-            ]
+            wholes = [torch.randn(size, generator=draw).to(torch.bfloat16) for size in item.shapes]
             part = item.part(wholes, rank, TRAINING).clone()
             self.parts[number] = part
-            self.slices += slices_of(item, lambda part=part: part, part.dtype, rank, TRAINING)
+            values = partial(self.parts.__getitem__, number)
+            self.slices += slices_of(item, values, part.dtype, rank, TRAINING)
 
     def local_slices(self) -> Sequence[TensorSlice]:
         return self.slices

@@ -16,7 +16,8 @@ class Member:
     ``out`` says why it gets no requests, None = it serves. ``version`` is the policy version it was
     admitted with, -1 before. ``reachable``: it answers and may take the next weight update.
     ``paused``: it was told to pause and not yet to go on. ``info``: None until it answered first.
-    ``misses``: health checks in a row that it did not answer.
+    ``misses``: health checks in a row that it did not answer. ``heard_s``: the event loop's time of
+    its last answer to a request.
     """
 
     def __init__(self, server: EngineServer) -> None:
@@ -28,6 +29,7 @@ class Member:
         self.paused = False
         self.info: ServerInfo | None = None
         self.misses = 0
+        self.heard_s = 0.0
         self.in_flight = 0
         self.flights: set[Flight] = set()
         self.waiting: list[_Ticket] = []

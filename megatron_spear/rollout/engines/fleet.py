@@ -185,7 +185,9 @@ class Fleet:
             member = await self._dispatch.take(arrival, request.session)
             num_pauses = self._num_pauses
             try:
-                return await self._draw(member, request)
+                generation = await self._draw(member, request)
+                member.heard_s = asyncio.get_running_loop().time()
+                return generation
             except RequestRefused as error:
                 raise EngineError(f"request of session {request.session!r}: {error}") from error
             except Aborted as error:

@@ -13,13 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import aiohttp
-
 from megatron_spear.errors import EngineError
+from megatron_spear.rollout.engines.http_connection import Connections
 
-# uvicorn, which SGLang and vLLM run in, closes a connection that was idle for 5 s; one that we kept
-# for as long could be closed just as a request is written to it.
-_KEEP_ALIVE_S = 3.0
 _SHOWN_CHARACTERS = 300
 
 
@@ -44,21 +40,21 @@ class JsonClient:
 
     Args:
         url: ``http://host:port``.
-        deadline_s: longest wait for a whole answer, where a call names no other.
-        connect_deadline_s: longest wait for a connection.
+        deadline_s: longest wait for a whole answer, where a call names no other. The connection has
+            no deadline of its own: when thousands of requests begin at once it is our side that is
+            slow, and says nothing about the server.
 
     There is no limit of connections: the caller admits requests.
     """
 
-    def __init__(self, url: str, *, deadline_s: float, connect_deadline_s: float = 10.0) -> None:
+    def __init__(self, url: str, *, deadline_s: float) -> None:
         self.url = url.rstrip("/")
         self._deadline_s = deadline_s
-        self._connect_deadline_s = connect_deadline_s
-        self._session: aiohttp.ClientSession | None = None
+        self._connections = Connections(self.url)
 
     async def get(self, path: str, *, deadline_s: float | None = None) -> Any:
         """The JSON that the server answers; None where the body is empty."""
-        return _parsed(f"GET {self.url}{path}", await self._request("GET", path, None, deadline_s))
+        return _parsed(f"GET {self.url}{path}", await self._request("GET", path, b"", deadline_s))
 
     async def post(
         self, path: str, body: Mapping[str, Any] | bytes, *, deadline_s: float | None = None
@@ -75,46 +71,28 @@ class JsonClient:
 
     async def close(self) -> None:
         """Drop all connections; what is under way fails."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        self._connections.close()
 
     async def _request(
-        self, method: str, path: str, data: bytes | None, deadline_s: float | None
+        self, method: str, path: str, body: bytes, deadline_s: float | None
     ) -> bytes:
         limit_s = self._deadline_s if deadline_s is None else deadline_s
-        what = f"{method} {self.url}{path}"
         try:
             async with asyncio.timeout(limit_s):
-                status, body = await self._exchange(method, path, data)
-        except (aiohttp.ClientError, OSError) as error:
-            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
-                raise ServerLate(
-                    f"{what} had no answer within {limit_s:g} s; look at the server's log, "
-                    "lower its load or raise the deadline"
-                ) from None
+                status, answer = await self._connections.request(method, path, body)
+        except TimeoutError:
+            raise ServerLate(
+                f"{method} {self.url}{path} had no answer within {limit_s:g} s; look at the "
+                "server's log, lower its load or raise the deadline"
+            ) from None
+        except OSError as error:
             raise ServerLost(
-                f"{what} failed: {type(error).__name__}: {error}; the server is down, restarting "
-                "or not reachable from here; start it again"
+                f"{method} {self.url}{path} failed: {type(error).__name__}: {error}; the server is "
+                "down, restarting or not reachable from here; start it again"
             ) from error
         if status == 200:
-            return body
-        raise _refusal(what, status, body)
-
-    async def _exchange(self, method: str, path: str, data: bytes | None) -> tuple[int, bytes]:
-        session = self._session
-        if session is None:
-            session = self._session = self._new_session()
-        async with session.request(method, self.url + path, data=data) as answer:
-            return answer.status, await answer.read()
-
-    def _new_session(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_deadline_s),
-            headers={"Content-Type": "application/json"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+            return answer
+        raise _refusal(f"{method} {self.url}{path}", status, answer)
 
 
 def _parsed(what: str, body: bytes) -> Any:

@@ -8,7 +8,8 @@ from megatron_spear.rollout.engines.dispatch import Member
 from megatron_spear.rollout.engines.http import ServerLost
 from megatron_spear.rollout.engines.labels import ForeignLabel, Labels, OtherTrainer
 
-# A server under load may be slow to answer; a refused connection needs no second look.
+# A server under load may be slow to answer, or we to hear it; a refused connection needs no second
+# look.
 _MISSES = 3
 
 
@@ -55,12 +56,14 @@ class Prober:
         """Look at one server; False where it did not answer."""
         # Another version may be admitted while the answer is on its way.
         serving, given = member.out is None, member.version
+        started_s = asyncio.get_running_loop().time()
         try:
             label = await member.server.label()
             if not serving and not member.reachable:
                 member.info = await member.server.inspect()
         except EngineError as error:
-            self._missed(member, error)
+            if isinstance(error, ServerLost) or member.heard_s < started_s:
+                self._missed(member, error)
             return False
         member.misses = 0
         wrong = self._wrong_label(label, given, member.name)

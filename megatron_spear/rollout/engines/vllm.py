@@ -28,7 +28,7 @@ from typing import Any
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import GenerationRequest, PauseMode, SamplingParams
-from megatron_spear.rollout.engines.http import JsonClient, ServerLost
+from megatron_spear.rollout.engines.http import JsonClient, ServerBusy, ServerLost
 from megatron_spear.rollout.engines.sampling import seed_key
 from megatron_spear.rollout.engines.server import (
     Answer,
@@ -143,8 +143,12 @@ class VLLMServer:
         return None
 
     async def begin_update(self) -> None:
-        """See ``EngineServer``."""
-        await self._http.post("/start_weight_update", {})
+        """See ``EngineServer``. A session that somebody left open is closed first."""
+        try:
+            await self._http.post("/start_weight_update", {})
+        except ServerBusy:  # an open session is a failure in a worker, of which vLLM says no more
+            await self._http.post("/finish_weight_update", {})
+            await self._http.post("/start_weight_update", {})
 
     async def end_update(self, label: str) -> None:
         """See ``EngineServer``."""

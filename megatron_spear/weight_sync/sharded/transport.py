@@ -89,6 +89,8 @@ class Sharded:
         self._fp8 = precision == "fp8"
         self._planned: dict[Any, tuple[ReplicaSchedule, ...]] = {}
         self._lanes: dict[str, Lane] = {}
+        self._stores: dict[str, Any] = {}
+        self._by_name: dict[str, UpdateServer] = {}
 
     def publish(self, policy_version: int) -> dict[str, float]:
         """Bring the policy's weights into all engines; see ``Transport``."""
@@ -98,7 +100,7 @@ class Sharded:
         planned = self._plan(found, {own.dtype for own in slices.values()})
         meetings = self._from_controller(lambda: self._open(found, planned))
         try:
-            self._keep_lanes(meetings, deadline)
+            self._leave_others(meetings)
             sent, problems = self._run(meetings, planned, slices, deadline, policy_version)
             problems = self._all_problems(problems)
             self._drop(problems)
@@ -134,7 +136,7 @@ class Sharded:
                 result = error
         if self._ranks.world_size > 1:
             box = [result]
-            dist.broadcast_object_list(box, src=0, group=self._ranks.control)
+            _together(lambda: dist.broadcast_object_list(box, src=0, group=self._ranks.control))
             result = box[0]
         if isinstance(result, SpearError):
             raise result
@@ -145,7 +147,7 @@ class Sharded:
         """The servers to update."""
         assert self._servers is not None
         servers = self._servers.reachable()
-        self._by_name: dict[str, UpdateServer] = {server.name: server for server in servers}
+        self._by_name = {server.name: server for server in servers}
         found = [(server.name, server.num_ranks) for server in servers]
         if not found:
             raise EngineError("no engine server can be reached; weights have nowhere to go")
@@ -176,7 +178,7 @@ class Sharded:
         """Stop the engines; where the ranks of each server meet: as before if they are the same."""
         assert self._servers is not None
         meetings: dict[str, Meeting] = {}
-        self._stores: dict[str, Any] = {}
+        self._stores = {}
         for (name, num_ranks), schedule in zip(found, planned, strict=True):
             lane = self._lanes.get(name)
             if lane and lane.meeting.senders == schedule.senders:
@@ -221,18 +223,20 @@ class Sharded:
 
     # The lanes.
 
-    def _keep_lanes(self, meetings: dict[str, Meeting], deadline: Deadline) -> None:
-        """A lane for each meeting this rank takes part in; others are left."""
+    def _leave_others(self, meetings: dict[str, Meeting]) -> None:
+        """Leave groups that do not meet again."""
         for name, lane in list(self._lanes.items()):
             if meetings.get(name) != lane.meeting:
                 self._leave(name)
-        for name, meeting in meetings.items():
-            if name in self._lanes or self._ranks.rank not in meeting.senders:
-                continue
-            store = self._stores.pop(name) if self._servers is not None else None
-            if store is None:
-                store = peer_groups.connect(meeting.host, meeting.port, timeout_s=deadline.left_s)
+
+    def _lane(self, name: str, meeting: Meeting, deadline: Deadline) -> Lane:
+        """The lane of a meeting."""
+        if name not in self._lanes:
+            store = self._stores.pop(name, None) or peer_groups.connect(
+                meeting.host, meeting.port, timeout_s=deadline.left_s
+            )
             self._lanes[name] = Lane(meeting, self._ranks.rank, store, self._ranks.device)
+        return self._lanes[name]
 
     def _run(
         self,
@@ -249,9 +253,8 @@ class Sharded:
         def run(name: str, schedule: ReplicaSchedule) -> None:
             server = self._by_name[name] if self._servers is not None else None
             try:
-                sent[name] = self._lanes[name].run(
-                    schedule, slices, deadline, server, policy_version
-                )
+                lane = self._lane(name, meetings[name], deadline)
+                sent[name] = lane.run(schedule, slices, deadline, server, policy_version)
             except Exception as error:  # noqa: BLE001  (told to all ranks, whatever it is)
                 problems[name] = f"training rank {self._ranks.rank}: {describe(error)}"
                 self._leave(name)  # so that the others do not wait for this rank
@@ -259,7 +262,7 @@ class Sharded:
         threads = [
             threading.Thread(target=run, args=(name, schedule), name=f"weights to {name}")
             for name, schedule in zip(meetings, planned, strict=True)
-            if name in self._lanes
+            if self._ranks.rank in schedule.senders
         ]
         for thread in threads:
             thread.start()
@@ -272,7 +275,7 @@ class Sharded:
         everything: list[Any] = [own]
         if self._ranks.world_size > 1:
             everything = [None] * self._ranks.world_size
-            dist.all_gather_object(everything, own, group=self._ranks.control)
+            _together(lambda: dist.all_gather_object(everything, own, group=self._ranks.control))
         merged: dict[str, list[str]] = {}
         for found in everything:
             for name, text in found.items():
@@ -292,3 +295,11 @@ class Sharded:
             lane.close()
         except RuntimeError as error:
             logger.warning("leaving the group with %s: %s", name, error)
+
+
+def _together(collective: Callable[[], object]) -> None:
+    """A collective of the training ranks; EngineError if one of them is gone."""
+    try:
+        collective()
+    except RuntimeError as error:
+        raise EngineError(f"a training rank is gone or late: {error}") from error

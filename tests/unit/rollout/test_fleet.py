@@ -119,7 +119,7 @@ RECOVERED = ["drop", "garbage", "truncated", "busy", "error", "abort", "foreign"
 TAKEN_OUT = {
     "drop": "failed",
     "garbage": "expected JSON",
-    "truncated": "Payload",
+    "truncated": "hung up",
     "foreign": "dead",
 }
 

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from megatron_spear.rollout.engines import http
+from megatron_spear.errors import ConfigError
+from megatron_spear.rollout.engines import http_connection
 from megatron_spear.rollout.engines.http import (
     JsonClient,
     RequestRefused,
@@ -108,9 +109,12 @@ def test_a_wrong_request_is_refused(status):
 
 
 LOST = {
-    "it hangs up": (b"", "Disconnected"),
-    "half a body": (answer(200, '{"x":', announced=4000), "Payload"),
-    "no HTTP": (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "failed"),
+    "it hangs up": (b"", "hung up after 0 bytes"),
+    "half a body": (answer(200, '{"x":', announced=4000), "hung up after .* bytes"),
+    "half a head": (b"HTTP/1.1 200 OK\r\nConte", "hung up after 22 bytes"),
+    "no HTTP": (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "does not speak HTTP"),
+    "no HTTP, without an end": (b"220 smtp ready\r\n", "does not speak HTTP"),
+    "no length": (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "does not speak HTTP"),
     "no JSON": (answer(200, "<html>it works</html>"), "it works.*expected JSON"),
 }
 
@@ -164,7 +168,7 @@ def test_connections_are_kept_and_not_limited():
 
 
 def test_an_idle_connection_is_given_up_before_the_server_does(monkeypatch):
-    monkeypatch.setattr(http, "_KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(http_connection, "KEEP_ALIVE_S", 0.05)
 
     async def idle():
         server = RawServer(answer(200, "{}"))
@@ -175,4 +179,84 @@ def test_an_idle_connection_is_given_up_before_the_server_does(monkeypatch):
             return server.num_connections
 
     assert asyncio.run(idle()) == 2
-    assert http._KEEP_ALIVE_S < 5.0
+
+
+def test_connections_are_given_up_before_uvicorn_does():
+    assert http_connection.KEEP_ALIVE_S < 5.0
+
+
+CHUNKED = (
+    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{"a"\r\n5;x=y\r\n: 12}\r\n0\r\n\r\n'
+)
+FORMS = {
+    "a length": answer(200, '{"a": 12}'),
+    "chunks": CHUNKED,
+    "an interim answer first": b"HTTP/1.1 100 Continue\r\n\r\n" + answer(200, '{"a": 12}'),
+    "the end of the connection": b'HTTP/1.1 200 OK\r\n\r\n{"a": 12}',
+    "HTTP/1.0": b'HTTP/1.0 200 OK\r\nCONTENT-LENGTH:9\r\n\r\n{"a": 12}',
+}
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 10**6])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_in_any_form_and_in_any_pieces(form, piece_bytes):
+    class Pieces(RawServer):
+        async def serve(self, reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            for at in range(0, len(self.answer), piece_bytes):
+                writer.write(self.answer[at : at + piece_bytes])
+                await writer.drain()
+                await asyncio.sleep(0)
+            if form == "the end of the connection":
+                writer.close()
+            else:
+                await reader.read()
+                writer.close()
+
+    assert post(Pieces(FORMS[form])) == {"a": 12}
+
+
+@pytest.mark.parametrize("form", ["HTTP/1.0", "closing"])
+def test_a_connection_that_the_server_ends_is_not_used_again(form):
+    closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"
+    server = RawServer(FORMS[form] if form == "HTTP/1.0" else closing)
+
+    async def twice():
+        async with server.client() as client:
+            await client.get("/")
+            await client.get("/")
+
+    asyncio.run(twice())
+    assert server.num_connections == 2
+
+
+def test_a_large_request_arrives_whole():
+    server = RawServer(answer(200, "{}"))
+
+    async def once():
+        async with server.client() as client:
+            await client.post("/", {"x": "y" * (3 << 20)})
+
+    asyncio.run(once())
+    assert len(server.requests[0][1]) == (3 << 20) + len('{"x": ""}')
+
+
+def test_a_cancelled_request_does_not_leave_its_answer_to_the_next():
+    slow = RawServer(answer(200, '{"a": 1}'))
+
+    async def run():
+        async with slow.client() as client:
+            await client.get("/")
+            slow.answer = None
+            with pytest.raises(ServerLate):
+                await client.get("/", deadline_s=0.05)
+            slow.answer = answer(200, '{"a": 2}')
+            return await client.get("/")
+
+    assert asyncio.run(run()) == {"a": 2} and slow.num_connections == 2
+
+
+@pytest.mark.parametrize("url", ["localhost:3000", "ftp://host:1", "http://host:1/v1", "http://"])
+def test_a_url_that_is_none_is_a_config_error(url):
+    with pytest.raises(ConfigError, match="expected http://host:port"):
+        JsonClient(url, deadline_s=1.0)

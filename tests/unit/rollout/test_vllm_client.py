@@ -69,7 +69,7 @@ class Server:
     def run(self, work):
         async def run():
             app = web.Application()
-            app.router.add_route("*", "/{path:.*}", self.answer)
+            app.router.add_route("*", "/{path:.*}", lambda request: self.answer(request))
             runner = web.AppRunner(app)
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -258,6 +258,26 @@ def test_a_broadcast_is_labelled_when_it_ends():
     ]
     assert labelled == ("/update_weight_version", {"new_version": "l/3"})
     assert left == ("/shutdown_weight_transfer_engine", {})
+
+
+def test_an_update_that_somebody_left_open_is_closed_first():
+    async def work(client):
+        failed = web.json_response({"error": {"message": "Internal Server Error"}}, status=500)
+        server.answers["/start_weight_update"] = failed
+        closed = server.answer
+
+        async def answer(request):
+            if request.path == "/finish_weight_update":
+                server.answers["/start_weight_update"] = {"message": "done"}
+            return await closed(request)
+
+        server.answer = answer
+        await client.begin_update()
+
+    server = Server()
+    server.run(work)
+    begin, end = "/start_weight_update", "/finish_weight_update"
+    assert [path for path, _ in server.calls] == [begin, end, begin]
 
 
 def test_a_folder_is_loaded_by_the_workers_and_labelled_after():

@@ -81,7 +81,9 @@ def test_no_shared_memory_is_told(fleet: FakeFleet) -> None:
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     try:
-        with pytest.raises(EngineError, match=r"no shared memory of 6288 bytes .* bucket_bytes"):
+        with pytest.raises(
+            EngineError, match=r"no shared memory of 6288 bytes .* weight_sync.bucket_bytes"
+        ):
             _transport(fleet).publish(0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,5 +1,5 @@
-"""Schedules: every value once, messages within their limit, an order in which nothing waits for ever;
-packed and unpacked they make what the engines' loaders make of whole tensors."""
+"""Schedules: every value once, messages within their limit, an order in which nothing waits for
+ever; packed and unpacked they make what the engines' loaders make of whole tensors."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,12 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from megatron_spear.conversion.families import weight_table
-from megatron_spear.conversion.mapping import place_of
 from megatron_spear.conversion.shape import ModelShape
-from megatron_spear.conversion.slices import TensorSlice, slices_of
 from megatron_spear.errors import ConfigError
 from megatron_spear.testing.engine_shards import engine_parameters
+from megatron_spear.testing.training_ranks import random_weights, rank_slices
 from megatron_spear.weight_sync.layouts import EngineLayout, TrainingLayout
 from megatron_spear.weight_sync.plan import plan_resharding
 from megatron_spear.weight_sync.receivers.places import locate
@@ -55,55 +53,32 @@ WIDE: dict[str, Any] = {
 """Every slice of two ranks begins and ends where FP8 blocks do."""
 
 
-def weights_of(shape: ModelShape) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(size, generator=draw).to(torch.bfloat16)
-        for item in weight_table(shape)
-        if not item.tied
-        for name, size in zip(item.sources, item.shapes, strict=True)
-    }
-
-
-def rank_slices(
-    weights: dict[str, torch.Tensor], shape: ModelShape, layout: TrainingLayout, rank: int
-) -> dict[str, TensorSlice]:
-    """What a training rank holds."""
-    within, stage = rank % layout.stage_size, rank // layout.stage_size
-    found: dict[str, TensorSlice] = {}
-    for item in weight_table(shape):
-        if item.tied or place_of(item, shape.num_layers, layout.pipeline)[0] != stage:
-            continue
-        sources = [weights[name] for name in item.sources]
-        if item.expert is None:
-            part = item.part(sources, within % layout.tensor, layout.tensor)
-        elif item.expert // (shape.num_experts // layout.expert) == within % layout.expert:
-            part = item.to_megatron(sources)
-        else:
-            continue
-        own = slices_of(
-            item, lambda part=part: part, part.dtype, within % layout.tensor, layout.tensor
-        )
-        found |= {one.name: one for one in own}
-    return found
+Ends = tuple[str, str]
 
 
 def check_order(buckets: Iterable[Bucket]) -> None:
     """Ranks that send and receive without buffering, each in its own order, come to the end."""
-    queues: dict[tuple[str, int], list[int]] = defaultdict(list)
-    ends = []
+    ends: list[Ends] = []
+    queues: dict[str, list[int]] = defaultdict(list)
     for number, bucket in enumerate(buckets):
-        ends.append((("source", bucket.source), ("target", bucket.target)))
+        ends.append((f"source {bucket.source}", f"target {bucket.target}"))
         for end in ends[-1]:
             queues[end].append(number)
-    left = len(ends)
+    assert comes_to_the_end(ends, queues)
+
+
+def comes_to_the_end(ends: list[Ends], queues: dict[str, list[int]]) -> bool:
+    """Whether messages all pass, of which each needs both its ends to have come to it."""
+    left = set(range(len(ends)))
     while left:
-        possible = [n for n, (a, b) in enumerate(ends) if queues[a][:1] == [n] == queues[b][:1]]
-        assert possible, "every rank waits for another"
+        possible = [n for n in left if all(queues[end][0] == n for end in ends[n])]
+        if not possible:
+            return False
         for number in possible:
             for end in ends[number]:
                 queues[end].pop(0)
-        left -= len(possible)
+        left -= set(possible)
+    return True
 
 
 def check_coverage(schedule: ReplicaSchedule, bucket_bytes: int) -> None:
@@ -133,9 +108,10 @@ def check_values(
     planned: tuple[ReplicaSchedule, ...],
     fp8: bool,
 ) -> None:
-    weights = weights_of(shape)
+    weights = random_weights(shape)
     packers = [
-        Packer(rank_slices(weights, shape, training, rank)) for rank in range(training.world_size)
+        Packer({own.name: own for own in rank_slices(weights, shape, training, rank)})
+        for rank in range(training.world_size)
     ]
     for schedule in planned:
         for rank in range(engine.tensor):
@@ -149,7 +125,8 @@ def check_values(
                     continue
                 lies = packers[bucket.source].as_it_lies(bucket, tensors)
                 if lies is not None and not fp8:
-                    assert torch.equal(lies, packers[bucket.source].pack(bucket, tensors, 0)[: len(lies)])
+                    packed = packers[bucket.source].pack(bucket, tensors, 0)
+                    assert torch.equal(lies, packed[: len(lies)])
                 flat = packers[bucket.source].pack(bucket, tensors, 1)
                 memory = receiver.in_place(bucket, tensors, targets)
                 if memory is not None:
@@ -230,13 +207,14 @@ def test_fp8_blocks_that_slices_cut_are_refused() -> None:
             dtype=torch.bfloat16, fp8=True, bucket_bytes=1 << 24,
         )  # fmt: skip
     told = str(error.value)
-    assert "model.layers.0.mlp.gate_proj.weight (384, 256): training rank 0 sends rows 0 to 192" in told
+    line = "model.layers.0.mlp.gate_proj.weight (384, 256): training rank 0 sends rows 0 to 192"
+    assert line in told
     assert "down_proj" in told and "q_proj" not in told
     assert "less tensor parallelism" in told and "precision=model" in told
 
 
 def test_buckets_too_small_for_a_row_are_refused() -> None:
-    with pytest.raises(ConfigError, match="bucket_bytes is 8, but 1 rows of model.embed"):
+    with pytest.raises(ConfigError, match="bucket_bytes is 8, but 1 rows of model"):
         schedules(
             model(), TrainingLayout(), EngineLayout(),
             dtype=torch.bfloat16, fp8=False, bucket_bytes=8,
@@ -259,10 +237,13 @@ def test_rounds_by_hand() -> None:
     assert found == [(0, 0, 0), (1, 1, 0), (0, 0, 1), (1, 1, 1), (0, 0, 2), (1, 0, 0)]
 
 
-def test_the_simulation_finds_orders_that_wait_for_ever() -> None:
-    check_order([bucket(0, 0), bucket(1, 1), bucket(0, 1), bucket(1, 0)])
-    queues = {"a": [0, 1], "b": [1, 0]}
-    assert queues["a"][0] != queues["b"][0], "what check_order would stop at"
+def test_orders_in_which_ranks_wait_for_each_other_are_found() -> None:
+    ends = [("source 0", "target 0"), ("source 1", "target 1"),
+            ("source 0", "target 1"), ("source 1", "target 0")]  # fmt: skip
+    one_order = {"source 0": [0, 2], "source 1": [1, 3], "target 0": [0, 3], "target 1": [1, 2]}
+    assert comes_to_the_end(ends, one_order)
+    crossed = {"source 0": [0, 2], "source 1": [1, 3], "target 0": [3, 0], "target 1": [2, 1]}
+    assert not comes_to_the_end(ends, crossed)
 
 
 def test_two_ranks_compute_the_same() -> None:
