@@ -81,13 +81,13 @@ class ControlRoutes:
         return web.Response(text=_FLUSHED)
 
     async def _release_memory(self, request: web.Request) -> web.Response:
-        tags = await _tags(request)
+        tags, idle = await _tags(request), "should be called only when server is idle"
+        if self._served.is_updating:
+            raise generate_error(f"release_memory_occupation {idle}: a weight update is open")
         try:
             self._engine.release_memory(tags)
         except EngineError as error:
-            raise generate_error(
-                f"release_memory_occupation should be called only when server is idle: {error}"
-            ) from None
+            raise generate_error(f"release_memory_occupation {idle}: {error}") from None
         return web.json_response(None)
 
     async def _resume_memory(self, request: web.Request) -> web.Response:

@@ -103,12 +103,16 @@ async def generate(served: Served, request: web.Request) -> web.Response:
     async def answer(number: int, ask: _Ask) -> None:
         answers[number] = await _answer(served, ask)
 
+    served.sessions.update((ask.rid, ask.request.session) for ask in asks)
     try:
         async with asyncio.TaskGroup() as group:
             for number, ask in enumerate(asks):
                 group.create_task(answer(number, ask))
     except ExceptionGroup as failed:
         raise _first(failed) from None
+    finally:
+        for ask in asks:
+            del served.sessions[ask.rid]
     return web.json_response(answers if is_batch else answers[0])
 
 
@@ -120,14 +124,11 @@ def _first(failed: ExceptionGroup[Exception]) -> Exception:
 
 async def _answer(served: Served, ask: _Ask) -> dict[str, Any]:
     started_s = time.monotonic()
-    served.sessions[ask.rid] = ask.request.session
     try:
         generation = await served.engine.generate(ask.request)
     except EngineError as error:
         why = "" if served.held_by is None else f"; {served.held_by}"
         raise generate_error(f"{error}{why}", 503) from None
-    finally:
-        del served.sessions[ask.rid]
     return _told(served, ask, generation, time.monotonic() - started_s)
 
 

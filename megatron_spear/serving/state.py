@@ -55,11 +55,16 @@ class Served:
     _holds: int = 0
 
     @property
+    def is_updating(self) -> bool:
+        """True while a weight update holds the engine."""
+        return self._holds > 0
+
+    @property
     def held_by(self) -> str | None:
         """Why nothing is drawn at present; None if something could be."""
-        if self.paused:
-            return "the server is paused until /continue_generation"
-        return "a weight update is open, and holds the server still" if self._holds else None
+        if self.is_updating:
+            return "a weight update is open, and holds the server still"
+        return "the server is paused until /continue_generation" if self.paused else None
 
     @property
     def label(self) -> str:
@@ -99,7 +104,7 @@ class Served:
     async def resume(self) -> None:
         """Go on, unless a weight update still holds the engine."""
         self.paused = False
-        if not self._holds:
+        if not self.is_updating:
             await self.engine.resume()
 
     async def hold(self) -> None:
@@ -122,7 +127,7 @@ class Served:
     async def let_go(self) -> None:
         """Undo one ``hold``."""
         self._holds -= 1
-        if not self._holds and not self.paused:
+        if not self.is_updating and not self.paused:
             await self.engine.resume()
 
     @asynccontextmanager

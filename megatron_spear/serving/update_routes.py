@@ -8,7 +8,6 @@ from aiohttp import web
 
 from megatron_spear.errors import EngineError
 from megatron_spear.serving.control_routes import Handler
-from megatron_spear.serving.groups import in_thread
 from megatron_spear.serving.payloads import dtype_of
 from megatron_spear.serving.state import Served
 from megatron_spear.serving.updates import WeightUpdates
@@ -197,7 +196,7 @@ class UpdateRoutes:
         if self._served.engine.released:
             raise weights_error("the memory of the weights is released; resume it first")
         skipped = take(body, "skip_tensor_list", "a list", [])
-        sums = await in_thread(self._updates.parameters.checksums, "checksums")
+        sums = self._updates.parameters.checksums()
         sums = {name: each for name, each in sums.items() if not any(s in name for s in skipped)}
         whole = sha256("".join(f"{name} {sums[name]}\n" for name in sorted(sums)).encode())
         rank = {

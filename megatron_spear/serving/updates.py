@@ -28,6 +28,7 @@ Loader = Callable[[FusedParameters, NamedTensors], object]
 
 _OPEN = "a weight-update session is already open; call end_weight_update() first"
 _NONE_OPEN = "no weight-update session is open; call begin_weight_update() first"
+_BUSY = "another call of this weight-update session is under way; wait for its answer"
 _MIXED = (
     "The full weights of the ModelRunner are partially updated. Please discard the whole weights."
 )
@@ -38,7 +39,7 @@ _GRACE_S = 10.0
 @dataclass(slots=True)
 class _Session:
     """An open update. ``version`` is set once values are written, ``failed`` says why it cannot
-    come to a good end."""
+    come to a good end; ``busy`` while one of its calls is under way."""
 
     label: str | None = None
     version: int | None = None
@@ -61,12 +62,13 @@ class WeightUpdates:
     async def begin(self) -> None:
         """Open a session; the engine stands still from here on."""
         self._require_none_open()
-        self._session = _Session()
+        session = self._session = _Session(busy=True)
         try:
             await self._served.hold()
         except BaseException:
             self._session = None
             raise
+        session.busy = False
 
     async def end(self) -> None:
         """Close the session: the engine generates from the new weights, or refuses to."""
@@ -74,7 +76,7 @@ class WeightUpdates:
         if session is None:
             raise EngineError(_NONE_OPEN)
         if session.busy:
-            raise EngineError("a part of the weights is still being received; wait for its answer")
+            raise EngineError(_BUSY)
         self._session = None
         try:
             await self._finish(session)
@@ -141,7 +143,7 @@ class WeightUpdates:
     async def from_folder(self, folder: str, label: str | None, *, aborts: bool) -> None:
         """All weights of a Hugging Face folder."""
         self._require_none_open()
-        session = self._session = _Session(label=label)
+        session = self._session = _Session(label=label, busy=True)
         try:
             if aborts:
                 self._served.engine.abort()
@@ -199,12 +201,12 @@ class WeightUpdates:
         part = asyncio.ensure_future(work())
         part.add_done_callback(lambda _: setattr(session, "busy", False))
         limit_s = self._served.settings.update_deadline_s + _GRACE_S
-        try:
-            async with asyncio.timeout(limit_s):
-                await asyncio.shield(part)
-        except TimeoutError:
+        await asyncio.wait({part}, timeout=limit_s)
+        if not part.done():
             session.failed = f"a part was not received within {limit_s} s"
-            raise EngineError(f"Failed to receive weights: {session.failed}") from None
+            raise EngineError(f"Failed to receive weights: {session.failed}")
+        try:
+            part.result()
         except EngineError as error:
             session.failed = str(error)
             raise
@@ -269,7 +271,7 @@ class WeightUpdates:
                 f"{what} must run between begin_weight_update() and end_weight_update()"
             )
         if session.busy:
-            raise EngineError("another part of the weights is being received; wait for its answer")
+            raise EngineError(_BUSY)
         if session.failed is not None:
             raise EngineError(
                 f"this weight-update session failed ({session.failed}); call end_weight_update() "

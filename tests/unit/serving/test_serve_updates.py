@@ -177,6 +177,23 @@ def test_a_pause_outlasts_a_session(url):
     assert error_of(waiting.result(20), 1, PROMPT) < 1e-5
 
 
+def test_a_session_that_waits_for_generations_takes_no_other_call(url):
+    running = later(done, url, "/generate", ask(PROMPT, 240))
+    wait_until(lambda: get(url, "/server_info")[1]["internal_states"][0]["decode_steps"] > 3)
+    beginning = later(done, url, "/begin_weight_update")
+    busy = "another call of this weight-update session is under way"
+    wait_until(lambda: busy in send(url, {})[1]["message"])
+    status, answer = call(url, "/end_weight_update")
+    assert status == 400 and busy in answer["message"] and not beginning.done()
+    assert len(running.result(20)["output_ids"]) == 240
+    beginning.result(20)
+    status, answer = call(url, "/release_memory_occupation")
+    assert status == 400 and "a weight update is open" in str(answer)
+    assert send(url, weights(1))[0] == 200
+    done(url, "/end_weight_update")
+    assert served_by(url) == [1]
+
+
 def test_an_empty_session_changes_nothing(url):
     done(url, "/begin_weight_update")
     done(url, "/end_weight_update")
@@ -490,7 +507,7 @@ def test_a_loader_that_does_not_end_is_told_and_waited_for(monkeypatch):
         status, answer = send(url, {"a": torch.ones(1)}, name)
         assert status == 400 and "not received within 0.3 s" in answer["message"]
         status, answer = call(url, "/end_weight_update")
-        assert status == 400 and "still being received" in answer["message"]
+        assert status == 400 and "wait for its answer" in answer["message"]
         _RELEASED.set()
         wait_until(lambda: "given up" in call(url, "/end_weight_update")[1]["message"])
         assert call(url, "/generate", ask(PROMPT))[0] == 503
