@@ -43,6 +43,10 @@ class Rank:
         """The present ones."""
         return {name: p.detach() for name, p in self._model.named_parameters()}
 
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Their bytes, since FP8 tensors cannot be pickled."""
+        return {name: p.view(torch.uint8) for name, p in self.parameters().items()}
+
     def fail(self, how: str, after: int) -> None:
         """``die`` or ``hang`` when ``after`` messages have come."""
         wait = Link.wait

@@ -33,14 +33,19 @@ class RankServer:
         self.start()
 
     def start(self) -> None:
-        """New processes, also in place of dead ones; weights are zero."""
+        """New processes, also in place of dead ones, with models of zeros."""
         self.close()
         command = [sys.executable, "-m", "megatron_spear.testing.engine_rank"]
         self._ranks = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             for _ in range(self.num_ranks)
         ]
-        for rank, own in enumerate(self._parameters):
+        self.build(self._parameters)
+
+    def build(self, parameters: Sequence[Parameters]) -> None:
+        """A new model in the same processes; weights are zero."""
+        self._parameters = parameters
+        for rank, own in enumerate(parameters):
             self.tell(rank, "build", own)
 
     def tell(self, rank: int, command: str, *args: Any) -> Any:
@@ -67,8 +72,9 @@ class RankServer:
 
     def weights(self, rank: int) -> dict[str, torch.Tensor]:
         """What a rank holds."""
-        found: dict[str, torch.Tensor] = self.tell(rank, "parameters")
-        return found
+        stored = self.tell(rank, "stored")
+        dtypes = {name: dtype for name, (_, dtype) in self._parameters[rank].items()}
+        return {name: value.view(dtypes[name]) for name, value in stored.items()}
 
     def _later(self, what: str, work: Callable[[], None]) -> "Future[None]":
         self.log.append(what)

@@ -8,7 +8,7 @@
 
 ``tools/sglang_cpu/setup.sh`` and ``tools/vllm_cpu/setup.sh`` make the environments, in the checkout
 unless SPEAR_SGLANG_VENV and SPEAR_VLLM_VENV name other folders. A start takes 20 to 130 s, so
-share a server between tests.
+share a server between tests. Start it in the main thread: it ends with the thread that started it.
 """
 
 import contextlib
@@ -224,7 +224,7 @@ def _group_members(group: int) -> list[int]:
 
 
 def _die_with_us() -> list[str]:
-    """A prefix that ends the server when the tests' process is killed, where there is one."""
+    """A prefix that ends the server when the thread that started it ends, however that ends."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM"] if setpriv else []
 

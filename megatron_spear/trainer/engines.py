@@ -44,7 +44,7 @@ def make_engine(
         )
     new_server = SERVERS[rollout.engine]
     fleet = Fleet(
-        [new_server(url, rollout, weight_sync) for url in rollout.servers],
+        [new_server(url, weight_sync.deadline_s) for url in rollout.servers],
         vocab_size=model_shape(load_config(model)).vocab_size,
         limits=FleetLimits(
             deadline_s=rollout.engine_deadline_s, max_requests=rollout.max_requests_per_server
@@ -58,38 +58,28 @@ def make_engine(
     return MadeEngine(engine=fleet, updates=FleetUpdates(fleet, loop, rollout.pause_mode))
 
 
-def serve_folder(updates: FleetUpdates, model: Path) -> None:
+def serve_folder(updates: FleetUpdates, model: Path, policy_version: int = 0) -> None:
     """Have all servers load a Hugging Face folder, which they must see under its path, and serve.
 
     Raises EngineError naming the first server that cannot.
     """
     for server in updates.reachable():
         try:
-            server.load_folder(str(model.resolve()), 0).result()
+            server.load_folder(str(model.resolve()), policy_version).result()
         except EngineError as error:
             raise EngineError(f"{server.name} did not load {model.resolve()}: {error}") from error
-        updates.admit(server, 0)
+        updates.admit(server, policy_version)
 
 
-def _sglang(url: str, rollout: RolloutSection, weight_sync: WeightSyncSection) -> EngineServer:
-    return SGLangServer(
-        url,
-        deadline_s=rollout.engine_deadline_s,
-        update_deadline_s=weight_sync.deadline_s,
-        probe_deadline_s=_PROBE_S,
-    )
+def _sglang(url: str, update_deadline_s: float) -> EngineServer:
+    return SGLangServer(url, update_deadline_s=update_deadline_s, probe_deadline_s=_PROBE_S)
 
 
-def _vllm(url: str, rollout: RolloutSection, weight_sync: WeightSyncSection) -> EngineServer:
-    return VLLMServer(
-        url,
-        deadline_s=rollout.engine_deadline_s,
-        update_deadline_s=weight_sync.deadline_s,
-        probe_deadline_s=_PROBE_S,
-    )
+def _vllm(url: str, update_deadline_s: float) -> EngineServer:
+    return VLLMServer(url, update_deadline_s=update_deadline_s, probe_deadline_s=_PROBE_S)
 
 
-SERVERS: Mapping[str, Callable[[str, RolloutSection, WeightSyncSection], EngineServer]] = {
+SERVERS: Mapping[str, Callable[[str, float], EngineServer]] = {
     "sglang": _sglang,
     "vllm": _vllm,
 }

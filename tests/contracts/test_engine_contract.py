@@ -22,6 +22,8 @@ from megatron_spear.testing.engines import (
     check_weights,
 )
 from megatron_spear.testing.fakes import ScriptedEngine
+from megatron_spear.testing.serve import serve_in_process
+from megatron_spear.testing.served_engines import ServedEngines
 from megatron_spear.testing.tiny import tiny_hf_folder
 from megatron_spear.trainer.engines import SERVERS, make_engine
 from megatron_spear.types import VersionSpan
@@ -50,6 +52,14 @@ def test_the_embedded_engine_keeps_the_contract(loop, folder):
                 ((key, reader.get(key)) for key in reader.names), version
             ),
         )
+
+
+def test_a_served_engine_keeps_the_contract(loop, folder):
+    with (
+        serve_in_process(folder, "--max-context", 64) as served,
+        ServedEngines(loop, "sglang", [served.url], folder) as engines,
+    ):
+        check_engine(loop, engines.make, update=engines.update)
 
 
 def test_every_engine_of_the_schema_can_be_made():

@@ -1,5 +1,5 @@
-"""What goes wrong between trainer and engines: all learn of it within the deadline, engines that have
-all weights go on, and the next update heals the others."""
+"""What goes wrong between trainer and engines: all learn of it within the deadline, engines that
+have all weights go on, and the next update heals the others."""
 
 import contextlib
 import os
@@ -221,7 +221,7 @@ def sender_dies(done: Path) -> None:
     except EngineError as error:
         told = f"{time.monotonic() - begin:.1f} {error}"
     assert servers is not None
-    alive = [server.tell(0, "parameters") is not None for server in servers.servers]
+    alive = [server.tell(0, "stored") is not None for server in servers.servers]
     done.with_suffix(".tmp").write_text(f"{told}\n{alive} {servers.log}")
     done.with_suffix(".tmp").rename(done)
     for server in servers.servers:

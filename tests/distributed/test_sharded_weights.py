@@ -134,15 +134,20 @@ def publish(
 ) -> list[str]:
     """Every layout's weights to engines: what their ranks hold that their loaders would not."""
     wrong = []
+    processes: list[Any] = []
     for model, layout, own in jobs(world_size):
-        with policy_of(models[model], own) as policy, engines_of(policy, own, **engine) as parts:
-            transport, servers = parts
+        with (
+            policy_of(models[model], own) as policy,
+            engines_of(policy, own, processes=processes, **engine) as (transport, servers),
+        ):
             for update in range(1, updates + 1):
                 new_weights(policy, update)
                 transport.publish(update)
                 whole = {n: t.clone() for n, t in policy.export_weights() if t is not None}
                 told = differences(servers, whole, policy.shape, engine, update)
                 wrong += [f"{model} {layout} update {update}: {line}" for line in told]
+    for server in processes:
+        server.close()
     return wrong
 
 
@@ -157,8 +162,12 @@ def engines_of(
     precision: str = "model",
     deadline_s: float = DEADLINE_S,
     bucket_bytes: int = BUCKET,
+    processes: list[Any],
 ) -> Iterator[tuple[Any, Any]]:
-    """A transport and, on the controller, servers with ranks of this policy's shape."""
+    """A transport and, on the controller, servers with ranks of this policy's shape.
+
+    ``processes`` are the servers of another shape to go on with; what is made is put there.
+    """
     from megatron_spear.testing.engine_servers import RankServer, Servers
     from megatron_spear.weight_sync.layouts import layout_of
     from megatron_spear.weight_sync.sharded.transport import Sharded
@@ -169,9 +178,11 @@ def engines_of(
     if policy.ctx.is_controller:
         cut = {"size": tensor, "expert_groups": groups, "fp8": precision == "fp8"}
         ranks = [rank_parameters(whole, policy.shape, rank, **cut) for rank in range(tensor)]
-        servers = Servers(
-            [RankServer(f"engine {number}", ranks, deadline_s) for number in range(replicas)]
-        )
+        for number in range(len(processes), replicas):
+            processes.append(RankServer(f"engine {number}", ranks, deadline_s))
+        for server in processes:
+            server.build(ranks)
+        servers = Servers(processes)
     transport = Sharded(
         source=policy,
         ranks=policy.ctx,
@@ -188,8 +199,6 @@ def engines_of(
         yield transport, servers
     finally:
         transport.close()
-        for server in servers.servers if servers else ():
-            server.close()
 
 
 def rank_parameters(whole: Any, shape: Any, rank: int, **cut: Any) -> dict[str, Any]:
@@ -279,10 +288,14 @@ def publish_cut(changes: dict[str, Any], layout: Any, engine: dict[str, Any]) ->
         data_size=layout.data, pipeline_size=layout.pipeline, expert_size=1,
     )  # fmt: skip
     wrong = []
-    with engines_of(source, {}, bucket_bytes=200_000, **engine) as (transport, servers):
+    processes: list[Any] = []
+    parts = engines_of(source, {}, bucket_bytes=200_000, processes=processes, **engine)
+    with parts as (transport, servers):
         for update in (1, 2):
             transport.publish(update)
             wrong += differences(servers, source.whole, shape, engine, update)
+    for server in processes:
+        server.close()
     return wrong
 
 

@@ -1,6 +1,6 @@
 """Tests against real rollout servers; ``pytest tests/engines`` where their environments are built.
 
-They are no part of tools/test.sh: a server takes up to two minutes to start, on a busy machine more.
+They are no part of tools/test.sh: a server takes 20 s to start, on a busy machine minutes.
 """
 
 import pytest

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.envs.alfworld.prompts import alfworld_view
 from megatron_spear.envs.protocol import StepResult
 from megatron_spear.rollout.chat import ChatRenderer
@@ -152,7 +152,7 @@ async def by_rollouter(fleet: Fleet, renderer: ChatRenderer, args: argparse.Name
 
 async def measure(kind: str, url: str, args: argparse.Namespace) -> None:
     """Print one line a round."""
-    server = SGLangServer(url, deadline_s=DEADLINE_S, update_deadline_s=60.0, probe_deadline_s=60.0)
+    server = SGLangServer(url, update_deadline_s=60.0, probe_deadline_s=60.0)
     limits = FleetLimits(deadline_s=DEADLINE_S, max_requests=args.in_flight, probe_s=60.0)
     fleet = Fleet([server], vocab_size=1 << 17, limits=limits)
     fleet.labels.launch = LABEL.partition("/")[0]

@@ -54,7 +54,8 @@ async def draw(
     stops = frozenset(request.sampling.stop_token_ids)
     wanted = min(request.sampling.max_new_tokens, max_context - len(prompt))
     while True:
-        answer = await ask(prompt + tokens, wanted - len(tokens))
+        so_far = prompt + tokens if tokens else prompt
+        answer = await ask(so_far, wanted - len(tokens))
         if answer.reason == "abort":
             raise Aborted(f"{server.name} ended the generation of session {request.session!r}")
         if not 0 < len(answer.token_ids) <= wanted - len(tokens):

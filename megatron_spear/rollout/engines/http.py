@@ -54,37 +54,43 @@ class JsonClient:
 
     async def get(self, path: str, *, deadline_s: float | None = None) -> Any:
         """The JSON that the server answers; None where the body is empty."""
-        return _parsed(f"GET {self.url}{path}", await self._request("GET", path, b"", deadline_s))
+        return self._parsed(path, await self._in_time("GET", path, b"", deadline_s))
 
     async def post(
-        self, path: str, body: Mapping[str, Any] | bytes, *, deadline_s: float | None = None
+        self, path: str, body: Mapping[str, Any], *, deadline_s: float | None = None
     ) -> Any:
-        """The JSON that the server answers to ``body`` (bytes are JSON already)."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return _parsed(
-            f"POST {self.url}{path}", await self._request("POST", path, data, deadline_s)
-        )
+        """The JSON that the server answers to ``body``."""
+        data = json.dumps(body).encode()
+        return self._parsed(path, await self._in_time("POST", path, data, deadline_s))
 
     async def post_for_words(self, path: str) -> str:
         """The plain text that the server answers."""
-        return (await self._request("POST", path, b"{}", None)).decode("utf-8", "replace")
+        return (await self._in_time("POST", path, b"{}", None)).decode("utf-8", "replace")
+
+    async def post_until_cancelled(self, path: str, body: bytes) -> Any:
+        """As ``post`` for JSON that is text already, without a deadline: the caller has one."""
+        return self._parsed(path, await self._request("POST", path, body))
 
     async def close(self) -> None:
         """Drop all connections; what is under way fails."""
         self._connections.close()
 
-    async def _request(
+    async def _in_time(
         self, method: str, path: str, body: bytes, deadline_s: float | None
     ) -> bytes:
         limit_s = self._deadline_s if deadline_s is None else deadline_s
         try:
             async with asyncio.timeout(limit_s):
-                status, answer = await self._connections.request(method, path, body)
+                return await self._request(method, path, body)
         except TimeoutError:
             raise ServerLate(
                 f"{method} {self.url}{path} had no answer within {limit_s:g} s; look at the "
                 "server's log, lower its load or raise the deadline"
             ) from None
+
+    async def _request(self, method: str, path: str, body: bytes) -> bytes:
+        try:
+            status, answer = await self._connections.request(method, path, body)
         except OSError as error:
             raise ServerLost(
                 f"{method} {self.url}{path} failed: {type(error).__name__}: {error}; the server is "
@@ -94,16 +100,16 @@ class JsonClient:
             return answer
         raise _refusal(f"{method} {self.url}{path}", status, answer)
 
-
-def _parsed(what: str, body: bytes) -> Any:
-    if not body:
-        return None
-    try:
-        return json.loads(body)
-    except ValueError:
-        raise ServerLost(
-            f"{what} answered {_shown(body)}; expected JSON. Is this the engine's port?"
-        ) from None
+    def _parsed(self, path: str, body: bytes) -> Any:
+        if not body:
+            return None
+        try:
+            return json.loads(str(body, "utf-8"))
+        except ValueError:
+            raise ServerLost(
+                f"{self.url}{path} answered {_shown(body)}; expected JSON. Is this the engine's "
+                "port?"
+            ) from None
 
 
 def _refusal(what: str, status: int, body: bytes) -> EngineError:

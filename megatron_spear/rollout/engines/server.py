@@ -70,7 +70,8 @@ class Answer:
 
 
 class EngineServer(Protocol):
-    """One server. Methods raise what ``engines.http`` lists, each within its deadline."""
+    """One server. Methods raise what ``engines.http`` lists; all but ``generate`` end within a
+    deadline."""
 
     name: str
     """Its URL."""
@@ -87,7 +88,7 @@ class EngineServer(Protocol):
         self, request: GenerationRequest, token_ids: list[int], max_new_tokens: int, rid: str
     ) -> Answer:
         """Draw up to ``max_new_tokens`` after ``token_ids`` as the request's sampling says; ``rid``
-        names it in ``abort``."""
+        names it in ``abort``. It has no deadline: the caller cancels it."""
         ...
 
     async def abort(self, rid: str) -> None:

@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from megatron_spear.errors import EngineError
@@ -41,17 +42,13 @@ class SGLangServer:
 
     Args:
         url: ``http://host:port`` of a server started with ``python -m sglang.launch_server``.
-        deadline_s: longest generation; the fleet ends one before that by its own deadline.
         update_deadline_s: longest single call of a weight update or pause.
         probe_deadline_s: longest wait for an answer that takes no work: health, settings, an abort.
     """
 
-    def __init__(
-        self, url: str, *, deadline_s: float, update_deadline_s: float, probe_deadline_s: float
-    ) -> None:
+    def __init__(self, url: str, *, update_deadline_s: float, probe_deadline_s: float) -> None:
         self._http = JsonClient(url, deadline_s=update_deadline_s)
         self.name = self._http.url
-        self._deadline_s = deadline_s
         self._probe_deadline_s = probe_deadline_s
 
     async def inspect(self) -> ServerInfo:
@@ -85,11 +82,11 @@ class SGLangServer:
         seed = seed_key(request.seed)
         body = (
             f'{{"rid": "{rid}", "input_ids": {token_ids}, "return_logprob": true, "stream": false, '
-            f'"session_id": {json.dumps(request.session)}, "sampling_params": '
+            f'"session_id": {encode_basestring_ascii(request.session)}, "sampling_params": '
             f'{{"max_new_tokens": {max_new_tokens}, "sampling_seed": {seed}, '
             f"{_sampling(request.sampling)}}}}}"
         )
-        answer = await self._http.post("/generate", body.encode(), deadline_s=self._deadline_s)
+        answer = await self._http.post_until_cancelled("/generate", body.encode())
         try:
             return _answer(answer)
         except (KeyError, TypeError, ValueError, IndexError) as error:

@@ -49,17 +49,13 @@ class VLLMServer:
 
     Args:
         url: ``http://host:port`` of a server started as above.
-        deadline_s: longest generation; the fleet ends one before that by its own deadline.
         update_deadline_s: longest single call of a weight update or pause.
         probe_deadline_s: longest wait for an answer that takes no work: a health check, an abort.
     """
 
-    def __init__(
-        self, url: str, *, deadline_s: float, update_deadline_s: float, probe_deadline_s: float
-    ) -> None:
+    def __init__(self, url: str, *, update_deadline_s: float, probe_deadline_s: float) -> None:
         self._http = JsonClient(url, deadline_s=update_deadline_s)
         self.name = self._http.url
-        self._deadline_s = deadline_s
         self._probe_deadline_s = probe_deadline_s
 
     async def inspect(self) -> ServerInfo:
@@ -106,9 +102,7 @@ class VLLMServer:
             f'{{"request_id": "{rid}", "token_ids": {token_ids}, "sampling_params": '
             f'{{"max_tokens": {max_new_tokens}, "seed": {seed}, {_sampling(request.sampling)}}}}}'
         )
-        answer = await self._http.post(
-            "/inference/v1/generate", body.encode(), deadline_s=self._deadline_s
-        )
+        answer = await self._http.post_until_cancelled("/inference/v1/generate", body.encode())
         try:
             return _answer(answer)
         except (KeyError, TypeError, ValueError, IndexError) as error:

@@ -35,8 +35,8 @@ def greedy_tokens(prompt, size, weights=WEIGHTS):
     return context[len(prompt) :]
 
 
-def sglang(url, deadline_s=5.0):
-    return SGLangServer(url, deadline_s=deadline_s, update_deadline_s=5.0, probe_deadline_s=0.5)
+def sglang(url):
+    return SGLangServer(url, update_deadline_s=5.0, probe_deadline_s=2.0)
 
 
 def limits(**changes):

@@ -76,7 +76,6 @@ class Server:
             port = runner.addresses[0][1]
             client = VLLMServer(
                 f"http://127.0.0.1:{port}",
-                deadline_s=5.0,
                 update_deadline_s=5.0,
                 probe_deadline_s=5.0,
             )
