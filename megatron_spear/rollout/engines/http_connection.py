@@ -181,7 +181,9 @@ def _parse(data: bytes, *, ended: bool = False) -> tuple[int, bytes, bool] | Non
     if 100 <= status < 200:
         return _parse(data[body_at:], ended=ended) if len(data) > body_at else None
     head = data[:end].lower() + b"\r\n"
-    reusable = data[7:8] == b"1" and b"\r\nconnection: close\r\n" not in head
+    # uvicorn closes the connection after an error that the application did not catch, unannounced.
+    lasting = data[7:8] == b"1" and status < 500
+    reusable = lasting and b"\r\nconnection: close\r\n" not in head
     if (at := head.find(b"\r\ncontent-length:")) >= 0:
         size = int(head[at + 17 : head.index(b"\r\n", at + 2)])
         if len(data) < body_at + size:
