@@ -69,6 +69,13 @@ class WeightMap:
         """The Hugging Face tensors, in the order of ``sources``; of a rank's part, its slices."""
         return (full,)
 
+    def rows(self, part: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """``to_hf`` of a rank's part as views: of each source, its rows one block after the other.
+
+        Example: queries of two groups lie apart in the part, so they are two blocks.
+        """
+        return tuple((tensor,) for tensor in self.to_hf(part))
+
     def slices(self, sources: Sequence[Tensor], rank: int, size: int) -> Sequence[Tensor]:
         """What of each source tensor-parallel rank ``rank`` of ``size`` needs; views."""
         axis = self.split_axis
@@ -133,6 +140,14 @@ class QkvMap(WeightMap):
         grouped = full.reshape(full.shape[0] // rows, -1, self.head_dim, *rest)
         heads = grouped.shape[1] - 2
         return tuple(part.reshape(-1, *rest) for part in grouped.split((heads, 1, 1), 1))
+
+    def rows(self, part: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        heads = self.full_shape[0] // self.groups - 2 * self.head_dim
+        groups = part.split(self.full_shape[0] // self.groups)
+        blocks = zip(
+            *(group.split((heads, self.head_dim, self.head_dim)) for group in groups), strict=True
+        )
+        return tuple(blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.config.precision import REFERENCE_PROBLEM, fp8_multiple
 from megatron_spear.config.schema import OptimizerSection, PolicySection
 from megatron_spear.conversion.shape import ModelShape, load_config, model_shape
+from megatron_spear.conversion.slices import TensorSlice
 from megatron_spear.data.packing import PackedStep
 from megatron_spear.data.zigzag import joined
 from megatron_spear.errors import ConfigError
@@ -271,6 +272,14 @@ class MegatronPolicy:
         """
         self._gather_weights()
         return weights.export_hf(self._chunks, self.shape, self.ctx)
+
+    def local_slices(self) -> tuple[TensorSlice, ...]:
+        """What this rank holds of each Hugging Face tensor, as views; see ``conversion.slices``.
+
+        Collective, since weights are gathered that the next forward pass would gather.
+        """
+        self._gather_weights()
+        return weights.local_slices(self._chunks, self.shape, self.ctx)
 
     def save(self, folder: Path) -> None:
         """Model, optimizer and step into ``folder``, loadable at another layout; collective."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.hf_io import HfReader, check_complete
 from megatron_spear.conversion.mapping import WeightMap, place_of
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.slices import TensorSlice, slices_of
 from megatron_spear.errors import CheckpointError
 from megatron_spear.policy import fp8
 from megatron_spear.policy.parallel import ParallelContext, Place
@@ -119,6 +121,30 @@ def export_hf(
             continue
         tensors = item.to_hf(full)
         yield from zip(item.sources, (t.contiguous() for t in tensors), strict=True)
+
+
+def local_slices(
+    chunks: Sequence[Any], shape: ModelShape, ctx: ParallelContext
+) -> tuple[TensorSlice, ...]:
+    """What this rank holds of each Hugging Face tensor, in the order of the weight table.
+
+    Nothing is copied or sent. Tied output embeddings are not repeated.
+    """
+    named = [parameters_of(chunk) for chunk in chunks]
+    slices: list[TensorSlice] = []
+    for item in weight_table(shape):
+        stage, number = place_of(item, shape.num_layers, ctx.pipeline_size, len(chunks))
+        if item.tied or not is_here(item, stage, shape, ctx):
+            continue
+        chunk = chunks[number]
+        parameter = named[number][item.local_name(chunk.first_layer, chunk.first_expert)]
+        values = partial(_values, parameter)
+        slices += slices_of(item, values, parameter.dtype, ctx.tensor_rank, ctx.tensor_size)
+    return tuple(slices)
+
+
+def _values(parameter: torch.nn.Parameter) -> Tensor:
+    return fp8.plain(parameter.detach())
 
 
 def _expert_rank_of(item: WeightMap, shape: ModelShape, ctx: ParallelContext | Place) -> int:

@@ -6,13 +6,15 @@ knows weights: holdings follow from the weight table and the sizes of the layout
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_spear.conversion.mapping import QkvMap, VocabMap, WeightMap, padded_vocab, place_of
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import ConfigError
 
 ENGINE_VOCAB_MULTIPLE = 64
-"""SGLang and vLLM pad the vocabulary to a multiple of this before they split it."""
+"""SGLang and vLLM pad the vocabulary to a multiple of this before they split it; where the ranks do
+not divide the result, SGLang pads to a multiple of this times the ranks and vLLM refuses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +40,33 @@ class TrainingLayout:
     def world_size(self) -> int:
         """All ranks."""
         return self.stage_size * self.pipeline
+
+
+class Sizes(Protocol):
+    """The sizes of a training layout; ``policy.parallel.ParallelContext`` has them."""
+
+    @property
+    def tensor_size(self) -> int: ...
+    @property
+    def context_size(self) -> int: ...
+    @property
+    def data_size(self) -> int: ...
+    @property
+    def pipeline_size(self) -> int: ...
+    @property
+    def expert_size(self) -> int: ...
+
+
+def layout_of(sizes: Sizes, *, virtual: int = 1) -> TrainingLayout:
+    """The layout of a running policy; ``virtual`` is ``policy.virtual_pipeline``."""
+    return TrainingLayout(
+        tensor=sizes.tensor_size,
+        context=sizes.context_size,
+        data=sizes.data_size,
+        pipeline=sizes.pipeline_size,
+        virtual=virtual,
+        expert=sizes.expert_size,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +163,17 @@ def engine_holdings(
             yield Holding(ranks=range(rank, rank + 1), axis=axis, start=start, stop=stop)
 
 
+def engine_vocab_rows(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of an engine rank's embedding, padding included.
+
+    Example: 133 rows on 2 ranks are padded to 192, 96 each.
+    """
+    padded = padded_vocab(vocab_size, ENGINE_VOCAB_MULTIPLE)
+    if padded % tensor_parallel:
+        padded = padded_vocab(vocab_size, ENGINE_VOCAB_MULTIPLE * tensor_parallel)
+    return padded // tensor_parallel
+
+
 def _needed(
     item: WeightMap,
     source: int,
@@ -155,8 +195,7 @@ def _needed(
         return 0, 0, shape[0]
     size = shape[item.split_axis]
     if isinstance(item, VocabMap):
-        padded = padded_vocab(size, ENGINE_VOCAB_MULTIPLE * layout.tensor)
-        rows = padded // layout.tensor
+        rows = engine_vocab_rows(size, layout.tensor)
         return 0, min(rank * rows, size), min((rank + 1) * rows, size)
     parts = layout.tensor
     if isinstance(item, QkvMap) and source > 0:

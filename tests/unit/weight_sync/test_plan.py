@@ -12,7 +12,11 @@ from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.mapping import padded_vocab
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import ConfigError
-from megatron_spear.weight_sync.layouts import EngineLayout, TrainingLayout
+from megatron_spear.weight_sync.layouts import (
+    EngineLayout,
+    TrainingLayout,
+    engine_vocab_rows,
+)
 from megatron_spear.weight_sync.plan import Plan, plan_resharding
 
 
@@ -84,7 +88,8 @@ def engine_needs(
             return None
         return weight.chunk(inner, 1 if "down_proj" in name else 0)[rank % inner]
     if "embed_tokens" in name or "lm_head" in name:
-        rows = padded_vocab(len(weight), 64 * parts) // parts
+        padded = padded_vocab(len(weight), 64)
+        rows = (padded if padded % parts == 0 else padded_vocab(len(weight), 64 * parts)) // parts
         part = weight[rank * rows : (rank + 1) * rows]
         return part if len(part) else None
     if "norm" in name or ".gate." in name:
@@ -202,6 +207,14 @@ def test_by_hand() -> None:
     assert found == [(0, 0, 1, 0, 4), (0, 1, 1, 4, 8), (1, 2, 1, 8, 12), (1, 3, 1, 12, 16)]
     assert {t.num_bytes for t in plan.transfers() if t.name == name} == {4 * 8 * 2}
     assert len(plan.transfers(source=0)) + len(plan.transfers(source=1)) == len(plan)
+
+
+def test_rows_of_an_engines_embedding() -> None:
+    """SGLang's ``VocabParallelEmbedding`` pads to 64, to 64 x ranks if those do not divide it."""
+    assert engine_vocab_rows(133, 2) == 96  # 192 in all, not 256
+    assert engine_vocab_rows(133, 3) == 64
+    assert engine_vocab_rows(133, 5) == 64  # 320
+    assert engine_vocab_rows(151_936, 4) == 151_936 // 4
 
 
 def test_copies_share_the_work() -> None:

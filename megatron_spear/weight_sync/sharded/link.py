@@ -1,0 +1,123 @@
+"""One replica's group of ranks: who is told what before, while and after the weights travel.
+
+Words go through the TCP store at which the group meets, since that can be asked without waiting;
+weights go through the group. Imported in the engines' environments too.
+
+    engine rank    ready = "" or what does not fit             ... receives   done = "" or why not
+    controller     waits for all of them;  go = "" or why not  ... sends      waits for all
+    other senders                          wait for go         ... send
+"""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_spear import peer_groups
+from megatron_spear.weight_sync.sharded.records import Meeting
+
+_POLL_S = 0.002
+
+
+class Deadline:
+    """A moment that all waits of an update share."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._end = time.monotonic() + limit_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left, never quite 0, which torch would take for no limit."""
+        return max(self._end - time.monotonic(), 0.001)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has passed."""
+        return time.monotonic() >= self._end
+
+
+class Link:
+    """This process's end of a replica's group, kept from update to update.
+
+    ``rank`` is that in the group: senders first, then the replica's ranks. Every method raises a
+    RuntimeError or TimeoutError when others are gone or late.
+    """
+
+    def __init__(self, meeting: Meeting, rank: int, store: Any) -> None:
+        self.meeting, self.rank = meeting, rank
+        self._store = store
+        self._group: Any = None
+        self._on_cuda = meeting.backend == "nccl"
+
+    def say(self, word: str, text: str) -> None:
+        """Put ``text`` under ``word`` for all to read."""
+        self._store.set(self._key(word), text)
+
+    def hear(self, word: str, deadline: Deadline) -> str:
+        """The text under ``word``, once somebody has put it."""
+        key = self._key(word)
+        self._store.wait([key], timedelta(seconds=deadline.left_s))
+        return bytes(self._store.get(key)).decode()
+
+    def heard(self, words: list[str]) -> bool:
+        """Whether all have been said; does not wait."""
+        return bool(self._store.check([self._key(word) for word in words]))
+
+    def forget(self, words: list[str]) -> None:
+        """Remove what nobody asks for any more."""
+        for word in words:
+            self._store.delete_key(self._key(word))
+
+    def _key(self, word: str) -> str:
+        return f"{self.meeting.name}/{word}"
+
+    def join(self, deadline: Deadline, device: torch.device) -> None:
+        """Build the group, the first time; ``device`` is this process's."""
+        if self._group is None:
+            self._group = peer_groups.join(
+                backend=self.meeting.backend,
+                host=self.meeting.host,
+                port=self.meeting.port,
+                rank=self.rank,
+                world_size=self.meeting.world_size,
+                name=self.meeting.name,
+                timeout_s=deadline.left_s,
+                device=device if self._on_cuda else None,
+                store=self._store,
+            )
+
+    def send(self, flat: Tensor, rank: int) -> Any:
+        """Begin to send uint8 ``[bytes]`` to a rank of the group."""
+        return self._begin(dist.isend, flat, rank)
+
+    def receive(self, flat: Tensor, rank: int) -> Any:
+        """Begin to receive into uint8 ``[bytes]``."""
+        return self._begin(dist.irecv, flat, rank)
+
+    def _begin(self, operation: Callable[..., Any], flat: Tensor, rank: int) -> Any:
+        operations = [dist.P2POp(operation, flat, rank, self._group)]
+        (work,) = dist.batch_isend_irecv(operations)
+        return work
+
+    def wait(self, work: Any, deadline: Deadline) -> None:
+        """Wait for what was begun."""
+        if not self._on_cuda:
+            work.wait(timedelta(seconds=deadline.left_s))
+            return
+        while not work.is_completed():  # NCCL's own wait would only order streams
+            if deadline.over:
+                raise TimeoutError("a transfer did not end before the deadline")
+            time.sleep(_POLL_S)
+
+    def leave(self) -> None:
+        """End this process's part of the group; others that wait for it notice."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        if self._on_cuda:
+            group.abort()  # what was begun may never end
+        peer_groups.leave(group)

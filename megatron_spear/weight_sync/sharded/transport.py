@@ -1,0 +1,305 @@
+"""The ``sharded`` transport: each engine rank gets just its slices, from training ranks that hold
+them.
+
+    all ranks     which servers are there, the plan for as many replicas (kept between updates)
+    controller    pause
+    all ranks     one lane a replica, side by side: ready? go, slices, done
+    all ranks     what became of each lane
+    controller    end the update of whole servers and admit them, take out the others; resume
+"""
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_spear import peer_groups
+from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.slices import TensorSlice
+from megatron_spear.errors import ConfigError, EngineError, SpearError, describe
+from megatron_spear.weight_sync.layouts import EngineLayout, TrainingLayout
+from megatron_spear.weight_sync.servers import UpdateServer, UpdateServers
+from megatron_spear.weight_sync.sharded.lane import Lane
+from megatron_spear.weight_sync.sharded.link import Deadline
+from megatron_spear.weight_sync.sharded.records import Meeting
+from megatron_spear.weight_sync.sharded.schedule import ReplicaSchedule, schedules
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class SliceSource(Protocol):
+    """What holds a rank's part of the weights: the policy."""
+
+    def local_slices(self) -> Sequence[TensorSlice]:
+        """What this rank holds of each Hugging Face tensor; collective."""
+        ...
+
+
+class TrainingRanks(Protocol):
+    """This process among the training ranks; ``policy.parallel.ParallelContext`` is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def control(self) -> Any:
+        """A gloo group of all training ranks."""
+        ...
+
+
+Found = list[tuple[str, int]]
+"""Name and number of ranks of each server."""
+
+
+class Sharded:
+    """A ``Transport``; every training rank has one, the controller's with the servers.
+
+    ``host`` is the controller's address for engines and training ranks. ``bucket_bytes`` bounds a
+    message; a rank that has to pack keeps two of them for each replica it sends to. ``expert`` is
+    the engines' expert parallelism.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: SliceSource,
+        ranks: TrainingRanks,
+        servers: UpdateServers | None,
+        model: ModelShape,
+        training: TrainingLayout,
+        host: str,
+        bucket_bytes: int,
+        precision: Literal["model", "fp8"],
+        deadline_s: float,
+        expert: int = 1,
+    ) -> None:
+        assert (servers is not None) == (ranks.rank == 0), "the controller has the servers"
+        self._source, self._ranks, self._servers = source, ranks, servers
+        self._model, self._training, self._expert = model, training, expert
+        self._host, self._bucket_bytes, self._deadline_s = host, bucket_bytes, deadline_s
+        self._fp8 = precision == "fp8"
+        self._planned: dict[Any, tuple[ReplicaSchedule, ...]] = {}
+        self._lanes: dict[str, Lane] = {}
+        self._stores: dict[str, Any] = {}
+        self._by_name: dict[str, UpdateServer] = {}
+
+    def publish(self, policy_version: int) -> dict[str, float]:
+        """Bring the policy's weights into all engines; see ``Transport``."""
+        deadline = Deadline(self._deadline_s)
+        found = self._from_controller(self._look)
+        slices = {own.name: own for own in self._source.local_slices()}
+        planned = self._plan(found, {own.dtype for own in slices.values()})
+        meetings = self._from_controller(lambda: self._open(found, planned))
+        try:
+            self._leave_others(meetings)
+            sent, problems = self._run(meetings, planned, slices, deadline, policy_version)
+            problems = self._all_problems(problems)
+            self._drop(problems)
+            problems |= self._from_controller(
+                lambda: self._finish(problems, policy_version, deadline)
+            )
+        finally:
+            if self._servers is not None:
+                self._servers.resume()
+        if len(problems) == len(found):
+            told = "\n".join(f"  {name}: {text}" for name, text in problems.items())
+            raise EngineError(f"no engine took the weights of version {policy_version}:\n{told}")
+        return {
+            "weight_sync/bytes": float(sent),
+            "weight_sync/servers": float(len(found) - len(problems)),
+            "weight_sync/servers_lost": float(len(problems)),
+        }
+
+    def close(self) -> None:
+        """Leave all groups."""
+        for name in list(self._lanes):
+            self._leave(name)
+
+    # What the controller decides, all ranks know.
+
+    def _from_controller(self, make: Callable[[], T]) -> T:
+        """The controller's result on all ranks; its error is raised on all."""
+        result: Any = None
+        if self._servers is not None:
+            try:
+                result = make()
+            except SpearError as error:
+                result = error
+        if self._ranks.world_size > 1:
+            box = [result]
+            _together(lambda: dist.broadcast_object_list(box, src=0, group=self._ranks.control))
+            result = box[0]
+        if isinstance(result, SpearError):
+            raise result
+        shared: T = result
+        return shared
+
+    def _look(self) -> Found:
+        """The servers to update."""
+        assert self._servers is not None
+        servers = self._servers.reachable()
+        self._by_name = {server.name: server for server in servers}
+        found = [(server.name, server.num_ranks) for server in servers]
+        if not found:
+            raise EngineError("no engine server can be reached; weights have nowhere to go")
+        if len({num_ranks for _, num_ranks in found}) > 1:
+            raise ConfigError(
+                f"servers differ in tensor parallelism: {found}; weight_sync.transport=sharded "
+                "needs the same on all, or use broadcast"
+            )
+        return found
+
+    def _plan(self, found: Found, dtypes: set[torch.dtype]) -> tuple[ReplicaSchedule, ...]:
+        """The schedules for as many replicas, made once."""
+        (dtype,) = dtypes
+        key = (len(found), found[0][1], dtype)
+        if key not in self._planned:
+            engine = EngineLayout(tensor=found[0][1], expert=self._expert, replicas=len(found))
+            self._planned[key] = schedules(
+                self._model,
+                self._training,
+                engine,
+                dtype=dtype,
+                fp8=self._fp8,
+                bucket_bytes=self._bucket_bytes,
+            )
+        return self._planned[key]
+
+    def _open(self, found: Found, planned: Sequence[ReplicaSchedule]) -> dict[str, Meeting]:
+        """Stop the engines; where the ranks of each server meet: as before if they are the same."""
+        assert self._servers is not None
+        meetings: dict[str, Meeting] = {}
+        self._stores = {}
+        for (name, num_ranks), schedule in zip(found, planned, strict=True):
+            lane = self._lanes.get(name)
+            if lane and lane.meeting.senders == schedule.senders:
+                meetings[name] = lane.meeting
+                continue
+            store = peer_groups.listen(self._host, timeout_s=self._deadline_s)
+            self._stores[name] = store
+            meetings[name] = Meeting(
+                host=self._host,
+                port=store.port,
+                name=f"megatron_spear.{uuid.uuid4().hex[:8]}",
+                backend="nccl" if self._ranks.device.type == "cuda" else "gloo",
+                senders=schedule.senders,
+                num_receivers=num_ranks,
+            )
+        self._servers.pause()
+        return meetings
+
+    def _finish(
+        self, problems: dict[str, str], policy_version: int, deadline: Deadline
+    ) -> dict[str, str]:
+        """Admit servers that have everything, take out the others; gives further problems."""
+        assert self._servers is not None
+        ends: dict[str, Future[None]] = {
+            name: server.end_update(policy_version)
+            for name, server in self._by_name.items()
+            if name not in problems
+        }
+        late: dict[str, str] = {}
+        for name, end in ends.items():
+            try:
+                end.result(deadline.left_s)
+            except (EngineError, TimeoutError) as error:
+                late[name] = f"the update could not be ended: {describe(error)}"
+        for name, server in self._by_name.items():
+            if why := (problems | late).get(name):
+                logger.error("%s did not take version %d: %s", name, policy_version, why)
+                self._servers.take_out(server, why)
+            else:
+                self._servers.admit(server, policy_version)
+        return late
+
+    # The lanes.
+
+    def _leave_others(self, meetings: dict[str, Meeting]) -> None:
+        """Leave groups that do not meet again."""
+        for name, lane in list(self._lanes.items()):
+            if meetings.get(name) != lane.meeting:
+                self._leave(name)
+
+    def _lane(self, name: str, meeting: Meeting, deadline: Deadline) -> Lane:
+        """The lane of a meeting."""
+        if name not in self._lanes:
+            store = self._stores.pop(name, None) or peer_groups.connect(
+                meeting.host, meeting.port, timeout_s=deadline.left_s
+            )
+            self._lanes[name] = Lane(meeting, self._ranks.rank, store, self._ranks.device)
+        return self._lanes[name]
+
+    def _run(
+        self,
+        meetings: dict[str, Meeting],
+        planned: Sequence[ReplicaSchedule],
+        slices: dict[str, TensorSlice],
+        deadline: Deadline,
+        policy_version: int,
+    ) -> tuple[int, dict[str, str]]:
+        """All lanes of this rank side by side: bytes sent, and by server what went wrong."""
+        sent: dict[str, int] = {}
+        problems: dict[str, str] = {}
+
+        def run(name: str, schedule: ReplicaSchedule) -> None:
+            server = self._by_name[name] if self._servers is not None else None
+            try:
+                lane = self._lane(name, meetings[name], deadline)
+                sent[name] = lane.run(schedule, slices, deadline, server, policy_version)
+            except Exception as error:  # noqa: BLE001  (told to all ranks, whatever it is)
+                problems[name] = f"training rank {self._ranks.rank}: {describe(error)}"
+                self._leave(name)  # so that the others do not wait for this rank
+
+        threads = [
+            threading.Thread(target=run, args=(name, schedule), name=f"weights to {name}")
+            for name, schedule in zip(meetings, planned, strict=True)
+            if self._ranks.rank in schedule.senders
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()  # every wait in a lane has the deadline
+        return sum(sent.values()), problems
+
+    def _all_problems(self, own: dict[str, str]) -> dict[str, str]:
+        """By server what went wrong on any rank."""
+        everything: list[Any] = [own]
+        if self._ranks.world_size > 1:
+            everything = [None] * self._ranks.world_size
+            _together(lambda: dist.all_gather_object(everything, own, group=self._ranks.control))
+        merged: dict[str, list[str]] = {}
+        for found in everything:
+            for name, text in found.items():
+                merged.setdefault(name, []).append(text)
+        return {name: "; ".join(texts) for name, texts in merged.items()}
+
+    def _drop(self, problems: dict[str, str]) -> None:
+        """Leave groups in which something went wrong; they are made anew at the next update."""
+        for name in problems:
+            self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        lane = self._lanes.pop(name, None)
+        if lane is None:
+            return
+        try:
+            lane.close()
+        except RuntimeError as error:
+            logger.warning("leaving the group with %s: %s", name, error)
+
+
+def _together(collective: Callable[[], object]) -> None:
+    """A collective of the training ranks; EngineError if one of them is gone."""
+    try:
+        collective()
+    except RuntimeError as error:
+        raise EngineError(f"a training rank is gone or late: {error}") from error
