@@ -1,8 +1,8 @@
 """Tensors out of untrusted bytes: pickles with an allow-list, and flattened buckets.
 
-A pickle may only rebuild tensors of the CPU and plain values. Nothing it names is imported, so that
-no payload can run code here. Torch cannot load a plain pickle of float8 tensors at all; they travel
-in flattened buckets.
+A pickle may only rebuild plain values and tensors of the CPU, whose bytes are in it or in memory
+shared by name. Nothing it names is imported, so that no payload can run code here. Torch cannot
+load a plain pickle of float8 tensors at all; they travel in flattened buckets.
 """
 
 import base64
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.multiprocessing import reductions
 
 from megatron_spear.errors import EngineError
 
@@ -36,8 +37,20 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("collections", "OrderedDict"): OrderedDict,
     ("types", "SimpleNamespace"): SimpleNamespace,
+    ("torch", "Tensor"): torch.Tensor,
+    ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
+    ("torch.storage", "TypedStorage"): torch.TypedStorage,
     # SGLang's own records of a bucket, which are not installed here.
     ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata"): SimpleNamespace,
+}
+# Tensors in this machine's memory, shared by name; by file descriptor only to a child process.
+_ALLOWED |= {
+    ("torch.multiprocessing.reductions", function.__name__): function
+    for function in (
+        reductions.rebuild_tensor,
+        reductions.rebuild_typed_storage,
+        reductions.rebuild_storage_filename,
+    )
 }
 _SHARED_MEMORY = ("torch.multiprocessing.reductions", "multiprocessing.resource_sharer")
 
@@ -51,7 +64,8 @@ class _Unpickler(pickle.Unpickler):
         more = ""
         if module in _SHARED_MEMORY:
             more = (
-                "; this server takes plain pickles, not tensors in shared memory (ForkingPickler)"
+                "; tensors in shared memory (ForkingPickler) have to be shared by name: "
+                'torch.multiprocessing.set_sharing_strategy("file_system")'
             )
         raise EngineError(f"Blocked unsafe global ({module}.{name}) in a payload{more}")
 

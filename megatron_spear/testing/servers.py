@@ -262,6 +262,8 @@ class _Rank:
         self.weights: Held = {}
         self.version_held: int | None = None
         self._open = False
+        self._device = torch.device("cpu")
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._groups: dict[str, Any] = {}
         self._faults: dict[str, tuple[str, int]] = {}
 
@@ -284,7 +286,7 @@ class _Rank:
     def held(self) -> dict[str, tuple[torch.Tensor, torch.dtype, torch.Size]]:
         # As bytes: torch's plain pickle does not know FP8.
         return {
-            name: (tensor.reshape(-1).view(torch.uint8), tensor.dtype, tensor.shape)
+            name: (tensor.reshape(-1).view(torch.uint8).cpu(), tensor.dtype, tensor.shape)
             for name, tensor in self.weights.items()
         }
 
@@ -308,6 +310,9 @@ class _Rank:
     def join_group(self, group: GroupAddress, rank: int) -> None:
         from megatron_spear import peer_groups
 
+        if group.backend == "nccl":
+            self._device = torch.device("cuda", rank % torch.cuda.device_count())
+            torch.cuda.set_device(self._device)
         self._groups[group.name] = peer_groups.join(
             backend=group.backend,
             host=group.host,
@@ -316,6 +321,7 @@ class _Rank:
             world_size=group.world_size,
             name=group.name,
             timeout_s=60.0,
+            device=self._device if group.backend == "nccl" else None,
         )
 
     def leave_group(self, name: str) -> None:
@@ -333,7 +339,10 @@ class _Rank:
         from megatron_spear.weight_sync.buckets import Bucket
 
         self._expect_open()
-        data = torch.empty(sum(spec.num_bytes for spec in tensors), dtype=torch.uint8)
+        size = sum(spec.num_bytes for spec in tensors)
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        data = self._buffer[:size]
         dist.broadcast(data, src=0, group=self._groups[group])
         self._take(Bucket(tensors=tuple(tensors), data=data))
 
@@ -356,7 +365,14 @@ class _Rank:
     def _take(self, bucket: Any) -> None:
         from megatron_spear.weight_sync.buckets import unpack
 
-        self.weights |= {name: tensor.clone() for name, tensor in unpack(bucket)}
+        for name, tensor in unpack(bucket):
+            old = self.weights.get(name)
+            if old is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype):
+                old.copy_(tensor)  # as an engine does, into memory that is there
+            else:
+                self.weights[name] = tensor.clone()
+        if bucket.data.is_cuda:
+            torch.cuda.synchronize()  # the answer says that the bucket may be overwritten
 
     def _expect_open(self) -> None:
         if not self._open:

@@ -50,6 +50,7 @@ class RandomSource:
     else bfloat16. ``num_runs`` counts exports that ran to their end."""
 
     model: ModelShape = MODEL
+    device: str = "cpu"
     seed: int = 0
     num_runs: int = 0
     weights: Held = field(default_factory=dict)
@@ -57,13 +58,18 @@ class RandomSource:
     def __post_init__(self) -> None:
         self.step()
 
+    def move(self, device: str) -> None:
+        """Have the weights on another device from now on."""
+        self.device = device
+        self.weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
+
     def step(self) -> None:
         """Other weights."""
         self.seed += 1
         draw = torch.Generator().manual_seed(self.seed)
         for name, shape in Manifest.of_model(self.model, "model").shapes.items():
             dtype = torch.float32 if "norm" in name else torch.bfloat16
-            self.weights[name] = torch.randn(shape, generator=draw).to(dtype)
+            self.weights[name] = torch.randn(shape, generator=draw).to(self.device, dtype)
 
     def export_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         yield from self.weights.items()
@@ -75,7 +81,7 @@ Make = Callable[[RandomSource, FakeFleet, float], Transport]
 
 
 def check_transport(make: Make) -> None:
-    """All checks below."""
+    """All checks below; ``make`` may call ``source.move("cuda")``."""
     check_weights_arrive(make)
     check_versions_grow(make)
     check_faults(make)
@@ -229,7 +235,7 @@ def _expect_updated(
         for held in server.held():
             _expect(f"{where} holds", sorted(held), sorted(source.weights))
             for name, tensor in source.weights.items():
-                if held[name].dtype != tensor.dtype or not torch.equal(held[name], tensor):
+                if held[name].dtype != tensor.dtype or not torch.equal(held[name], tensor.cpu()):
                     fail(f"{where} holds {name}", str(held[name]), str(tensor))
 
 

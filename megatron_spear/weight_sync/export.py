@@ -48,7 +48,7 @@ class _Outcome:
     error: str | None
 
 
-class TrainingRanks:
+class PublishingRanks:
     """The training ranks' part of every transport: versions that grow, one export, one outcome.
 
     ``control`` is a gloo group of all ranks, None where there is one.

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_spear.weight_sync.export import Export, TrainingRanks
+from megatron_spear.weight_sync.export import Export, PublishingRanks
 from megatron_spear.weight_sync.transport import WeightSource
 
 
@@ -37,7 +37,7 @@ class InProcess:
         pause: Callable[[], object] = lambda: None,
         resume: Callable[[], object] = lambda: None,
     ) -> None:
-        self._ranks = TrainingRanks(source, control)
+        self._ranks = PublishingRanks(source, control)
         self._receiver = receiver
         self._pause = pause
         self._resume = resume

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_spear.background import nothing_to_do
 from megatron_spear.errors import EngineError
 from megatron_spear.weight_sync.buckets import Bucket
-from megatron_spear.weight_sync.export import Export, TrainingRanks
+from megatron_spear.weight_sync.export import Export, PublishingRanks
 from megatron_spear.weight_sync.manifest import Manifest
 from megatron_spear.weight_sync.servers import UpdateServer, UpdateServers
 from megatron_spear.weight_sync.transport import WeightSource
@@ -156,7 +156,7 @@ class ServerTransport:
         control: dist.ProcessGroup | None,
         deadline_s: float,
     ) -> None:
-        self._ranks = TrainingRanks(source, control)
+        self._ranks = PublishingRanks(source, control)
         self._manifest = manifest
         self._servers = servers
         self._delivery = delivery

@@ -151,6 +151,7 @@ def _receive(port: int, size: int, count: int) -> None:
     buffer = torch.zeros(size, dtype=torch.uint8)
     for _ in range(count):
         dist.broadcast(buffer, src=0, group=group)
+    peer_groups.leave(group)
 
 
 def _join(port: int, rank: int) -> dist.ProcessGroup:
