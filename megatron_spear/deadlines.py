@@ -16,6 +16,7 @@ HANG_EXIT_CODE = 70
 """Exit status of a process that a watchdog ended."""
 
 _GRACE_S = 5.0
+_AT_ONCE_S = 10.0
 _ERROR_FD = 2
 
 
@@ -140,8 +141,18 @@ class StopFlag:
         self._reason = self._reason or reason
 
 
+def _end_soon() -> None:
+    """End the process unless it ends before by itself."""
+    time.sleep(_AT_ONCE_S)
+    os.write(_ERROR_FD, b"\nit did not stop by itself; ended\n")
+    os._exit(128 + signal.SIGINT)
+
+
 def install_stop_signals(*, announce: bool = True) -> StopFlag:
     """A flag that SIGINT, SIGTERM and SIGUSR1 set; a second SIGINT raises KeyboardInterrupt.
+
+    Should that be lost (in a finalizer, or behind a C call), the process ends 10 s later all the
+    same, with status 130.
 
     Call it in the main thread, before torch is imported. ``announce`` answers the first signal with
     a line on stderr, so that Ctrl-C does not look ignored while a step ends.
@@ -155,6 +166,7 @@ def install_stop_signals(*, announce: bool = True) -> StopFlag:
         if number == signal.SIGINT:
             interrupts += 1
             if interrupts > 1:
+                threading.Thread(target=_end_soon, name="at-once", daemon=True).start()
                 raise KeyboardInterrupt
         if announce and not flag:
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""

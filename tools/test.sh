@@ -15,7 +15,8 @@ fi
 # A file's tests run in one process, as they share results of ranks and whole runs; in this order, in
 # which the long files come first.
 export OMP_NUM_THREADS=1 # two processes on two cores
-"$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slurm"
+"$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+    -m "not gpu and not slurm and not real_engine"
 # The same policy on the GPU stack's Megatron version, in at most 2.5 minutes. Where the versions
 # differ: checkpoint files (of each layout; on a full disk; written in a thread by the units), experts
 # and TransformerEngine's layers (on one and two ranks, all of untied models, so that the layouts need

@@ -24,6 +24,7 @@ _COMMANDS = {
     "check-config": "print the resolved configuration, or every mistake in it",
 }
 _CONVERT = "make a Megatron checkpoint of a Hugging Face folder or the other way, or compare two"
+_SERVE = "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name == "evaluate":
             sub.add_argument("--model", required=True, help="Hugging Face folder to evaluate")
-    commands.add_parser("convert", help=_CONVERT, add_help=False)  # has a parser of its own
+    # These have parsers of their own.
+    commands.add_parser("convert", help=_CONVERT, add_help=False)
+    commands.add_parser("serve", help=_SERVE, add_help=False)
     return parser
 
 
@@ -54,6 +57,10 @@ def run(arguments: Sequence[str]) -> int:
         from megatron_spear.cli import convert
 
         return convert.run(arguments[1:])
+    if arguments and arguments[0] == "serve":
+        from megatron_spear.cli import serve
+
+        return serve.run(arguments[1:])
     parser = build_parser()
     words = _joined(arguments)
     options, unknown = parser.parse_known_args([w for w in words if not _is_setting(w)])

@@ -24,7 +24,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
 
     Example: with ``policy.tensor_parallel=2`` on 3 ranks, one line says that 3 is no multiple of 2.
     """
-    checks = [_context(config)]
+    checks = [_context(config), _servers(config)]
     if use != "evaluate":
         checks += [
             _layout(config, world_size),
@@ -143,6 +143,44 @@ def _groups(config: RunConfig) -> Iterator[str]:
         yield (
             f"algorithm.mini_batches={algorithm.mini_batches} is above the {trajectories} "
             "trajectories of a step (rollout.prompts_per_step x rollout.group_size)"
+        )
+
+
+def _servers(config: RunConfig) -> Iterator[str]:
+    """The engine, its servers, and how weights get there."""
+    engine, servers = config.rollout.engine, config.rollout.servers
+    transport, embedded = config.weight_sync.transport, config.rollout.engine == "embedded"
+    if embedded and servers:
+        yield (
+            "rollout.engine=embedded has no servers, and rollout.servers names "
+            f"{len(servers)}; set rollout.engine=sglang or vllm, or rollout.servers=[]"
+        )
+    if not embedded and not servers:
+        yield (
+            f"rollout.engine={engine} needs rollout.servers, a list of URLs; to try it on this "
+            "machine: megatron-spear serve MODEL --port 30000, then "
+            "rollout.servers=[http://127.0.0.1:30000]"
+        )
+    if servers and config.weight_sync.deadline_s >= config.run.hang_limit_s:
+        yield (
+            f"weight_sync.deadline_s={config.weight_sync.deadline_s:g} is not below "
+            f"run.hang_limit_s={config.run.hang_limit_s:g}, for which other ranks wait meanwhile; "
+            "lower the first or raise the second"
+        )
+    for url in servers:
+        if not url.startswith(("http://", "https://")):
+            yield f"rollout.servers has {url!r}; expected a URL, http://host:port say"
+    for url in sorted({url for url in servers if servers.count(url) > 1}):
+        yield f"rollout.servers has {url} twice; name each server once"
+    if transport != "auto" and embedded is (transport != "in_process"):
+        yield (
+            f"weight_sync.transport={transport} does not go with rollout.engine={engine}; use "
+            f"{'auto or in_process' if embedded else 'auto, broadcast, sharded, disk or ipc'}"
+        )
+    if embedded and config.weight_sync.precision != "model":
+        yield (
+            f"weight_sync.precision={config.weight_sync.precision} is for servers that hold FP8 "
+            "weights; the embedded engine computes in the model's own (weight_sync.precision=model)"
         )
 
 

@@ -25,6 +25,7 @@ from megatron_spear.config.method import (
     RewardSection,
 )
 from megatron_spear.config.presets.layouts import PRESETS, unknown_preset
+from megatron_spear.config.rollout import RolloutSection, WeightSyncSection
 from megatron_spear.types import TASK_TYPES, TaskType
 
 
@@ -233,31 +234,6 @@ class AlfworldSection(Section):
     """Turns after which a game is over (paper: 50)."""
 
 
-class RolloutSection(Section):
-    """How trajectories are made."""
-
-    engine: Literal["embedded"] = "embedded"
-    """The rollout engine."""
-    prompts_per_step: PositiveInt = 8
-    """Prompts (games) a trainer step."""
-    group_size: PositiveInt = 8
-    """Attempts a prompt."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; the policy's log-probs use the same."""
-    max_new_tokens: PositiveInt = 10
-    """Most tokens in one turn's answer."""
-    max_context: PositiveInt = 512
-    """Most tokens in one context, prompt and answers."""
-    max_slots: PositiveInt = 64
-    """Contexts the engine holds at once; further ones wait."""
-    env_workers: PositiveInt = 1
-    """Environment worker processes."""
-    env_deadline_s: PositiveFloat = 30.0
-    """Deadline of one environment call."""
-    engine_deadline_s: PositiveFloat = 300.0
-    """Deadline of one generation."""
-
-
 class SftSection(Section):
     """The supervised warm start on planner walkthroughs with recovery noise."""
 
@@ -340,6 +316,8 @@ class RunConfig(Section):
     """The environment."""
     rollout: RolloutSection = RolloutSection()
     """The rollout stage."""
+    weight_sync: WeightSyncSection = WeightSyncSection()
+    """From policy to engines."""
     reward: RewardSection = RewardSection()
     """The reward parts."""
     algorithm: AlgorithmSection = AlgorithmSection()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_spear.conversion.mapping import WeightMap
 from megatron_spear.errors import CheckpointError
-from megatron_spear.files import disk_full_behind
+from megatron_spear.files import disk_full_behind, sync_file, sync_folder
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -181,13 +181,16 @@ def write_hf_folder(
     weights: Iterable[tuple[str, Tensor | None]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantization: Mapping[str, Any] | None = None,
+    flush: bool = False,
 ) -> None:
     """Write ``weights``, ``source``'s config and tokenizer as a folder transformers can load.
 
     ``weights`` is a stream such as ``MegatronPolicy.export_weights()``; entries without a tensor
     are passed over. Files appear under a temporary name and are put in place at the end, so a
-    folder is whole or not there. Raises CheckpointError if ``target`` exists and is not an empty
-    folder, and if the disk is full.
+    folder is whole or not there; with ``flush`` also after a power cut, and for readers on other
+    machines. ``quantization`` is config.json's ``quantization_config``. Raises CheckpointError if
+    ``target`` exists and is not an empty folder, and if the disk is full.
     """
     target, source = Path(target), Path(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -198,10 +201,16 @@ def write_hf_folder(
         with full_disk_told(target):
             work.mkdir(parents=True)
             dtype = _write_shards(work, weights, max_shard_bytes)
-            write_description(work, source, dtype)
+            write_description(work, source, dtype, quantization)
+            if flush:
+                for file in work.iterdir():
+                    sync_file(file)
+                sync_folder(work)
             if target.exists():
                 target.rmdir()
             work.replace(target)
+            if flush:
+                sync_folder(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -233,13 +242,13 @@ def _write_shards(
     work: Path, weights: Iterable[tuple[str, Tensor | None]], max_shard_bytes: int
 ) -> torch.dtype:
     files: list[tuple[Path, list[str]]] = []
-    total, dtype = 0, torch.float32
+    total, dtype = 0, None
     for shard in _shards(weights, max_shard_bytes):
         file = work / f"shard-{len(files)}"
         save_file(shard, file, metadata={"format": "pt"})
         files.append((file, list(shard)))
         total += sum(tensor.nbytes for tensor in shard.values())
-        dtype = next(iter(shard.values())).dtype
+        dtype = dtype or next(iter(shard.values())).dtype  # the embedding's: it is never quantized
     weight_map: dict[str, str] = {}
     for number, (file, names) in enumerate(files, 1):
         name = shard_name(number, len(files))
@@ -247,7 +256,7 @@ def _write_shards(
         weight_map |= dict.fromkeys(names, name)
     if len(files) > 1:
         write_index(work, weight_map, total)
-    return dtype
+    return dtype or torch.float32
 
 
 def _shards(

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_spear.algorithms.draws import raw_draws
-from megatron_spear.data.prompts import PromptSource
+from megatron_spear.data.prompts import Cursor, PromptSource
 from megatron_spear.errors import CheckpointError
 from megatron_spear.types import Prompt
 
@@ -15,7 +15,7 @@ Choose = Callable[[npt.NDArray[np.float64]], Sequence[str]]
 """A bucket for each of some uniform numbers in [0, 1)."""
 
 
-class BucketCursor:
+class BucketCursor(Cursor):
     """The next prompts: ``choose`` says of which buckets, each of which goes on in its order.
 
     Every prompt of a bucket is consumed exactly once, in order, whatever is drawn. Draws are keyed
@@ -27,26 +27,32 @@ class BucketCursor:
     """
 
     def __init__(self, sources: Mapping[str, PromptSource], choose: Choose, seed: int) -> None:
+        super().__init__()
         self._sources, self._choose, self._seed = dict(sources), choose, seed
         self.consumed = dict.fromkeys(sources, 0)
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts; they count as consumed from now on."""
+    def claim(self, count: int) -> list[list[Any]]:
+        """``[bucket, position]`` of the next ``count`` prompts."""
         draws = raw_draws(count, self._seed, "tasks", sum(self.consumed.values()))
         uniforms = (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        prompts = []
+        claimed = []
         for bucket in self._choose(uniforms):
-            prompts.append(self._sources[bucket].at(self.consumed[bucket]))
+            claimed.append([bucket, self.consumed[bucket]])
             self.consumed[bucket] += 1
-        return prompts
+        return claimed
 
-    def state_dict(self) -> dict[str, Any]:
+    def at(self, position: Sequence[Any]) -> Prompt:
+        """The prompt at ``[bucket, position]``."""
+        bucket, number = position
+        return self._sources[bucket].at(number)
+
+    def position(self) -> dict[str, Any]:
         """The position in each bucket."""
         return {"consumed": dict(self.consumed)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def move(self, position: dict[str, Any]) -> None:
         """Continue from saved positions; CheckpointError where they are of other buckets."""
-        saved = state["consumed"]
+        saved = position["consumed"]
         if set(saved) != set(self._sources):
             raise CheckpointError(
                 f"the saved prompt positions are of the buckets {sorted(saved)}, expected "

@@ -2,6 +2,7 @@
 number."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,20 +18,61 @@ class PromptSource(Protocol):
         ...
 
 
-class Cursor(Protocol):
-    """Which prompts come next; its state is plain JSON values."""
+class Cursor(ABC):
+    """Which prompts come next, each given exactly once; its state is plain JSON values.
+
+    What was begun for a later step is kept until it is settled, so that a resumed run begins it
+    again with the same prompts.
+
+    Example: after ``begin(5, 8)`` and ``take(2)`` of fresh prompts, ``state_dict()`` is
+    ``{"consumed": 10, "begun": {"5": [0, 1, 2, 3, 4, 5, 6, 7]}}``; ``settle(5)`` leaves
+    ``{"consumed": 10}``.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[int, list[Any]] = {}
+
+    @abstractmethod
+    def claim(self, count: int) -> list[Any]:
+        """The positions of the next ``count`` prompts, which count as consumed from now on."""
+
+    @abstractmethod
+    def at(self, position: Any) -> Prompt:
+        """The prompt at a claimed position."""
+
+    @abstractmethod
+    def position(self) -> dict[str, Any]:
+        """Where it stands."""
+
+    @abstractmethod
+    def move(self, position: dict[str, Any]) -> None:
+        """Stand where it stood."""
 
     def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts; they count as consumed from now on."""
-        ...
+        """The next ``count`` prompts."""
+        return [self.at(position) for position in self.claim(count)]
+
+    def begin(self, step: int, count: int) -> list[Prompt]:
+        """The prompts of a step that will be settled later: those it was begun with, or the next
+        ``count``."""
+        if step not in self._begun:
+            self._begun[step] = self.claim(count)
+        return [self.at(position) for position in self._begun[step]]
+
+    def settle(self, step: int) -> None:
+        """The step's prompts were played and go into training now."""
+        self._begun.pop(step, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
-        ...
+        """Where it stands, and what was begun and not settled."""
+        begun = {str(step): positions for step, positions in self._begun.items()}
+        return self.position() | ({"begun": begun} if begun else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where it stood."""
-        ...
+        begun = state.get("begun", {})
+        self.move({key: value for key, value in state.items() if key != "begun"})
+        self._begun = {int(step): list(positions) for step, positions in begun.items()}
 
 
 class FreshPrompts:
@@ -88,26 +130,31 @@ class CheckedPrompts:
         return prompt
 
 
-class PromptCursor:
-    """How many prompts were consumed, each exactly once, and the next ones.
+class PromptCursor(Cursor):
+    """The prompts of one source in its order.
 
     Example: after ``take(8)`` twice, ``state_dict()`` is ``{"consumed": 16}``.
     """
 
     def __init__(self, source: PromptSource) -> None:
+        super().__init__()
         self._source = source
         self.consumed = 0
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts; they count as consumed from now on."""
-        prompts = [self._source.at(self.consumed + i) for i in range(count)]
+    def claim(self, count: int) -> list[int]:
+        """The next ``count`` positions of the source."""
+        first = self.consumed
         self.consumed += count
-        return prompts
+        return list(range(first, self.consumed))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position."""
+    def at(self, position: int) -> Prompt:
+        """The source's prompt."""
+        return self._source.at(position)
+
+    def position(self) -> dict[str, Any]:
+        """How many prompts were consumed."""
         return {"consumed": self.consumed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def move(self, position: dict[str, Any]) -> None:
         """Continue from a saved position."""
-        self.consumed = int(state["consumed"])
+        self.consumed = int(position["consumed"])

@@ -172,11 +172,9 @@ def _to_controller(
     """Gather a parameter's shards on rank 0 (None elsewhere)."""
     full = part
     first_copy = ctx.data_rank == 0 and ctx.context_rank == 0
-    if part is not None and item.expert is None and first_copy:
-        shards = [part]
-        if ctx.tensor_size > 1:
-            shards = [torch.empty_like(part) for _ in range(ctx.tensor_size)]
-            dist.all_gather(shards, part.contiguous(), group=ctx.tensor)
+    if part is not None and item.expert is None and first_copy and ctx.tensor_size > 1:
+        shards = [torch.empty_like(part) for _ in range(ctx.tensor_size)]
+        dist.all_gather(shards, part.contiguous(), group=ctx.tensor)
         full = item.unshard(shards) if ctx.tensor_rank == 0 else None
     if holder == 0:
         return full if ctx.is_controller else None

@@ -27,23 +27,28 @@ class GenerationRequest:
     """One generation. ``seed`` keys the draw, so that batching does not change what is drawn.
 
     ``session`` names the context that grows over turns; an engine may keep its KV cache under it.
-    ``token_ids`` int32 ``[P]`` is always the whole prompt.
+    ``token_ids`` int32 ``[P]`` is always the whole prompt. A ``seed`` that is an int is the key
+    itself, 0 to 2^63 - 1 (``engines.sampling.seed_key`` makes one of a tuple). ``score_prompt``
+    asks for the prompt's log-probs too; ``max_new_tokens`` may then be 0.
     """
 
     session: str
     token_ids: TokenArray
     sampling: SamplingParams
-    seed: tuple[int, ...]
+    seed: tuple[int, ...] | int
+    score_prompt: bool = False
 
     def check(self) -> None:
         """Raise EngineError where no engine could serve this."""
         tokens, sampling, problem = np.asarray(self.token_ids), self.sampling, None
         if tokens.ndim != 1 or len(tokens) == 0:
             problem = f"token_ids has shape {tokens.shape}; expected [P] with P >= 1"
-        elif sampling.max_new_tokens < 1:
+        elif sampling.max_new_tokens < (0 if self.score_prompt else 1):
             problem = f"max_new_tokens={sampling.max_new_tokens}; expected 1 or more"
         elif not 0 <= sampling.temperature < float("inf"):
             problem = f"temperature={sampling.temperature}; expected a number >= 0"
+        elif isinstance(self.seed, int) and not 0 <= self.seed < 1 << 63:
+            problem = f"seed={self.seed}; a key is 0 to 2^63 - 1"
         if problem is not None:
             raise EngineError(f"request of session {self.session!r}: {problem}")
 
@@ -62,8 +67,11 @@ class Generation:
     log-probs.
 
     ``finish_reason`` is ``stop``, ``length`` (max_new_tokens) or ``context`` (the context is full;
-    without tokens where the prompt fills it). ``versions`` says which weights the tokens were drawn
-    from: spans in order that add up to A tokens, one of 0 tokens where there are none.
+    without tokens where the prompt fills it); one that was called off says ``abort``. ``versions``
+    says which weights the tokens were drawn from: spans in order that add up to A tokens, one of 0
+    tokens where there are none. ``prompt_logprobs`` float32 ``[P]``, if asked for, are of the raw
+    distribution (temperature 1), 0 for the first token. ``cached_tokens`` of the prompt were not
+    computed; ``num_retractions`` counts the pauses that it went through with its tokens kept.
 
     Example: 43 tokens at version 6, then an update, then 21 at version 7:
     ``(VersionSpan(6, 43), VersionSpan(7, 21))``.
@@ -73,6 +81,9 @@ class Generation:
     logprobs: FloatArray
     finish_reason: str
     versions: tuple[VersionSpan, ...]
+    prompt_logprobs: FloatArray | None = None
+    cached_tokens: int = 0
+    num_retractions: int = 0
 
 
 PauseMode = Literal["retract", "abort"]
@@ -82,11 +93,17 @@ reproducible from the weights of its version; going on over old keys and values 
 
 
 class RolloutEngine(Protocol):
-    """A server of one policy, or several of the same; ``policy_version`` counts the weight updates
-    it holds. All methods belong to one event loop."""
+    """A server of one policy, or several of the same. All methods belong to one event loop."""
 
-    policy_version: int
-    max_context: int
+    @property
+    def policy_version(self) -> int:
+        """How many weight updates it holds."""
+        ...
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        ...
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Draw one generation; raises EngineError, never waits for ever."""

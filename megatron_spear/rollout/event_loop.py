@@ -56,6 +56,18 @@ class EventLoop:
                 self._settle()
             raise
 
+    def cancel_all(self) -> None:
+        """Cancel what is under way and let it end."""
+
+        async def cancel() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            if others:
+                await asyncio.wait(others, timeout=_CLOSE_S)
+
+        self.run(cancel())
+
     def close(self) -> None:
         """Cancel what is under way and end the thread; a second call does nothing."""
         if not self._thread.is_alive():

@@ -5,9 +5,12 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from megatron_spear.config.schema import RolloutSection, WindowHistory
+from megatron_spear.config.rollout import RolloutSection
+from megatron_spear.config.schema import WindowHistory
 from megatron_spear.envs.views import AgentView
 from megatron_spear.errors import EngineError, EnvironmentFault, EnvironmentsLost, StopRequested
 from megatron_spear.rollout.chat import ChatRenderer
@@ -43,6 +46,7 @@ class Rollouter:
         loop: EventLoop | None = None,
     ) -> None:
         self._loop = loop
+        self._slots_of = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
         self._stage = Stage(
             engine=engine,
             pool=pool,
@@ -75,8 +79,7 @@ class Rollouter:
         """
         names = _group_names(prompts, seed)
         finished = 0
-        # More contexts than the engine's slots would push each other's cache out between turns.
-        slots = asyncio.Semaphore(self._stage.rollout.max_slots)
+        slots = self._slots()
 
         async def run(attempt: Attempt) -> _Outcome:
             nonlocal finished
@@ -100,6 +103,35 @@ class Rollouter:
             _group(prompt, name[0], played[index * group_size : (index + 1) * group_size])
             for index, (prompt, name) in enumerate(zip(prompts, names, strict=True))
         ]
+
+    def _slots(self) -> asyncio.Semaphore:
+        """Who may play: more contexts than the engine's slots would push each other's cache out
+        between turns. Shared by all collects of a loop, in the order in which attempts came."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._slots_of:
+            self._slots_of[loop] = asyncio.Semaphore(self._stage.rollout.max_slots)
+        return self._slots_of[loop]
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seed: tuple[int, ...],
+        temperature: float,
+        progress: Callable[[int], None] | None = None,
+    ) -> "Future[list[TrajectoryGroup]]":
+        """Begin a ``collect`` on the event loop, for a caller that goes on meanwhile."""
+        assert self._loop is not None, "rollouts ahead need an event loop of their own"
+        return self._loop.start(
+            self.collect(
+                prompts,
+                group_size=group_size,
+                seed=seed,
+                temperature=temperature,
+                progress=progress,
+            )
+        )
 
     def collect_sync(
         self,

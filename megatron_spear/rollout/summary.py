@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_spear.errors import EngineError
 from megatron_spear.types import Status, TrajectoryGroup
 
 _TRUNCATED = (Status.TRUNCATED_LENGTH, Status.TRUNCATED_TURNS)
@@ -37,3 +38,39 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "rollout/max_context": float(max((s.num_tokens for s in segments), default=0)),
     }
     return metrics
+
+
+def lag_metrics(
+    groups: Sequence[TrajectoryGroup], policy_version: int, max_lag: int
+) -> dict[str, float]:
+    """How many versions behind ``policy_version`` the action tokens were drawn.
+
+    ``rollout/lag_mean`` is over tokens, ``rollout/lag_<k>_fraction`` their histogram for k = 0 to
+    ``max_lag``, ``rollout/mixed_versions_fraction`` the share of trajectories of more than one
+    version. Raises EngineError where a version is not in that range: those weights were never, or
+    should no longer be, served.
+
+    Example: 43 tokens of version 6 and 21 of version 7 at version 7: mean 43/64, lag_1 43/64.
+    """
+    counts, mixed, members = [0] * (max_lag + 1), 0, 0
+    for member in (member for group in groups for member in group.members):
+        versions = set()
+        for version, num_tokens in (span for turn in member.turns for span in turn.versions):
+            lag = policy_version - version
+            if not 0 <= lag <= max_lag:
+                raise EngineError(
+                    f"{num_tokens} tokens of trajectory {member.id} are of policy version "
+                    f"{version}; expected {policy_version - max_lag} to {policy_version} "
+                    f"(rollout.max_lag={max_lag}); look for a server that missed an update"
+                )
+            counts[lag] += num_tokens
+            versions.add(version)
+        mixed, members = mixed + (len(versions) > 1), members + 1
+    total = sum(counts)
+    if not total:
+        return {}
+    fractions = {f"rollout/lag_{lag}_fraction": n / total for lag, n in enumerate(counts)}
+    return fractions | {
+        "rollout/lag_mean": sum(lag * n for lag, n in enumerate(counts)) / total,
+        "rollout/mixed_versions_fraction": mixed / members,
+    }

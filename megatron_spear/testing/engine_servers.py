@@ -25,6 +25,7 @@ class RankServer:
 
     def __init__(self, name: str, parameters: Sequence[Parameters], deadline_s: float) -> None:
         self.name, self.num_ranks = name, len(parameters)
+        self.serving = False
         self.version: int | None = None
         self.log: list[str] = []
         self._parameters, self._deadline_s = parameters, deadline_s
@@ -162,7 +163,9 @@ class Servers:
 
     def take_out(self, server: UpdateServer, why: str) -> None:
         self.out[server.name] = why
+        server.serving = False
 
     def admit(self, server: UpdateServer, policy_version: int) -> None:
         self.out.pop(server.name, None)
+        server.serving = True
         self.versions[server.name] = policy_version

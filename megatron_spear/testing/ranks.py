@@ -44,7 +44,7 @@ def run_ranks(
     """
     from torch.distributed import TCPStore
 
-    context = multiprocessing.get_context("spawn") if fake_te else _context()
+    context = multiprocessing.get_context("spawn") if fake_te else fork_context()
     # Bound here, as torchrun does: a port that was only looked up may be taken before rank 0 binds.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], {}
@@ -119,7 +119,7 @@ def _rank_main(
     os._exit(0)  # no atexit work: other ranks may be gone already
 
 
-def _context() -> ForkServerContext:
+def fork_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     return context

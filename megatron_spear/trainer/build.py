@@ -1,12 +1,12 @@
 """From a RunConfig to objects that take their own sections: the only place that sees all of it."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_spear.algorithms.policy_loss import PolicyLoss
-from megatron_spear.config.schema import RolloutSection, RunConfig
+from megatron_spear.config.schema import RunConfig
 from megatron_spear.curriculum.task_sampling import TaskSampler
 from megatron_spear.data.buckets import BucketCursor
 from megatron_spear.data.prompts import (
@@ -24,21 +24,21 @@ from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.rollout.engine import RolloutEngine
-from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.trainer import seeds
+from megatron_spear.trainer.ahead import RolloutsAhead
 from megatron_spear.trainer.controller import Controller
+from megatron_spear.trainer.engines import MadeEngine, make_engine
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.hooks.curriculum import CurriculumHook
 from megatron_spear.trainer.hooks.official_replay import OfficialReplayHook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.trainer.loop import SpearStep
+from megatron_spear.trainer.transports import make_transport
 from megatron_spear.types import TaskType
-from megatron_spear.weight_sync.in_process import InProcess
-from megatron_spear.weight_sync.transport import Transport
 
 ENVIRONMENT = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
 
@@ -48,13 +48,19 @@ class RolloutStack:
     """What plays games: engine, environment processes and the rollouter over both."""
 
     loop: EventLoop
-    engine: RolloutEngine
+    made: MadeEngine
     pool: EnvironmentPool
     rollouter: Rollouter
 
+    @property
+    def engine(self) -> RolloutEngine:
+        """What generates."""
+        return self.made.engine
+
     def close(self) -> None:
-        """End the environment processes and free the engine."""
+        """Give up what is under way, end the environment processes and free the engine."""
         try:
+            self.loop.cancel_all()
             self.pool.close()
             self.loop.run(self.engine.close())
         finally:
@@ -79,32 +85,16 @@ def make_renderer(model: Path) -> ChatRenderer:
     return ChatRenderer(AutoTokenizer.from_pretrained(model))
 
 
-def _embedded_engine(rollout: RolloutSection, model: Path) -> RolloutEngine:
-    return EmbeddedEngine.from_hf(
-        model,
-        max_slots=rollout.max_slots,
-        max_context=rollout.max_context,
-        deadline_s=rollout.engine_deadline_s,
-    )
-
-
-ENGINES: Mapping[str, Callable[[RolloutSection, Path], RolloutEngine]] = {
-    "embedded": _embedded_engine
-}
-"""What makes each engine that ``rollout.engine`` can name, with the weights of a Hugging Face
-folder."""
-
-
 def make_rollout(config: RunConfig, model: Path) -> RolloutStack:
     """Engine, pool and rollouter over the weights of a Hugging Face folder."""
     rollout, env = config.rollout, config.env
     loop = EventLoop("rollout", lambda: use_threads(config.run.threads))
-    engine = ENGINES[rollout.engine](rollout, model)
+    made = make_engine(rollout, config.weight_sync, model, loop)
     pool = EnvironmentPool(
         ENVIRONMENT, workers=rollout.env_workers, deadline_s=rollout.env_deadline_s
     )
     rollouter = Rollouter(
-        engine,
+        made.engine,
         pool,
         make_renderer(model),
         alfworld_view(env.prompt),
@@ -113,7 +103,7 @@ def make_rollout(config: RunConfig, model: Path) -> RolloutStack:
         max_turns=env.max_turns,
         loop=loop,
     )
-    return RolloutStack(loop=loop, engine=engine, pool=pool, rollouter=rollouter)
+    return RolloutStack(loop=loop, made=made, pool=pool, rollouter=rollouter)
 
 
 def make_panel(config: RunConfig) -> task.Panel:
@@ -135,7 +125,8 @@ def make_step(
     config: RunConfig,
     policy: MegatronPolicy,
     rollout: RolloutStack | None,
-    replay_folder: Path,
+    model: Path,
+    run_folder: Path,
     own_hooks: Mapping[str, Hook],
 ) -> SpearStep:
     """The trainer step; ``rollout`` is None on ranks other than the controller.
@@ -145,17 +136,29 @@ def make_step(
     controller = None
     if rollout is not None:
         cursor, measuring = make_cursor(config)
+        ahead = None
+        if config.rollout.max_lag:
+            ahead = RolloutsAhead(rollout.rollouter, cursor, config.rollout, config.run.steps)
         controller = Controller(
             cursor=cursor,
             rollouter=rollout.rollouter,
-            hooks=make_hooks(config, replay_folder, {**measuring, **own_hooks}),
+            hooks=make_hooks(config, run_folder / "replay", {**measuring, **own_hooks}),
             rollout=config.rollout,
             reward=config.reward,
             algorithm=config.algorithm,
+            ahead=ahead,
         )
     return SpearStep(
         policy=policy,
-        weight_sync=make_transport(policy, rollout),
+        weight_sync=make_transport(
+            config.rollout,
+            config.weight_sync,
+            policy,
+            (rollout.loop, rollout.made) if rollout is not None else None,
+            virtual_pipeline=config.policy.virtual_pipeline,
+            model=model,
+            folder=run_folder / "weights",
+        ),
         controller=controller,
         loss=PolicyLoss.from_sections(
             config.algorithm, config.replay.loss, temperature=config.rollout.temperature
@@ -163,20 +166,6 @@ def make_step(
         algorithm=config.algorithm,
         replay=config.replay,
         tokens_per_microbatch=config.policy.tokens_per_microbatch,
-    )
-
-
-def make_transport(policy: MegatronPolicy, rollout: RolloutStack | None) -> Transport:
-    """How the policy's weights get into the engine."""
-    if rollout is None:
-        return InProcess(source=policy, receiver=None)
-    loop, engine = rollout.loop, rollout.engine
-    assert isinstance(engine, EmbeddedEngine), "the only engine so far"
-    return InProcess(
-        source=policy,
-        receiver=engine,
-        pause=lambda: loop.run(engine.pause("retract")),
-        resume=lambda: loop.run(engine.resume()),
     )
 
 

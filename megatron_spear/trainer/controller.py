@@ -13,20 +13,21 @@ from megatron_spear.algorithms.filters import counted_groups, keep_groups, rewar
 from megatron_spear.algorithms.official.rows import official_rows
 from megatron_spear.algorithms.samples import make_samples
 from megatron_spear.config.method import AlgorithmSection, RewardSection
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.data.prompts import Cursor
 from megatron_spear.rewards.compose import score
 from megatron_spear.rewards.row_marks import mark_rows
 from megatron_spear.rewards.summary import reward_metrics
 from megatron_spear.rollout.rollouter import Rollouter
-from megatron_spear.rollout.summary import rollout_metrics
+from megatron_spear.rollout.summary import lag_metrics, rollout_metrics
+from megatron_spear.trainer.ahead import RolloutsAhead
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.types import RowKey, ScoredGroup, StepContext, TrainSample, TrajectoryGroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class Controller:
-    """Rank 0's stages."""
+    """Rank 0's stages. ``ahead`` plays each step's first round early (``rollout.max_lag``)."""
 
     cursor: Cursor
     rollouter: Rollouter
@@ -34,6 +35,7 @@ class Controller:
     rollout: RolloutSection
     reward: RewardSection
     algorithm: AlgorithmSection
+    ahead: RolloutsAhead | None = None
 
     def collect(
         self, ctx: StepContext, progress: Callable[[int], None] | None = None
@@ -59,6 +61,7 @@ class Controller:
                 groups[seat] = group
             played, scored = played + more, scored + fresh
         metrics = rollout_metrics(played)
+        metrics |= lag_metrics(played, ctx.policy_version, self.rollout.max_lag)
         metrics |= reward_metrics(scored, ctx.coefficients.intrinsic_weight)
         if self.algorithm.dynamic_sampling_rounds:
             metrics["filter/num_sampling_rounds"] = float(rounds)
@@ -96,14 +99,17 @@ class Controller:
         one prompt, so it may fail as a whole without ending the run. ``finished`` attempts of the
         step came before.
         """
-        groups = self.rollouter.collect_sync(
-            self.cursor.take(num_prompts),
-            group_size=self.rollout.group_size,
-            seed=(ctx.seed, ctx.step, number) if number else (ctx.seed, ctx.step),
-            temperature=self.rollout.temperature,
-            progress=progress and (lambda count: progress(finished + count)),
-            all_may_fail=number > 0,
-        )
+        if self.ahead is not None and number == 0:
+            groups = self.ahead.play(ctx, progress)
+        else:
+            groups = self.rollouter.collect_sync(
+                self.cursor.take(num_prompts),
+                group_size=self.rollout.group_size,
+                seed=(ctx.seed, ctx.step, number) if number else (ctx.seed, ctx.step),
+                temperature=self.rollout.temperature,
+                progress=progress and (lambda count: progress(finished + count)),
+                all_may_fail=number > 0,
+            )
         return groups, [score(group, self.reward) for group in groups]
 
     def _equal(self, ctx: StepContext, groups: Sequence[ScoredGroup]) -> list[int]:

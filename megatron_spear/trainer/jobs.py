@@ -40,8 +40,7 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         tracker = None
         try:
             policy = build.make_policy(config, model, context)
-            replay = directory.path / "replay"
-            step = build.make_step(config, policy, rollout, replay, own_hooks)
+            step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
             console.line(method_text(config))
             run = SpearRun(
                 config,
@@ -111,6 +110,7 @@ def evaluate_model(config: RunConfig, model: str, stop: Any) -> float:
     """Success of a Hugging Face folder on the panel; prints it by task type too."""
     console, _ = _start(config, "evaluate")
     from megatron_spear.trainer import build
+    from megatron_spear.trainer.engines import serve_folder
     from megatron_spear.trainer.evaluation import evaluate
     from megatron_spear.trainer.models import check_model
     from megatron_spear.trainer.run import advance
@@ -121,6 +121,8 @@ def evaluate_model(config: RunConfig, model: str, stop: Any) -> float:
     rollout = build.make_rollout(config, Path(model))
     section = config.evaluation
     try:
+        if rollout.made.updates is not None:
+            serve_folder(rollout.made.updates, Path(model))
         console.phase("Evaluation")
         with console, console.bar("games", len(panel.prompts)) as bar:
             result = evaluate(

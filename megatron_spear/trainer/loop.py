@@ -73,6 +73,10 @@ class SpearStep:
         metrics.update(timer.metrics() | (work_metrics(work) if self.controller else {}))
         return self._finish(ctx, metrics)
 
+    def policy_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        """Collective: the present policy's log-probs ``[L]`` of each sample, on the controller."""
+        return self._logprobs("old_logprobs", samples, [Origin.ON_POLICY] * len(samples), [])
+
     def _with_old_logprobs(
         self, active: Sequence[TrainSample], work: list[PassWork]
     ) -> list[TrainSample]:

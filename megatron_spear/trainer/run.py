@@ -16,6 +16,7 @@ from megatron_spear.errors import StopRequested
 from megatron_spear.tracking.progress import Bar, Console
 from megatron_spear.tracking.sinks import Tracker
 from megatron_spear.trainer.build import RolloutStack
+from megatron_spear.trainer.engine_probe import check_engine, max_logprob_gap
 from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval, share_won
 from megatron_spear.trainer.loop import SpearStep
 from megatron_spear.trainer.ranks import broadcast
@@ -64,8 +65,6 @@ class SpearRun:
         """
         self._progress = self._checkpoints.resume()
         self._saved, self._wall_s_before = self._progress.step, self._progress.wall_s
-        if self._progress.step:
-            self._step.weight_sync.publish(self._progress.policy_version)
         return self._progress.step
 
     def run(self) -> dict[str, Any]:
@@ -81,6 +80,7 @@ class SpearRun:
 
     def _run(self) -> dict[str, Any]:
         section = self._config.run
+        self._give_weights()
         if self._progress.step == 0:
             before = self._evaluate("Evaluation before", 0)
             self._progress.won_before = before.won if before else ()
@@ -94,6 +94,26 @@ class SpearRun:
         after = self._evaluate("Evaluation after", self._progress.step)
         self._export()
         return self._summary(after) if after else {}
+
+    def _give_weights(self) -> None:
+        """The engine's first weights in this launch; servers are then asked what they make of
+        them."""
+        self._step.weight_sync.publish(self._progress.policy_version)
+        servers = self._config.rollout.servers
+        if not servers:
+            return
+        self._console.phase("Engine servers")
+        stack = self._rollout
+        gap = check_engine(
+            self._step,
+            (stack.loop, stack.engine) if stack is not None else None,
+            num_probes=2 * len(servers),
+            max_gap=max_logprob_gap(self._config),
+        )
+        self._console.line(
+            f"{len(servers)} server(s) answer with the policy's weights: log-probs "
+            f"differ by {gap:.2g} on average"
+        )
 
     def _train(self, last: int) -> None:
         """Steps up to ``last``, with checkpoints; a clean stop saves before it ends."""

@@ -49,6 +49,9 @@ class UpdateServer(Protocol):
     """Its URL."""
     num_ranks: int
     """Tensor-parallel ranks, each of which receives."""
+    serving: bool
+    """False until it is admitted, and from the moment it is taken out: it may be a new process,
+    which is in no group and may hold other parameters."""
 
     def parameter_names(self) -> "Future[frozenset[str] | None]":
         """The names under which the server holds its parameters (fused ones as it fuses them);
@@ -56,7 +59,8 @@ class UpdateServer(Protocol):
         ...
 
     def begin_update(self) -> "Future[None]":
-        """Open an update; weights are received only between this and ``end_update``."""
+        """Open an update; weights are received only between this and ``end_update``. One that was
+        left open by an update that failed is given up."""
         ...
 
     def end_update(self, policy_version: int) -> "Future[None]":
@@ -99,7 +103,8 @@ class UpdateServers(Protocol):
         ...
 
     def pause(self) -> None:
-        """Stop generating everywhere (the mode is the rollout's setting)."""
+        """Stop generating everywhere (the mode is the rollout's setting); a server that cannot be
+        paused is taken out."""
         ...
 
     def resume(self) -> None:
@@ -107,7 +112,8 @@ class UpdateServers(Protocol):
         ...
 
     def take_out(self, server: UpdateServer, why: str) -> None:
-        """Send a server no requests until it is admitted again."""
+        """Send a server no requests until it is admitted again; what it was generating is drawn
+        anew elsewhere, since it may go on with a mixture of weights."""
         ...
 
     def admit(self, server: UpdateServer, policy_version: int) -> None:

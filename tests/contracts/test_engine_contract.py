@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection, WeightSyncSection
 from megatron_spear.conversion.hf_io import HfReader
 from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.testing.contract import ContractViolation
@@ -22,8 +22,10 @@ from megatron_spear.testing.engines import (
     check_weights,
 )
 from megatron_spear.testing.fakes import ScriptedEngine
+from megatron_spear.testing.serve import serve_in_process
+from megatron_spear.testing.served_engines import ServedEngines
 from megatron_spear.testing.tiny import tiny_hf_folder
-from megatron_spear.trainer.build import ENGINES
+from megatron_spear.trainer.engines import SERVERS, make_engine
 from megatron_spear.types import VersionSpan
 
 
@@ -40,21 +42,29 @@ def folder(request, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_every_engine_of_the_settings_keeps_the_contract(loop, name, folder):
-    rollout = RolloutSection(engine=name, max_context=64, max_slots=8)
+def test_the_embedded_engine_keeps_the_contract(loop, folder):
+    settings = RolloutSection(max_context=64, max_slots=8)
     with HfReader(folder) as reader:
         check_engine(
             loop,
-            lambda: ENGINES[name](rollout, folder),
+            lambda: make_engine(settings, WeightSyncSection(), folder, loop).engine,
             update=lambda engine, version: engine.load_weights(
                 ((key, reader.get(key)) for key in reader.names), version
             ),
         )
 
 
+def test_a_served_engine_keeps_the_contract(loop, folder):
+    with (
+        serve_in_process(folder, "--max-context", 64) as served,
+        ServedEngines(loop, "sglang", [served.url], folder) as engines,
+    ):
+        check_engine(loop, engines.make, update=engines.update)
+
+
 def test_every_engine_of_the_schema_can_be_made():
-    assert set(ENGINES) == set(get_args(RolloutSection.model_fields["engine"].annotation))
+    engines = get_args(RolloutSection.model_fields["engine"].annotation)
+    assert {"embedded", *SERVERS} == set(engines)
 
 
 def _script(request):

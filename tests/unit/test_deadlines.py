@@ -119,6 +119,30 @@ def test_the_second_interrupt_is_not_deferred() -> None:
     assert out == "interrupted after SIGINT\n"
 
 
+def test_a_second_interrupt_that_gets_lost_ends_the_process_all_the_same() -> None:
+    code = """
+        import time
+        from megatron_spear import deadlines
+        deadlines._AT_ONCE_S = 0.3
+        deadlines.install_stop_signals()
+        print("ready", flush=True)
+        while True:
+            try:
+                time.sleep(10.0)
+            except KeyboardInterrupt:
+                pass
+    """
+    pipe = subprocess.PIPE
+    line = [sys.executable, "-c", textwrap.dedent(code)]
+    child = subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    for _ in range(2):
+        os.kill(child.pid, signal.SIGINT)
+        time.sleep(0.2)
+    _, err = child.communicate(timeout=10)
+    assert child.returncode == 130 and "did not stop by itself" in err
+
+
 def test_needs_no_torch() -> None:
     code = "import sys, megatron_spear.deadlines; sys.exit('torch' in sys.modules)"
     assert run(code).returncode == 0

@@ -83,7 +83,7 @@ def measured(config: RunConfig, count: int, folder: Path) -> tuple[list[Metrics]
             stack = build.make_rollout(own, model)
             closing.callback(stack.close)
             policy = build.make_policy(own, model, context)
-            steps.append(build.make_step(own, policy, stack, folder / name, own_hooks={}))
+            steps.append(build.make_step(own, policy, stack, model, folder / name, own_hooks={}))
         for number in range(1, FILLING_STEPS + count + 1):
             ctx = StepContext(
                 step=number,

@@ -17,13 +17,15 @@ from megatron_spear.conversion.rotary import rotary_frequencies
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.rollout.engines.decoder_weights import DecoderWeights, LayerWeights
 from megatron_spear.rollout.engines.kv_cache import KVCache
-from megatron_spear.types import TokenArray
+from megatron_spear.types import FloatArray, TokenArray
 
 # Attention takes rotated queries [N, heads, D] and one layer's [2, slots, kv_heads, C, D].
 Attention = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Below this share of live slots in a range, gathering their keys costs less than reading them all.
 _DENSE_FRACTION = 0.6
+# Logits held at a time when a prompt is scored.
+_SCORED_ROWS = 256
 
 
 class Decoder:
@@ -73,6 +75,37 @@ class Decoder:
                 (torch.from_numpy(last), self._one_token_attention(slots, starts + sizes)),
             )
             return self.weights.head(x)
+
+    def score(self, token_ids: TokenArray) -> FloatArray:
+        """float32 ``[P]``: the log-prob of each token after those before it, 0 for the first.
+
+        Nothing of it is kept: keys and values of this one context and ``_SCORED_ROWS`` rows of
+        logits are held meanwhile.
+        """
+        size, s = len(token_ids), self.shape
+        cache = KVCache(
+            layers=s.num_layers,
+            slots=1,
+            kv_heads=s.num_groups,
+            max_context=size,
+            head_dim=s.head_dim,
+            dtype=self.weights.dtype,
+        )
+        zeros, places = np.zeros(size, np.int64), np.arange(size)
+        tokens = torch.from_numpy(token_ids.astype(np.int64))
+        logprobs = torch.zeros(size)
+        with torch.inference_mode():
+            attend = self._block_attention(
+                zeros[:1], zeros[:1], np.array([size]), owner=zeros, offsets=places
+            )
+            x = self._run(cache, tokens, torch.from_numpy(zeros), torch.from_numpy(places), attend)
+            for start in range(0, size - 1, _SCORED_ROWS):
+                stop = min(start + _SCORED_ROWS, size - 1)
+                logits = self.weights.head(x[start:stop]).float()
+                picked = logits.gather(1, tokens[start + 1 : stop + 1, None])[:, 0]
+                logprobs[start + 1 : stop + 1] = picked - logits.logsumexp(-1)
+        scored: FloatArray = logprobs.numpy()
+        return scored
 
     def _run(
         self,

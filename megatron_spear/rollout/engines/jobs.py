@@ -7,7 +7,7 @@ import numpy as np
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import Generation, GenerationRequest, PauseMode
 from megatron_spear.rollout.engines.sampling import seed_key
-from megatron_spear.types import VersionSpan
+from megatron_spear.types import FloatArray, VersionSpan
 
 # Most cells of one prefill's attention: sequences x new tokens x context.
 _MAX_CELLS = 4 << 20
@@ -19,7 +19,8 @@ class Job:
 
     ``prompt`` are the tokens to prefill: the request's, and after a pause those drawn before it.
     ``cached`` counts the first tokens of the prompt that the slot holds before the prefill;
-    ``returning`` says that they are the session's own.
+    ``returning`` says that they are the session's own. ``prompt_logprobs`` are missing until they
+    are computed, if they are asked for.
     """
 
     def __init__(self, request: GenerationRequest) -> None:
@@ -33,9 +34,12 @@ class Job:
         self.slot = -1
         self.cached = 0
         self.returning = False
+        self.prompt_logprobs: FloatArray | None = None
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self._versions: list[VersionSpan] = []
+        self._cached_at_first: int | None = None
+        self._num_retractions = 0
 
     @property
     def finished(self) -> bool:
@@ -46,6 +50,16 @@ class Job:
     def answered(self) -> bool:
         """True once it was answered or failed; the engine holds nothing of it any more."""
         return self.future.done() and not self.future.cancelled()
+
+    @property
+    def unscored(self) -> bool:
+        """True while the prompt's log-probs are asked for and missing."""
+        return self.request.score_prompt and self.prompt_logprobs is None
+
+    def note_cached(self, num_tokens: int) -> None:
+        """Note how much of the prompt was not computed; that of the first prefill stays."""
+        if self._cached_at_first is None:
+            self._cached_at_first = num_tokens
 
     def draw(self, token: int, logprob: float, policy_version: int) -> None:
         """Note a drawn token."""
@@ -60,6 +74,10 @@ class Job:
         """To be prefilled again, from the beginning or with what was drawn."""
         if mode == "abort":
             self.tokens, self.logprobs, self._versions = [], [], []
+        elif self.slot >= 0:
+            self._num_retractions += 1
+        if not self.tokens:
+            self.prompt_logprobs = None
         drawn = np.array(self.tokens, np.int32)
         self.prompt = np.concatenate([self.request.token_ids, drawn]).astype(np.int32)
         self.slot, self.cached = -1, 0
@@ -71,6 +89,9 @@ class Job:
             logprobs=np.array(self.logprobs, np.float32),
             finish_reason=reason,
             versions=tuple(self._versions) or (VersionSpan(policy_version, 0),),
+            prompt_logprobs=self.prompt_logprobs,
+            cached_tokens=self._cached_at_first or 0,
+            num_retractions=self._num_retractions,
         )
 
     def succeed(self, reason: str, policy_version: int) -> None:

@@ -77,6 +77,16 @@ class KVCache:
         self._sessions.clear()
         self._owner = [None] * len(self._owner)
 
+    def free(self) -> None:
+        """Drop every context and give the memory back until ``restore``."""
+        self.clear()
+        self.storage.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Memory for contexts again."""
+        self.storage.untyped_storage().resize_(self.storage.numel() * self.storage.itemsize)
+        self.storage.zero_()
+
     def common_prefix(self, token_ids: TokenArray) -> np.ndarray:
         """int64 ``[slots]``: how many of the first tokens each slot holds already."""
         size = len(token_ids)

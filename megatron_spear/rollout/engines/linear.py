@@ -39,7 +39,12 @@ class Linear:
     def pack(self) -> None:
         """Take note of new values of the weight."""
         if can_pack(self.weight):
+            self._packed = None  # its memory is taken for the new one
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _ROWS_HINT)
+
+    def unpack(self) -> None:
+        """Forget the packed copy."""
+        self._packed = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[N, I]`` to ``[N, O]``."""

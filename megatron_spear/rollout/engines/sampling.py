@@ -16,10 +16,16 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
-def seed_key(seed: Sequence[int]) -> int:
-    """The 64-bit key of a seed tuple; ``(1, 23)`` and ``(12, 3)`` differ."""
+def seed_key(seed: Sequence[int] | int) -> int:
+    """The 63-bit key of a seed tuple; ``(1, 23)`` and ``(12, 3)`` differ. An int is its own key.
+
+    63 bits, so that a key can travel as SGLang's ``sampling_seed``, a signed 64-bit number.
+    """
+    if isinstance(seed, int):
+        return seed
     text = ",".join(str(int(part)) for part in seed)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & ((1 << 63) - 1)
 
 
 def uniforms(

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_spear.algorithms.advantages import turn_advantages
 from megatron_spear.config.method import AlgorithmSection, ReplaySection, RewardSection
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
 from megatron_spear.rewards.graders import official_strict
 from megatron_spear.rewards.row_filters import void_answer

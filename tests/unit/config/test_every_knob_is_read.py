@@ -22,7 +22,7 @@ PACKAGE = Path(megatron_spear.__file__).parent
 BY_VALUE = {"env.type", "algorithm.loss.type", "replay.loss.type"}
 """Fields that choose a class of the schema: read by pydantic."""
 
-BY_TABLE = {"rollout.engine": "ENGINES"}
+BY_TABLE = {"rollout.engine": "SERVERS"}
 """Fields that name an entry of a table, with the table."""
 
 

@@ -42,6 +42,21 @@ def test_equals_the_plain_way(shape: tuple[int, int]) -> None:
     check("w", weight, values, scales)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_stays_as_it_was(dtype: torch.dtype) -> None:
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = weight.clone()
+    values, _ = quantize(weight.t())
+    assert torch.equal(weight, before)
+    assert torch.equal(values.view(torch.uint8), reference(weight.t())[0].view(torch.uint8))
+
+
+def test_the_result_is_where_the_weight_is() -> None:
+    values, scales = quantize(torch.empty(300, 130, device="meta"))
+    assert values.device.type == scales.device.type == "meta"
+    assert dequantize(values, scales).shape == (300, 130)
+
+
 def test_by_hand() -> None:
     weight = torch.zeros(130, 2)
     weight[0, 0], weight[1, 0], weight[129, 1] = 4.48, 1.0, -8.96

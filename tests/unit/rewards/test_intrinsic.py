@@ -32,7 +32,7 @@ def _calling(*codes: str, valid: bool = True) -> Turn:
         action_tokens=GAME[0].action_tokens,
         action_logprobs=GAME[0].action_logprobs,
         finish_reason="stop",
-        policy_version=(0, 0),
+        versions=GAME[0].versions,
         valid=valid,
         tool_calls=calls,
     )

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_spear.config.schema import RolloutSection, WindowHistory
+from megatron_spear.config.rollout import RolloutSection
+from megatron_spear.config.schema import WindowHistory
 from megatron_spear.envs.alfworld.prompts import alfworld_view
 from megatron_spear.errors import EngineError, EnvironmentsLost, StopRequested
 from megatron_spear.rollout.chat import ChatRenderer
@@ -360,3 +361,25 @@ def test_metrics_by_hand(rollouter):
     assert metrics["rollout/context_tokens_mean"] == sum(lengths) / 2
     assert metrics["rollout/max_context"] == max(lengths)
     assert rollout_metrics([]) == {"rollout/failed": 0.0, "rollout/num_trajectories": 0.0}
+
+
+def test_collects_of_one_loop_share_the_slots_in_the_order_they_came(rollouter):
+    order = []
+
+    def answer(request):
+        order.append(request.seed[1])
+        return RIGHT
+
+    play = rollouter(ScriptedEngine(answer), max_slots=2)
+    prompts = _prompts(3)
+
+    async def both():
+        settings = {"group_size": 1, "temperature": 1.0}
+        first = play.collect(prompts, seed=(0, 1), **settings)
+        second = play.collect(prompts, seed=(0, 2), **settings)
+        return await asyncio.gather(first, second)
+
+    one, two = asyncio.run(both())
+    assert len(one) == len(two) == 3 and not any(group.failures for group in one + two)
+    assert order.index(2) > order.count(1) * 2 / 3, "two slots: the first collect's go first"
+    assert order[-1] == 2

@@ -24,6 +24,8 @@ case "$*" in
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-c import torch") exit 1 ;;
     *"megatron.core as m"*) echo 0.19.2 ;;
+    *"import sglang"* | *"import vllm"*)
+        if [ -n "${{STUB_ERROR:-}}" ]; then echo "$STUB_ERROR"; exit 1; fi ;;
     "-m pip "*)
         echo "${{*:3}}" >> "$STUB_CALLS"
         case "$*" in
@@ -56,7 +58,10 @@ def calls(tmp_path: Path) -> Callable[[], list[str]]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """``run("setup_env.sh", requires=[...], SPEAR_CPU_INDEX="...")``: a script with the stub."""
+    """``run("setup_env.sh", requires=[...], SPEAR_CPU_INDEX="...")``: a script with the stub.
+
+    It makes ``tmp_path / "venv"``, which the engines' scripts take as their argument.
+    """
     python = tmp_path / "python3.11"
     python.write_text(STUB)
     python.chmod(0o755)
@@ -76,7 +81,11 @@ def run(tmp_path: Path) -> Run:
             "STUB_REPORT": str(tmp_path / "report"),
         }
         return subprocess.run(
-            [str(TOOLS / script)], env=kept | env, capture_output=True, text=True, check=False
+            [str(TOOLS / script), *([kept["SPEAR_VENV"]] if "_cpu/" in script else [])],
+            env=kept | env,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     return start
@@ -131,6 +140,50 @@ def test_setup_refuses_another_python(run: Run, calls: Callable[[], list[str]]) 
     done = run("setup_env.sh", STUB_VERSION="3.12")
     assert done.returncode == 2 and not calls()
     assert "found Python 3.12" in done.stderr and "SPEAR_PYTHON=" in done.stderr
+
+
+ENGINES = ["sglang", "vllm"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engines_environment_is_made_step_by_step(
+    engine: str, run: Run, calls: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    script, folder = f"{engine}_cpu/setup.sh", tmp_path / "venv"
+    done = run(script, SPEAR_CPU_INDEX=INDEX)
+    assert done.returncode == 0, done.stderr
+    first, *steps, last = done.stdout.splitlines()
+    assert (first, last) == (f"{engine}: 1. a virtual environment", f"{engine}: done ({folder})")
+    assert [step.split(".")[0] for step in steps] == [
+        f"{engine}: {number}" for number in range(2, 2 + len(steps))
+    ]
+    looked_up, torch, rest = calls()
+    assert "--dry-run" in looked_up and f"--index-url {INDEX}" in torch
+    assert torch.endswith(f" {PINNED}") and rest.endswith(f"/{engine}_cpu/requirements.txt")
+    assert all("--no-deps" in call for call in (torch, rest))
+    stubs = {path.name for path in (folder / "lib").rglob("*.py")}
+    assert stubs == ({"sitecustomize.py", "__init__.py"} if engine == "sglang" else set())
+    again = run(script)
+    assert (again.returncode, again.stdout, len(calls())) == (0, "", 3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engines_environment_names_the_step_that_failed(engine: str, run: Run) -> None:
+    done = run(f"{engine}_cpu/setup.sh", STUB_ERROR="no module named x")
+    assert done.returncode == 1 and "done" not in done.stdout
+    shown = done.stderr.splitlines()
+    assert shown[0] == "no module named x"
+    assert shown[1].startswith(f"{engine}: step {5 if engine == 'sglang' else 4} (a look whether")
+    assert run(f"{engine}_cpu/setup.sh").returncode == 0, "a failed environment is no finished one"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engines_environment_is_never_of_cuda(
+    engine: str, run: Run, calls: Callable[[], list[str]]
+) -> None:
+    done = run(f"{engine}_cpu/setup.sh", ("nvidia-cublas",), SPEAR_ALLOW_CUDA="1")
+    assert done.returncode == 2 and len(calls()) == 1
+    assert "SPEAR_CPU_INDEX=https://download.pytorch.org/whl/cpu" in done.stderr
 
 
 def test_a_second_megatron_that_cannot_be_installed_is_an_error(run: Run) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_spear.config.method import AlgorithmSection, RewardSection
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
 from megatron_spear.rewards.compose import score
-from megatron_spear.testing.hand_made import make_prompt, make_sample, make_trajectory
+from megatron_spear.testing.hand_made import make_prompt, make_sample, make_trajectory, make_turn
 from megatron_spear.trainer.controller import (
     Controller,
     with_gradient,
@@ -29,6 +29,7 @@ from megatron_spear.types import (
     Update,
 )
 
+PLAYED = ((make_turn(policy_version=2),),)
 CTX = StepContext(
     step=3,
     policy_version=2,
@@ -99,7 +100,7 @@ def _group(name: str, wins: Sequence[bool], failed: int = 0) -> TrajectoryGroup:
     return TrajectoryGroup(
         group_id=name,
         prompt=make_prompt(name),
-        members=tuple(make_trajectory(name, i, won=won) for i, won in enumerate(wins)),
+        members=tuple(make_trajectory(name, i, PLAYED, won=won) for i, won in enumerate(wins)),
         failures=tuple(
             make_trajectory(name, count + i, won=True, status=Status.FAILED_ENGINE)
             for i in range(failed)

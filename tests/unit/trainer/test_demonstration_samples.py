@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.config.schema import (
     AlfworldSection,
     GeneratorSection,
-    RolloutSection,
     SftSection,
     WindowHistory,
 )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_spear.config.method import AlgorithmSection, RewardSection
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
 from megatron_spear.testing.hand_made import make_prompt, make_trajectory, make_turn
 from megatron_spear.trainer.controller import Controller
@@ -86,7 +86,7 @@ class _Sees(Hook):
 
 def _ctx(step: int) -> StepContext:
     coefficients = Coefficients(intrinsic_weight=0.0, replay_weight=0.0)
-    return StepContext(step=step, policy_version=step - 1, coefficients=coefficients, seed=7)
+    return StepContext(step=step, policy_version=0, coefficients=coefficients, seed=7)
 
 
 def _controller(

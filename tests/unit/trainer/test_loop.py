@@ -11,10 +11,16 @@ import torch
 from megatron_spear.algorithms.policy_loss import PolicyLoss
 from megatron_spear.config.losses import ClipCovLossSection, ClippedLossSection, KlSection
 from megatron_spear.config.method import AlgorithmSection, ReplaySection, RewardSection
-from megatron_spear.config.schema import RolloutSection
+from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.data.packing import PackedStep
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
-from megatron_spear.testing.hand_made import ONE_LAYER, make_prompt, make_sample, make_trajectory
+from megatron_spear.testing.hand_made import (
+    ONE_LAYER,
+    make_prompt,
+    make_sample,
+    make_trajectory,
+    make_turn,
+)
 from megatron_spear.trainer.controller import Controller
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.calls import HookCalls
@@ -33,6 +39,7 @@ from megatron_spear.types import (
 )
 from megatron_spear.weight_sync.in_process import InProcess
 
+PLAYED = ((make_turn(policy_version=2),),)
 CTX = StepContext(
     step=3,
     policy_version=2,
@@ -156,7 +163,7 @@ def _group(name: str, wins: Sequence[bool], failed: int = 0) -> TrajectoryGroup:
     return TrajectoryGroup(
         group_id=name,
         prompt=make_prompt(name),
-        members=tuple(make_trajectory(name, i, won=won) for i, won in enumerate(wins)),
+        members=tuple(make_trajectory(name, i, PLAYED, won=won) for i, won in enumerate(wins)),
         failures=tuple(
             make_trajectory(name, count + i, won=True, status=Status.FAILED_TOOL)
             for i in range(failed)

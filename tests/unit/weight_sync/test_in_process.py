@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+import pytest
 import torch
 
+from megatron_spear.errors import EngineError
 from megatron_spear.weight_sync.in_process import InProcess
 
 TENSORS = {
@@ -69,3 +71,37 @@ def test_a_rank_without_receiver_still_takes_part() -> None:
     source = _Source(whole=False)
     assert InProcess(source=source, receiver=None).publish(8) == {"weight_sync/bytes": 0.0}
     assert source.ended and source.sent == list(TENSORS)
+
+
+class _Refuses(_Receiver):
+    """Takes one tensor, then no more."""
+
+    def load_weights(
+        self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int
+    ) -> None:
+        next(iter(named_tensors))
+        raise EngineError("the engine takes no more")
+
+
+def test_a_refused_update_ends_the_export_and_lets_the_engine_go_on() -> None:
+    source = _Source()
+    calls: list[str] = []
+    transport = InProcess(
+        source=source,
+        receiver=_Refuses(source),
+        pause=lambda: calls.append("pause"),
+        resume=lambda: calls.append("resume"),
+    )
+    with pytest.raises(EngineError, match="the engine takes no more"):
+        transport.publish(3)
+    assert source.ended and calls == ["pause", "resume"]
+
+
+def test_a_version_has_to_be_above_all_before() -> None:
+    source = _Source()
+    transport = InProcess(source=source, receiver=_Receiver(source))
+    transport.publish(3)
+    for version in (3, 2):
+        with pytest.raises(EngineError, match=f"version {version} is published after 3"):
+            transport.publish(version)
+    transport.publish(4)

@@ -1,0 +1,84 @@
+"""Rollouts that run ahead of training by up to ``rollout.max_lag`` policy versions.
+
+Step s trains on version s - 1. Its trajectories, set s, are begun when version s - 1 - max_lag is
+published, in the order of the steps, so no token of them is older than that:
+
+    max_lag 1:   version 0 [sets 1 and 2 begin]  step 1, version 1 [set 3 begins]  step 2, ...
+
+An update pauses the engine; what is under way goes on with the new weights or is drawn again
+(``rollout.pause_mode``). Steps take their set whole and in order: slow prompts hold their own step
+up and are never passed over.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+from megatron_spear.config.rollout import RolloutSection
+from megatron_spear.data.prompts import Cursor
+from megatron_spear.types import Prompt, StepContext, TrajectoryGroup
+
+
+class Starts(Protocol):
+    """What plays prompts while others go on (a ``Rollouter``)."""
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seed: tuple[int, ...],
+        temperature: float,
+        progress: Callable[[int], None] | None = None,
+    ) -> "Future[list[TrajectoryGroup]]":
+        """Begin; the future's result is one group a prompt."""
+        ...
+
+
+class RolloutsAhead:
+    """The trajectories of each step, begun up to ``max_lag`` steps early; none after
+    ``last_step``."""
+
+    def __init__(
+        self, rollouter: Starts, cursor: Cursor, rollout: RolloutSection, last_step: int
+    ) -> None:
+        self._rollouter, self._cursor = rollouter, cursor
+        self._rollout, self._last_step = rollout, last_step
+        self._sets: dict[int, Future[list[TrajectoryGroup]]] = {}
+        self._finished: dict[int, int] = {}
+
+    def play(
+        self, ctx: StepContext, progress: Callable[[int], None] | None = None
+    ) -> list[TrajectoryGroup]:
+        """The groups of step ``ctx.step``; begins those of the steps that may run ahead of it.
+
+        ``progress(finished)`` is called with the attempts of this step that are done whenever one
+        of any step is. Raises as ``Rollouter.collect``.
+        """
+        self._progress = (ctx.step, progress)
+        newest = max(ctx.step, min(ctx.step + self._rollout.max_lag, self._last_step))
+        for step in range(ctx.step, newest + 1):
+            if step not in self._sets:
+                self._begin(step, ctx.seed)
+        groups = self._sets[ctx.step].result()
+        del self._sets[ctx.step], self._finished[ctx.step]
+        self._cursor.settle(ctx.step)
+        return groups
+
+    def _begin(self, step: int, seed: int) -> None:
+        self._finished[step] = 0
+
+        def note(finished: int) -> None:
+            if step in self._finished:
+                self._finished[step] = finished
+            current, progress = self._progress
+            if progress is not None:
+                progress(self._finished.get(current, 0))
+
+        self._sets[step] = self._rollouter.start(
+            self._cursor.begin(step, self._rollout.prompts_per_step),
+            group_size=self._rollout.group_size,
+            seed=(seed, step),
+            temperature=self._rollout.temperature,
+            progress=note,
+        )
