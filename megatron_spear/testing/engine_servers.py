@@ -27,6 +27,7 @@ class RankServer:
         self.name, self.num_ranks = name, len(parameters)
         self.serving = False
         self.version: int | None = None
+        self.serving = False
         self.log: list[str] = []
         self._parameters, self._deadline_s = parameters, deadline_s
         self._ranks: list[subprocess.Popen[bytes]] = []
@@ -162,10 +163,12 @@ class Servers:
         self.log.append("resume")
 
     def take_out(self, server: UpdateServer, why: str) -> None:
+        server.serving = False
         self.out[server.name] = why
         server.serving = False
 
     def admit(self, server: UpdateServer, policy_version: int) -> None:
+        server.serving = True
         self.out.pop(server.name, None)
         server.serving = True
         self.versions[server.name] = policy_version

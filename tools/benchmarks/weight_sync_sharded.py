@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,7 +81,7 @@ class QueuedServer:
 
     def __init__(self, name: str, ranks: Sequence[tuple[Any, Any]]) -> None:
         self.name, self.num_ranks = name, len(ranks)
-        self._ranks = ranks
+        self._ranks, self.serving = ranks, False
         self._pool = ThreadPoolExecutor(1)
 
     def begin_update(self) -> "Future[None]":
@@ -214,7 +215,7 @@ def case(
     """All repetitions of one engine layout."""
     mine = {pair: n for pair, n in pairs(planned, num_ranks).items() if rank in pair}
     flats = {pair: torch.zeros(num_bytes, dtype=torch.uint8) for pair, num_bytes in mine.items()}
-    engine, keep = Rank(), None
+    engine, keep, versions = Rank(), None, count()
     transport: Sharded | None = None
     if trainer is not None:
         servers: Any = None
@@ -253,7 +254,7 @@ def case(
 
     def sharded() -> None:
         if transport is not None:
-            transport.publish(1)
+            transport.publish(next(versions))
         else:
             tell, answer = queues[rank - TRAINING]
             engine.load(tell.get(timeout=DEADLINE_S))

@@ -38,9 +38,10 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """One rank's payload."""
+    """One rank's payload; ``load_format`` is of use to SGLang only."""
 
     payload: str = field(repr=False)
+    load_format: str | None = None
 
 
 class ShardedTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
