@@ -58,7 +58,7 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """The tensors of one broadcast, or one rank's payload."""
+    """The tensors of one broadcast, or one rank's payload; ``load_format`` is of use to SGLang."""
 
     names: list[str] = field(default_factory=list)
     dtype_names: list[str] = field(default_factory=list)
