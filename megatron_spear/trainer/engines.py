@@ -10,6 +10,7 @@ from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.engines.fleet import Fleet, FleetLimits
+from megatron_spear.rollout.engines.fleet_memory import FleetMemory
 from megatron_spear.rollout.engines.fleet_updates import FleetUpdates
 from megatron_spear.rollout.engines.server import EngineServer
 from megatron_spear.rollout.engines.sglang import SGLangServer
@@ -22,10 +23,12 @@ _PROBE_S = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class MadeEngine:
-    """An engine, and the side of its servers that takes weights (None: it is in this process)."""
+    """An engine, the side of its servers that takes weights (None: it is in this process), and
+    the memory that they share with training (None: they have their own)."""
 
     engine: RolloutEngine
     updates: FleetUpdates | None = None
+    memory: FleetMemory | None = None
 
 
 def make_engine(
@@ -55,7 +58,11 @@ def make_engine(
     except BaseException:
         loop.run(fleet.close())
         raise
-    return MadeEngine(engine=fleet, updates=FleetUpdates(fleet, loop, rollout.pause_mode))
+    return MadeEngine(
+        engine=fleet,
+        updates=FleetUpdates(fleet, loop, rollout.pause_mode),
+        memory=FleetMemory(fleet, loop) if rollout.colocated else None,
+    )
 
 
 def serve_folder(updates: FleetUpdates, model: Path, policy_version: int = 0) -> None:
