@@ -14,7 +14,7 @@ class RolloutSection(Section):
     ``megatron-spear serve`` speaks."""
     servers: tuple[str, ...] = ()
     """URLs of the engine servers, ``http://host:30000`` say, all of the policy's model; for the
-    engines ``sglang`` and ``vllm``."""
+    engines ``sglang`` and ``vllm``. An sglang-router's stands for its workers."""
     max_requests_per_server: PositiveInt = 256
     """Generations a server works on at once; further ones wait in the order in which they came."""
     prompts_per_step: PositiveInt = 8

@@ -12,6 +12,7 @@ from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.engines.fleet import Fleet, FleetLimits
 from megatron_spear.rollout.engines.fleet_memory import FleetMemory
 from megatron_spear.rollout.engines.fleet_updates import FleetUpdates
+from megatron_spear.rollout.engines.router import server_urls
 from megatron_spear.rollout.engines.server import EngineServer
 from megatron_spear.rollout.engines.sglang import SGLangServer
 from megatron_spear.rollout.engines.vllm import VLLMServer
@@ -46,8 +47,9 @@ def make_engine(
             )
         )
     new_server = SERVERS[rollout.engine]
+    urls = loop.run(server_urls(rollout.servers, deadline_s=_PROBE_S))
     fleet = Fleet(
-        [new_server(url, weight_sync.deadline_s) for url in rollout.servers],
+        [new_server(url, weight_sync.deadline_s) for url in urls],
         vocab_size=model_shape(load_config(model)).vocab_size,
         limits=FleetLimits(
             deadline_s=rollout.engine_deadline_s, max_requests=rollout.max_requests_per_server
