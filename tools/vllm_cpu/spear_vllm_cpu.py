@@ -25,6 +25,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 
+import megatron_spear.weight_sync.receivers.vllm  # noqa: F401  (makes its backend known)
 from megatron_spear import peer_groups
 
 GROUP_NAME = "weight_update_group"

@@ -71,6 +71,11 @@ class ShardedTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: igno
         parameters = dict(self.model.named_parameters())
 
         def places(tensors: Sequence[HeldTensor]) -> list[Tensor]:
+            if any(".experts." in held.name for held in tensors):
+                raise ValueError(
+                    "vLLM may hold experts in an order of its kernels' own, which their shapes do "
+                    "not show; use weight_sync.transport=broadcast"
+                )
             return locate(tensors, parameters)
 
         named = pickle.loads(base64.b64decode(update_info.payload))
