@@ -20,6 +20,8 @@ from megatron_spear.testing.real_engines import (
 from megatron_spear.testing.tiny import hf_logprobs, tiny_hf_folder
 
 PROMPTS = [[5, 10, 20, 30, 40], [9, 8, 7], list(range(100, 140))]
+SIZES = {"Qwen3": {"intermediate_size": 128}, "Qwen3Moe": {"moe_intermediate_size": 128}}
+"""On a CPU, SGLang pads what two ranks would hold of others."""
 LOADER = ["--custom-weight-loader", "megatron_spear.weight_sync.receivers.sglang.load"]
 BACKEND = ["--weight-transfer-config", json.dumps({"backend": "megatron_spear"})]
 
@@ -96,7 +98,7 @@ def check(folder: Path, work: Path, kind: str, url: str, layouts: Sequence[dict[
 def test_sglang_of_two_ranks(tmp_path: Path, architecture: str) -> None:
     folder, work = tmp_path / "model", tmp_path / "work"
     work.mkdir()
-    tiny_hf_folder(folder, architecture)
+    tiny_hf_folder(folder, architecture, **SIZES[architecture])
     split = {"expert_parallel": 2} if architecture == "Qwen3Moe" else {"tensor_parallel": 2}
     with sglang_server(folder, tensor_parallel=2, extra=LOADER) as server:
         check(folder, work, "sglang", server.url, [split])
@@ -106,6 +108,6 @@ def test_sglang_of_two_ranks(tmp_path: Path, architecture: str) -> None:
 def test_vllm_of_two_ranks(tmp_path: Path) -> None:
     folder, work = tmp_path / "model", tmp_path / "work"
     work.mkdir()
-    tiny_hf_folder(folder)
+    tiny_hf_folder(folder, **SIZES["Qwen3"])
     with vllm_server(folder, tensor_parallel=2, extra=BACKEND) as server:
         check(folder, work, "vllm", server.url, [{"pipeline_parallel": 2}])
