@@ -37,7 +37,7 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         model = _warm_model(config, context, console, stop)
         console.phase("Policy and engine")
         rollout = build.make_rollout(config, model) if controller else None
-        tracker = None
+        tracker = step = None
         try:
             policy = build.make_policy(config, model, context)
             step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
@@ -70,6 +70,8 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         finally:
             if tracker is not None:
                 tracker.close()
+            if step is not None:
+                step.weight_sync.close()
             if rollout is not None:
                 rollout.close()
 
