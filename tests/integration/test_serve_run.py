@@ -118,7 +118,7 @@ def test_a_run_goes_on_when_a_server_dies_and_takes_it_back(
         _wait_for(lambda: _num_steps(run_dir) >= 1, launched)
         dies.process.kill()
         assert launched.wait(200).status == 0, launched.err
-        assert f"{dies.url} is taken out" in launched.err
+        assert f"{dies.url} is taken out" in launched.out
     records = training_records(run_dir)
     assert sorted(records) == [1, 2, 3, 4]
     assert records[1]["weight_sync/num_servers"] == 2
