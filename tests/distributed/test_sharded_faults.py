@@ -93,13 +93,13 @@ def one_engine_fails(how: str) -> dict[str, Any]:
     if servers:
         servers.servers[1].tell(0, "fail", how, 3)
     begin = time.monotonic()
-    told["lost"] = transport.publish(2)["weight_sync/servers_lost"]
+    told["lost"] = transport.publish(2)["weight_sync/num_taken_out"]
     told["seconds"] = time.monotonic() - begin
     if servers:
         told["out"], told["first"] = dict(servers.out), whole(servers, 0, 2)
         told["log"] = servers.servers[1].log[-2:]
         servers.servers[1].start()
-    told["lost after"] = transport.publish(3)["weight_sync/servers_lost"]
+    told["lost after"] = transport.publish(3)["weight_sync/num_taken_out"]
     if servers:
         told["healed"] = [whole(servers, n, 3) for n in (0, 1)] + [not servers.out]
         told["paused"] = servers.log

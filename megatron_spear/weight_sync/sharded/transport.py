@@ -115,8 +115,8 @@ class Sharded:
             raise EngineError(f"no engine took the weights of version {policy_version}:\n{told}")
         return {
             "weight_sync/bytes": float(sent),
-            "weight_sync/servers": float(len(found) - len(problems)),
-            "weight_sync/servers_lost": float(len(problems)),
+            "weight_sync/num_servers": float(len(found) - len(problems)),
+            "weight_sync/num_taken_out": float(len(problems)),
         }
 
     def close(self) -> None:
