@@ -28,7 +28,7 @@ class GenerationRequest:
 
     ``session`` names the context that grows over turns; an engine may keep its KV cache under it.
     ``token_ids`` int32 ``[P]`` is always the whole prompt. A ``seed`` that is an int is the key
-    itself, 0 to 2^63 - 1 (``engines.sampling.seed_key`` makes one of a tuple). ``score_prompt``
+    itself, 0 to 2^64 - 1 (``engines.sampling.seed_key`` makes one of a tuple). ``score_prompt``
     asks for the prompt's log-probs too; ``max_new_tokens`` may then be 0.
     """
 
@@ -47,8 +47,8 @@ class GenerationRequest:
             problem = f"max_new_tokens={sampling.max_new_tokens}; expected 1 or more"
         elif not 0 <= sampling.temperature < float("inf"):
             problem = f"temperature={sampling.temperature}; expected a number >= 0"
-        elif isinstance(self.seed, int) and not 0 <= self.seed < 1 << 63:
-            problem = f"seed={self.seed}; a key is 0 to 2^63 - 1"
+        elif isinstance(self.seed, int) and not 0 <= self.seed < 1 << 64:
+            problem = f"seed={self.seed}; a key is 0 to 2^64 - 1"
         if problem is not None:
             raise EngineError(f"request of session {self.session!r}: {problem}")
 

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import Generation, GenerationRequest, SamplingParams
+from megatron_spear.rollout.engines.sampling import key_of_signed
 from megatron_spear.serving.state import Served
 from megatron_spear.serving.wire import (
     Body,
@@ -292,12 +293,12 @@ def _sampling(
             )
         stop = frozenset()
     seed = take(given, "sampling_seed", "an integer", None)
-    if seed is not None and not 0 <= seed < 1 << 63:
-        raise generate_error(f"sampling_seed={seed}; expected 0 to 2^63 - 1")
+    if seed is not None and not -(1 << 63) <= seed < 1 << 63:
+        raise generate_error(f"sampling_seed={seed}; expected -2^63 to 2^63 - 1")
     sampling = SamplingParams(
         temperature=float(temperature), max_new_tokens=max_new, stop_token_ids=tuple(sorted(stop))
     )
-    return sampling, randbits(63) if seed is None else seed
+    return sampling, randbits(64) if seed is None else key_of_signed(seed)
 
 
 def _check_length(prompt_size: int, max_new: int, limit: int) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,30 +22,17 @@ async def in_thread(function: Callable[[], T], name: str) -> T:
 
     The thread does not keep the process from ending, as one that waits for a dead trainer would.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # whoever waits may give up, the thread goes on
 
     def work() -> None:
-        result, error = None, None
         try:
-            result = function()
-        except BaseException as raised:  # noqa: BLE001  (told to whoever waits)
-            error = raised
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:  # the server has stopped meanwhile
-            return
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001  (told to whoever waits)
+            future.set_exception(error)
 
     threading.Thread(target=work, name=name, daemon=True).start()
-    return await future
+    return await asyncio.wrap_future(future)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

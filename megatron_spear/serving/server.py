@@ -141,7 +141,7 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         taken = "another process has it" if error.errno == errno.EADDRINUSE else error.strerror
-        raise PortTaken(f"cannot serve at {host}:{port}: {taken}; give another --port") from None
+        raise PortTaken(f"cannot serve at {host}:{port}: {taken}; give another address") from None
     return listener
 
 

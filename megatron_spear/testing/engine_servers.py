@@ -152,6 +152,9 @@ class Servers:
         self.out: dict[str, str] = {}
         self.versions: dict[str, int] = {}
 
+    def _own(self, server: UpdateServer) -> RankServer:
+        return next(own for own in self.servers if own is server)
+
     def reachable(self) -> Sequence[UpdateServer]:
         return self.servers
 
@@ -163,9 +166,9 @@ class Servers:
 
     def take_out(self, server: UpdateServer, why: str) -> None:
         self.out[server.name] = why
-        server.serving = False
+        self._own(server).serving = False
 
     def admit(self, server: UpdateServer, policy_version: int) -> None:
         self.out.pop(server.name, None)
-        server.serving = True
+        self._own(server).serving = True
         self.versions[server.name] = policy_version

@@ -223,12 +223,15 @@ class FakeFleet:
         self._set_paused(False)
 
     def take_out(self, server: UpdateServer, why: str) -> None:
-        server.serving = False
+        self._own(server).serving = False
         self.taken_out[server.name] = why
 
     def admit(self, server: UpdateServer, policy_version: int) -> None:
-        server.serving = True
+        self._own(server).serving = True
         self.admitted[server.name] = policy_version
+
+    def _own(self, server: UpdateServer) -> FakeServer:
+        return next(own for own in self.servers if own is server)
 
     def _set_paused(self, paused: bool) -> None:
         self.events.append("pause" if paused else "resume")

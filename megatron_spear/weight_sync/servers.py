@@ -49,9 +49,12 @@ class UpdateServer(Protocol):
     """Its URL."""
     num_ranks: int
     """Tensor-parallel ranks, each of which receives."""
-    serving: bool
-    """False until it is admitted, and from the moment it is taken out: it may be a new process,
-    which is in no group and may hold other parameters."""
+
+    @property
+    def serving(self) -> bool:
+        """False until it is admitted, and from the moment it is taken out: it may be a new process,
+        which is in no group and may hold other parameters."""
+        ...
 
     def parameter_names(self) -> "Future[frozenset[str] | None]":
         """The names under which the server holds its parameters (fused ones as it fuses them);

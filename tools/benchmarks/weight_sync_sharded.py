@@ -14,6 +14,7 @@ in bf16. In each repetition, one after the other:
 
 import argparse
 import multiprocessing
+import os
 import pickle
 import statistics
 import time
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +43,9 @@ from megatron_spear.weight_sync.sharded.transport import Sharded
 TRAINING, ENGINES = 2, 2
 WORLD = TRAINING + ENGINES
 DEADLINE_S = 300.0
+REUSED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""Freed memory is used again, as by a GPU's allocator: else page faults of its new tensors would
+cost ``broadcast`` more than sending does."""
 
 
 def model(num_layers: int) -> ModelShape:
@@ -76,7 +81,7 @@ class QueuedServer:
 
     def __init__(self, name: str, ranks: Sequence[tuple[Any, Any]]) -> None:
         self.name, self.num_ranks = name, len(ranks)
-        self._ranks = ranks
+        self._ranks, self.serving = ranks, False
         self._pool = ThreadPoolExecutor(1)
 
     def begin_update(self) -> "Future[None]":
@@ -210,7 +215,7 @@ def case(
     """All repetitions of one engine layout."""
     mine = {pair: n for pair, n in pairs(planned, num_ranks).items() if rank in pair}
     flats = {pair: torch.zeros(num_bytes, dtype=torch.uint8) for pair, num_bytes in mine.items()}
-    engine, keep = Rank(), None
+    engine, keep, versions = Rank(), None, count()
     transport: Sharded | None = None
     if trainer is not None:
         servers: Any = None
@@ -249,7 +254,7 @@ def case(
 
     def sharded() -> None:
         if transport is not None:
-            transport.publish(1)
+            transport.publish(next(versions))
         else:
             tell, answer = queues[rank - TRAINING]
             engine.load(tell.get(timeout=DEADLINE_S))
@@ -280,6 +285,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--bucket-mib", type=int, default=64)
     args = parser.parse_args()
+    os.environ |= REUSED_MEMORY
     context = multiprocessing.get_context("spawn")
     queues = [(context.Queue(), context.Queue()) for _ in range(ENGINES)]
     results = context.Queue()

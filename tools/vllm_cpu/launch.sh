@@ -17,4 +17,4 @@ export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
 exec "$venv/bin/python" -m vllm.entrypoints.openai.api_server --model "$model" --host 127.0.0.1 --port "$port" \
     --dtype float32 --enforce-eager --logprobs-mode processed_logprobs --enable-scale-out \
     --worker-extension-cls spear_vllm_cpu.CpuWorkerExtension \
-    --weight-transfer-config '{"backend": "gloo"}' "$@"
+    --weight-transfer-config '{"backend": "megatron_spear"}' "$@"

@@ -24,12 +24,8 @@ from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import Generation, GenerationRequest, PauseMode
 from megatron_spear.rollout.engines.dispatch import Dispatcher, Flight, Member
 from megatron_spear.rollout.engines.drawing import Aborted, check_tokens, draw
-from megatron_spear.rollout.engines.http import (
-    RequestRefused,
-    ServerBusy,
-    ServerLate,
-    ServerLost,
-)
+from megatron_spear.rollout.engines.http import RequestRefused, ServerBusy, ServerLost
+from megatron_spear.rollout.engines.http_connection import allow_connections
 from megatron_spear.rollout.engines.labels import ForeignLabel, Labels
 from megatron_spear.rollout.engines.probing import Prober
 from megatron_spear.rollout.engines.roster import Roster
@@ -105,8 +101,10 @@ class Fleet:
     async def start(self, *, wait_s: float) -> None:
         """Wait until every server answers, at most ``wait_s``; then go on with those that do.
 
-        Raises EngineError where none does, naming each. From now on servers are looked after.
+        Raises EngineError where none does, naming each, and ConfigError where the process may not
+        open a connection for each request. From now on servers are looked after.
         """
+        allow_connections(self._limits.max_requests * len(self.roster.members))
         await self._prober.start(wait_s=wait_s)
 
     async def generate(self, request: GenerationRequest) -> Generation:
@@ -116,6 +114,8 @@ class Fleet:
         ``max_tries`` failures; when no server is left; past the deadline. A call that is cancelled
         or late is ended on its server too.
         """
+        if not self.max_context:
+            raise EngineError("the fleet was not started; await start() first")
         check_tokens(request, self._vocab_size)
         if len(request.token_ids) >= self.max_context:
             return _nothing(self.policy_version)
@@ -198,7 +198,7 @@ class Fleet:
                 failures.append(str(error))
                 if member.out is None:
                     self.roster.take_out(member, str(error))
-            except (ServerBusy, ServerLate) as error:
+            except ServerBusy as error:
                 failures.append(str(error))
                 self._dispatch.forget(request.session)
                 # Its place is kept meanwhile, to send a busy server less.
@@ -231,7 +231,7 @@ class Fleet:
                     max_context=self.max_context,
                 )
         except BaseException as error:
-            if isinstance(error, (asyncio.CancelledError, ServerLate)) or member.out is not None:
+            if isinstance(error, asyncio.CancelledError) or member.out is not None:
                 self._send(self._abort(member, rid))
             raise
 

@@ -26,10 +26,14 @@ class FleetServer:
         self.name = member.name
         self.num_ranks = member.info.num_ranks
         self.member = member
-        self.serving = member.out is None
         self._fleet = fleet
         self._server = member.server
         self._loop = loop
+
+    @property
+    def serving(self) -> bool:
+        """False until it is admitted, and from the moment it is taken out."""
+        return self.member.out is None
 
     def parameter_names(self) -> "Future[frozenset[str] | None]":
         return self._loop.start(self._server.parameter_names())

@@ -9,6 +9,7 @@
 """
 
 import asyncio
+import errno
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -92,6 +93,11 @@ class JsonClient:
         try:
             status, answer = await self._connections.request(method, path, body)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise EngineError(
+                    f"{method} {self.url}{path} failed on our side: {error}; raise the limit of "
+                    "open files (ulimit -n) or lower the requests in flight"
+                ) from error
             raise ServerLost(
                 f"{method} {self.url}{path} failed: {type(error).__name__}: {error}; the server is "
                 "down, restarting or not reachable from here; start it again"

@@ -7,6 +7,7 @@ the connection.
 """
 
 import asyncio
+import resource
 import ssl
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ from megatron_spear.errors import ConfigError
 KEEP_ALIVE_S = 3.0
 _MAX_HEAD_BYTES = 64 << 10
 _SMALL_BYTES = 64 << 10
+# Files and sockets that the process has open beside connections.
+_OTHER_FILES = 512
 
 Reply = tuple[int, bytes]
 """HTTP status and body."""
@@ -98,8 +101,9 @@ class Connections:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
             raise ConfigError(f"the engine server {url!r}; expected http://host:port")
-        self._host, self._secure = parts.hostname, parts.scheme == "https"
-        self._port = parts.port or (443 if self._secure else 80)
+        self._host = parts.hostname
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self._port = parts.port or (80 if self._ssl is None else 443)
         self._common = (
             f" HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\n"
             "Content-Type: application/json\r\nContent-Length: "
@@ -155,13 +159,28 @@ class Connections:
                 Connection,
                 self._address,
                 self._port,
-                ssl=ssl.create_default_context() if self._secure else None,
-                server_hostname=self._host if self._secure else None,
+                ssl=self._ssl,
+                server_hostname=None if self._ssl is None else self._host,
             )
         except OSError:
             self._address = None  # the name may stand for another machine by now
             raise
         return connection
+
+
+def allow_connections(number: int) -> None:
+    """See to it that the process may open so many connections; ConfigError where it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = number + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"{number} requests in flight need {needed} open files, of which the system allows "
+            f"{hard}: raise the hard limit (ulimit -Hn, limits.conf) or lower "
+            "rollout.max_requests_per_server"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _parse(data: bytes, *, ended: bool = False) -> tuple[int, bytes, bool] | None:
@@ -181,7 +200,9 @@ def _parse(data: bytes, *, ended: bool = False) -> tuple[int, bytes, bool] | Non
     if 100 <= status < 200:
         return _parse(data[body_at:], ended=ended) if len(data) > body_at else None
     head = data[:end].lower() + b"\r\n"
-    reusable = data[7:8] == b"1" and b"\r\nconnection: close\r\n" not in head
+    # uvicorn closes the connection after an error that the application did not catch, unannounced.
+    lasting = data[7:8] == b"1" and status < 500
+    reusable = lasting and b"\r\nconnection: close\r\n" not in head
     if (at := head.find(b"\r\ncontent-length:")) >= 0:
         size = int(head[at + 17 : head.index(b"\r\n", at + 2)])
         if len(data) < body_at + size:

@@ -17,15 +17,22 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def seed_key(seed: Sequence[int] | int) -> int:
-    """The 63-bit key of a seed tuple; ``(1, 23)`` and ``(12, 3)`` differ. An int is its own key.
-
-    63 bits, so that a key can travel as SGLang's ``sampling_seed``, a signed 64-bit number.
-    """
+    """The 64-bit key of a seed tuple; ``(1, 23)`` and ``(12, 3)`` differ. An int is its own key."""
     if isinstance(seed, int):
         return seed
     text = ",".join(str(int(part)) for part in seed)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & ((1 << 63) - 1)
+    return int.from_bytes(digest, "little")
+
+
+def signed_key(key: int) -> int:
+    """A key as the signed 64-bit number that SGLang's ``sampling_seed`` is."""
+    return key - (1 << 64) if key >> 63 else key
+
+
+def key_of_signed(seed: int) -> int:
+    """The key that travelled as ``sampling_seed``, -2^63 to 2^63 - 1."""
+    return seed % (1 << 64)
 
 
 def uniforms(

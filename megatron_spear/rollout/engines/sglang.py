@@ -26,7 +26,7 @@ from typing import Any
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import GenerationRequest, PauseMode, SamplingParams
 from megatron_spear.rollout.engines.http import JsonClient, RequestRefused, ServerLost
-from megatron_spear.rollout.engines.sampling import seed_key
+from megatron_spear.rollout.engines.sampling import seed_key, signed_key
 from megatron_spear.rollout.engines.server import (
     Answer,
     Group,
@@ -79,7 +79,7 @@ class SGLangServer:
         self, request: GenerationRequest, token_ids: list[int], max_new_tokens: int, rid: str
     ) -> Answer:
         """See ``EngineServer``."""
-        seed = seed_key(request.seed)
+        seed = signed_key(seed_key(request.seed))
         body = (
             f'{{"rid": "{rid}", "input_ids": {token_ids}, "return_logprob": true, "stream": false, '
             f'"session_id": {encode_basestring_ascii(request.session)}, "sampling_params": '

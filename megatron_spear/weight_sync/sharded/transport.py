@@ -10,9 +10,9 @@ them.
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from megatron_spear.weight_sync.sharded.lane import Lane
 from megatron_spear.weight_sync.sharded.link import Deadline
 from megatron_spear.weight_sync.sharded.records import Meeting
 from megatron_spear.weight_sync.sharded.schedule import ReplicaSchedule, schedules
+from megatron_spear.weight_sync.update import Update
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class SliceSource(Protocol):
         ...
 
 
-class TrainingRanks(Protocol):
+class Ranks(Protocol):
     """This process among the training ranks; ``policy.parallel.ParallelContext`` is one."""
 
     @property
@@ -72,7 +73,7 @@ class Sharded:
         self,
         *,
         source: SliceSource,
-        ranks: TrainingRanks,
+        ranks: Ranks,
         servers: UpdateServers | None,
         model: ModelShape,
         training: TrainingLayout,
@@ -91,32 +92,45 @@ class Sharded:
         self._lanes: dict[str, Lane] = {}
         self._stores: dict[str, Any] = {}
         self._by_name: dict[str, UpdateServer] = {}
+        self._update: Update | None = None
+        self._version = -1
 
     def publish(self, policy_version: int) -> dict[str, float]:
         """Bring the policy's weights into all engines; see ``Transport``."""
-        deadline = Deadline(self._deadline_s)
-        found = self._from_controller(self._look)
-        slices = {own.name: own for own in self._source.local_slices()}
-        planned = self._plan(found, {own.dtype for own in slices.values()})
-        meetings = self._from_controller(lambda: self._open(found, planned))
+        if policy_version <= self._version:
+            raise EngineError(
+                f"policy version {policy_version} is published after {self._version}; versions "
+                "have to grow, for engines name what they hold by them"
+            )
+        deadline, started = Deadline(self._deadline_s), time.monotonic()
+        found = self._from_controller(lambda: self._look(policy_version))
+        done = False
         try:
+            slices = {own.name: own for own in self._source.local_slices()}
+            planned = self._plan(found, {own.dtype for own in slices.values()})
+            meetings = self._from_controller(lambda: self._open(found, planned))
             self._leave_others(meetings)
             sent, problems = self._run(meetings, planned, slices, deadline, policy_version)
             problems = self._all_problems(problems)
             self._drop(problems)
-            problems |= self._from_controller(
-                lambda: self._finish(problems, policy_version, deadline)
-            )
+            self._from_controller(lambda: self._finish(problems))
+            done = True
         finally:
-            if self._servers is not None:
-                self._servers.resume()
-        if len(problems) == len(found):
-            told = "\n".join(f"  {name}: {text}" for name, text in problems.items())
-            raise EngineError(f"no engine took the weights of version {policy_version}:\n{told}")
-        return {
-            "weight_sync/bytes": float(sent),
-            "weight_sync/num_servers": float(len(found) - len(problems)),
-            "weight_sync/num_taken_out": float(len(problems)),
+            if self._update is not None:
+                self._update.close(done)
+        self._version = policy_version
+        return self._metrics(sent, time.monotonic() - started)
+
+    def _metrics(self, sent: int, send_s: float) -> dict[str, float]:
+        """The bytes that this rank sent; the rest on the controller only."""
+        metrics = {"weight_sync/bytes": float(sent)}
+        if self._update is None:
+            return metrics
+        return metrics | {
+            "weight_sync/num_servers": float(len(self._update.live)),
+            "weight_sync/num_taken_out": float(self._update.num_lost),
+            "weight_sync/pause_s": self._update.pause_s,
+            "weight_sync/send_s": send_s,
         }
 
     def close(self) -> None:
@@ -143,14 +157,12 @@ class Sharded:
         shared: T = result
         return shared
 
-    def _look(self) -> Found:
+    def _look(self, policy_version: int) -> Found:
         """The servers to update."""
         assert self._servers is not None
-        servers = self._servers.reachable()
-        self._by_name = {server.name: server for server in servers}
-        found = [(server.name, server.num_ranks) for server in servers]
-        if not found:
-            raise EngineError("no engine server can be reached; weights have nowhere to go")
+        self._update = Update(self._servers, policy_version, self._deadline_s)
+        self._by_name = {server.name: server for server in self._update.live}
+        found = [(server.name, server.num_ranks) for server in self._update.live]
         if len({num_ranks for _, num_ranks in found}) > 1:
             raise ConfigError(
                 f"servers differ in tensor parallelism: {found}; weight_sync.transport=sharded "
@@ -176,12 +188,13 @@ class Sharded:
 
     def _open(self, found: Found, planned: Sequence[ReplicaSchedule]) -> dict[str, Meeting]:
         """Stop the engines; where the ranks of each server meet: as before if they are the same."""
-        assert self._servers is not None
+        assert self._update is not None
         meetings: dict[str, Meeting] = {}
         self._stores = {}
         for (name, num_ranks), schedule in zip(found, planned, strict=True):
             lane = self._lanes.get(name)
-            if lane and lane.meeting.senders == schedule.senders:
+            same = lane is not None and lane.meeting.senders == schedule.senders
+            if lane is not None and same and self._by_name[name].serving:
                 meetings[name] = lane.meeting
                 continue
             store = peer_groups.listen(self._host, timeout_s=self._deadline_s)
@@ -194,32 +207,18 @@ class Sharded:
                 senders=schedule.senders,
                 num_receivers=num_ranks,
             )
-        self._servers.pause()
+        self._update.pause()
         return meetings
 
-    def _finish(
-        self, problems: dict[str, str], policy_version: int, deadline: Deadline
-    ) -> dict[str, str]:
-        """Admit servers that have everything, take out the others; gives further problems."""
-        assert self._servers is not None
-        ends: dict[str, Future[None]] = {
-            name: server.end_update(policy_version)
-            for name, server in self._by_name.items()
-            if name not in problems
-        }
-        late: dict[str, str] = {}
-        for name, end in ends.items():
-            try:
-                end.result(deadline.left_s)
-            except (EngineError, TimeoutError) as error:
-                late[name] = f"the update could not be ended: {describe(error)}"
-        for name, server in self._by_name.items():
-            if why := (problems | late).get(name):
-                logger.error("%s did not take version %d: %s", name, policy_version, why)
-                self._servers.take_out(server, why)
-            else:
-                self._servers.admit(server, policy_version)
-        return late
+    def _finish(self, problems: dict[str, str]) -> None:
+        """Take out servers where anything went wrong, end the update of the others."""
+        assert self._update is not None
+        update = self._update
+        for name, why in problems.items():
+            if self._by_name[name] in update.live:
+                update.lose(self._by_name[name], why)
+        update.refuse_none_left()
+        update.each("end of the update", lambda server: server.end_update(update.policy_version))
 
     # The lanes.
 

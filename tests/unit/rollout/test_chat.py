@@ -36,6 +36,18 @@ def test_extended_turns_equal_the_template_rendered_whole(template):
     assert "<unk>" not in tokenizer.convert_ids_to_tokens(tokens)
 
 
+def test_a_tokenizer_that_adds_to_its_compiled_part_is_asked_itself():
+    tokenizer = word_tokenizer(WORDS, CHATML)
+
+    class Longer(type(tokenizer)):
+        def encode(self, text, **settings):
+            return [*super().encode(text, **settings), 1]
+
+    plain = ChatRenderer(tokenizer).initial([_user("look")])
+    tokenizer.__class__ = Longer
+    assert ChatRenderer(tokenizer).initial([_user("look")]).tolist() == [*plain, 1]
+
+
 @pytest.mark.parametrize(
     ("template", "glue"),
     [

@@ -86,13 +86,13 @@ def test_a_prompt_that_waits_through_an_update_is_scored_by_the_new_weights():
 
 def test_a_key_draws_what_its_seed_draws():
     key = seed_key((3, 1, 4))
-    assert 0 <= key < 1 << 63 and seed_key(key) == key
+    assert 0 <= key < 1 << 64 and seed_key(key) == key
     drawn = [
         asyncio.run(make_engine().generate(request(PROMPT, new=20, seed=seed))).token_ids.tolist()
         for seed in ((3, 1, 4), key, key ^ 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
-    for wrong in (-1, 1 << 63):
+    for wrong in (-1, 1 << 64):
         with pytest.raises(EngineError, match="a key is 0 to"):
             asyncio.run(make_engine().generate(request(PROMPT, seed=wrong)))
 

@@ -5,9 +5,10 @@ import time
 
 import numpy as np
 import pytest
-from fleet_cases import PROMPT, ask, fleet_over, greedy_tokens, until
+from fleet_cases import PROMPT, VOCAB, ask, fleet_over, greedy_tokens, limits, until
 
 from megatron_spear.errors import EngineError
+from megatron_spear.rollout.engines.fleet import Fleet
 from megatron_spear.types import VersionSpan
 
 
@@ -326,6 +327,12 @@ def test_a_closed_fleet_fails_what_waits_and_what_is_under_way():
     errors, took_s = asyncio.run(run())
     assert all(isinstance(e, EngineError) and "closed" in str(e) for e in errors)
     assert took_s < 1.0
+
+
+def test_a_fleet_that_was_not_started_says_so():
+    fleet = Fleet([], vocab_size=VOCAB, limits=limits())
+    with pytest.raises(EngineError, match="not started"):
+        asyncio.run(fleet.generate(ask()))
 
 
 def test_a_fleet_without_a_server_does_not_start():

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
+import resource
 import time
 
 import pytest
 
-from megatron_spear.errors import ConfigError
+from megatron_spear.errors import ConfigError, EngineError
 from megatron_spear.rollout.engines import http_connection
 from megatron_spear.rollout.engines.http import (
     JsonClient,
@@ -167,6 +169,29 @@ def test_connections_are_kept_and_not_limited():
     assert asyncio.run(many()) == 300
 
 
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch):
+    limits = [100, 2000]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, new: limits.__setitem__(0, new[0]))
+    http_connection.allow_connections(1000)
+    assert 1000 < limits[0] <= 2000
+    raised = limits[0]
+    http_connection.allow_connections(10)
+    assert limits[0] == raised
+    with pytest.raises(ConfigError, match=r"2000 requests in flight.*ulimit -Hn"):
+        http_connection.allow_connections(2000)
+
+
+def test_running_out_of_files_is_not_the_servers_fault(monkeypatch):
+    async def none_left(connections):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(http_connection.Connections, "_connect", none_left)
+    with pytest.raises(EngineError, match=r"failed on our side.*ulimit -n") as error:
+        post(RawServer(answer(200, "{}")))
+    assert not isinstance(error.value, ServerLost)
+
+
 def test_an_idle_connection_is_given_up_before_the_server_does(monkeypatch):
     monkeypatch.setattr(http_connection, "KEEP_ALIVE_S", 0.05)
 
@@ -216,15 +241,22 @@ def test_an_answer_in_any_form_and_in_any_pieces(form, piece_bytes):
     assert post(Pieces(FORMS[form])) == {"a": 12}
 
 
-@pytest.mark.parametrize("form", ["HTTP/1.0", "closing"])
+ENDING = {
+    "HTTP/1.0": FORMS["HTTP/1.0"],
+    "closing": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
+    "an error that uvicorn hangs up after": answer(500, "Internal Server Error"),
+}
+
+
+@pytest.mark.parametrize("form", ENDING)
 def test_a_connection_that_the_server_ends_is_not_used_again(form):
-    closing = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"
-    server = RawServer(FORMS[form] if form == "HTTP/1.0" else closing)
+    server = RawServer(ENDING[form])
 
     async def twice():
         async with server.client() as client:
-            await client.get("/")
-            await client.get("/")
+            for _ in range(2):
+                with contextlib.suppress(ServerBusy):
+                    await client.get("/")
 
     asyncio.run(twice())
     assert server.num_connections == 2

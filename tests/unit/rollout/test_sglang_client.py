@@ -10,7 +10,7 @@ from fleet_cases import ask, sglang
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engines.http import RequestRefused, ServerLost
-from megatron_spear.rollout.engines.sampling import seed_key
+from megatron_spear.rollout.engines.sampling import seed_key, signed_key
 from megatron_spear.rollout.engines.sglang import _answer
 from megatron_spear.testing.fake_sglang import FakeSGLang
 from megatron_spear.weight_sync.servers import GroupAddress, TensorSpec
@@ -49,7 +49,7 @@ def test_a_request_names_all_that_shapes_the_distribution():
         "stream": False,
         "sampling_params": {
             "max_new_tokens": 8,
-            "sampling_seed": seed_key((7, 2)),
+            "sampling_seed": signed_key(seed_key((7, 2))),
             "temperature": 0.5,
             "top_p": 1.0,
             "top_k": -1,

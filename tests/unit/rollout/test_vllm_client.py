@@ -120,7 +120,7 @@ def test_a_request_names_all_that_shapes_the_distribution():
 
 def test_what_goes_on_draws_with_another_seed():
     first, second = (sent(ask(2), ids)["sampling_params"]["seed"] for ids in ([3, 1, 4], [3] * 5))
-    assert second == seed_key((7, 2, 2)) & 0x7FFFFFFF != first
+    assert second == seed_key((seed_key((7, 2)), 2)) & 0x7FFFFFFF != first
 
 
 def test_tokens_logprobs_and_spans_are_read():

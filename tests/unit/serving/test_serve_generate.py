@@ -23,7 +23,7 @@ from megatron_spear.config.schema import TinyModelSection
 from megatron_spear.conversion.tiny_model import make_tiny_model
 from megatron_spear.rollout.engine import GenerationRequest, SamplingParams
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
-from megatron_spear.rollout.engines.sampling import seed_key
+from megatron_spear.rollout.engines.sampling import seed_key, signed_key
 from megatron_spear.testing.serve import serve_in_thread
 
 PROMPT = [5, 9, 2, 44, 17]
@@ -101,8 +101,7 @@ def test_the_same_request_draws_the_same_tokens_in_process(url):
                 )
             )
         )
-        key = seed_key(seed)
-        assert 0 <= key < 1 << 63
+        key = signed_key(seed_key(seed))
         served = done(url, "/generate", ask(PROMPT, 30, sampling_params={"sampling_seed": key}))
         assert served["output_ids"] == inside.token_ids.tolist()
     drawn = {tuple(done(url, "/generate", ask(PROMPT, 12))["output_ids"]) for _ in range(4)}
