@@ -51,6 +51,7 @@ def test_training_through_a_server_gives_the_same_run(
         f"rollout.servers=[{server}]",
         f"weight_sync.transport={transport}",
     )
+    assert not list(run_dir.glob("weights/*")), "the transport was closed"
     expected, found = training_records(in_process), training_records(run_dir)
     assert sorted(found) == sorted(expected)
     for step, record in expected.items():
