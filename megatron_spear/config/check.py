@@ -167,6 +167,11 @@ def _servers(config: RunConfig) -> Iterator[str]:
             f"run.hang_limit_s={config.run.hang_limit_s:g}, for which other ranks wait meanwhile; "
             "lower the first or raise the second"
         )
+    if config.rollout.colocated and (embedded or config.rollout.max_lag):
+        yield (
+            "rollout.colocated=true is for servers that generate while nothing trains; use "
+            "rollout.engine=sglang or vllm with rollout.max_lag=0"
+        )
     for url in servers:
         if not url.startswith(("http://", "https://")):
             yield f"rollout.servers has {url!r}; expected a URL, http://host:port say"

@@ -32,6 +32,7 @@ RESUME_MAY_DIFFER = (
     "rollout.max_slots",
     "rollout.servers",
     "rollout.max_requests_per_server",
+    "rollout.colocated",
     "rollout.env_workers",
     "rollout.env_deadline_s",
     "rollout.engine_deadline_s",

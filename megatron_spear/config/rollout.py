@@ -14,7 +14,7 @@ class RolloutSection(Section):
     ``megatron-spear serve`` speaks."""
     servers: tuple[str, ...] = ()
     """URLs of the engine servers, ``http://host:30000`` say, all of the policy's model; for the
-    engines ``sglang`` and ``vllm``."""
+    engines ``sglang`` and ``vllm``. An sglang-router's stands for its workers."""
     max_requests_per_server: PositiveInt = 256
     """Generations a server works on at once; further ones wait in the order in which they came."""
     prompts_per_step: PositiveInt = 8
@@ -29,6 +29,10 @@ class RolloutSection(Section):
     """Most tokens in one context, prompt and answers."""
     max_slots: PositiveInt = 64
     """Attempts played at once, and contexts the embedded engine holds; further ones wait."""
+    colocated: bool = False
+    """The servers are on the GPUs that train: they give the memory of weights and caches back after
+    each rollout stage and take it again before the weight update (SGLang:
+    ``--enable-memory-saver``, vLLM: ``--enable-sleep-mode``). Needs max_lag=0."""
     max_lag: NonNegativeInt = 0
     """Policy versions that rollouts may be ahead of training by: the trajectories of step s are
     begun once version s - 1 - max_lag is there. 0 = rollout and training take turns."""

@@ -60,7 +60,8 @@ class FusedParameters:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    values = tensor.detach().contiguous().view(torch.uint8).numpy()
+    # Of a copy: a storage that numpy has seen can never be given back.
+    values = tensor.detach().contiguous().clone().view(torch.uint8).numpy()
     return hashlib.sha256(values.data).hexdigest()
 
 

@@ -10,7 +10,9 @@ from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.engines.fleet import Fleet, FleetLimits
+from megatron_spear.rollout.engines.fleet_memory import FleetMemory
 from megatron_spear.rollout.engines.fleet_updates import FleetUpdates
+from megatron_spear.rollout.engines.router import server_urls
 from megatron_spear.rollout.engines.server import EngineServer
 from megatron_spear.rollout.engines.sglang import SGLangServer
 from megatron_spear.rollout.engines.vllm import VLLMServer
@@ -22,10 +24,12 @@ _PROBE_S = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class MadeEngine:
-    """An engine, and the side of its servers that takes weights (None: it is in this process)."""
+    """An engine, the side of its servers that takes weights (None: it is in this process), and
+    the memory that they share with training (None: they have their own)."""
 
     engine: RolloutEngine
     updates: FleetUpdates | None = None
+    memory: FleetMemory | None = None
 
 
 def make_engine(
@@ -43,8 +47,9 @@ def make_engine(
             )
         )
     new_server = SERVERS[rollout.engine]
+    urls = loop.run(server_urls(rollout.servers, deadline_s=_PROBE_S))
     fleet = Fleet(
-        [new_server(url, weight_sync.deadline_s) for url in rollout.servers],
+        [new_server(url, weight_sync.deadline_s) for url in urls],
         vocab_size=model_shape(load_config(model)).vocab_size,
         limits=FleetLimits(
             deadline_s=rollout.engine_deadline_s, max_requests=rollout.max_requests_per_server
@@ -55,7 +60,11 @@ def make_engine(
     except BaseException:
         loop.run(fleet.close())
         raise
-    return MadeEngine(engine=fleet, updates=FleetUpdates(fleet, loop, rollout.pause_mode))
+    return MadeEngine(
+        engine=fleet,
+        updates=FleetUpdates(fleet, loop, rollout.pause_mode),
+        memory=FleetMemory(fleet, loop) if rollout.colocated else None,
+    )
 
 
 def serve_folder(updates: FleetUpdates, model: Path, policy_version: int = 0) -> None:

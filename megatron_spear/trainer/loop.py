@@ -16,6 +16,7 @@ from megatron_spear.config.method import AlgorithmSection, ReplaySection
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.metrics import merge
 from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.rollout.engines.fleet_memory import FleetMemory
 from megatron_spear.trainer.controller import Controller, with_gradient, with_old_logprobs
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan, RefLogprobs
@@ -29,7 +30,8 @@ from megatron_spear.weight_sync.transport import Transport
 
 @dataclass(frozen=True, kw_only=True)
 class SpearStep:
-    """Runs trainer steps. ``controller`` is None on ranks other than 0."""
+    """Runs trainer steps. ``controller`` is None on ranks other than 0, ``engine_memory`` where the
+    engine does not share the GPUs."""
 
     policy: MegatronPolicy
     weight_sync: Transport
@@ -38,6 +40,7 @@ class SpearStep:
     algorithm: AlgorithmSection
     replay: ReplaySection
     tokens_per_microbatch: int
+    engine_memory: FleetMemory | None = None
 
     @property
     def mini_batches(self) -> MiniBatches:
@@ -55,6 +58,8 @@ class SpearStep:
                 groups, played, found = self.controller.collect(ctx, progress)
                 metrics.update(found)
                 work.append(rollout_work(self.policy.shape, played))
+            if self.engine_memory:
+                self.engine_memory.release()
         with timer.phase("advantages"):
             if self.controller:
                 samples, found = self.controller.samples(ctx, groups)
@@ -69,6 +74,8 @@ class SpearStep:
             plans = self.mini_batches.plan(ctx, samples, active, extra)
         metrics.update(self._train(ctx, plans, reference, timer, work))
         with timer.phase("weight_sync"):
+            if self.engine_memory:
+                self.engine_memory.resume()
             metrics.update(self.weight_sync.publish(ctx.policy_version + 1))
         metrics.update(timer.metrics() | (work_metrics(work) if self.controller else {}))
         return self._finish(ctx, metrics)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.timeout(300)
 
 SETTINGS = ("run.steps=3", "policy.optimizer.lr=0.002", "algorithm.keep_groups_fraction=1.0")
 Records = Callable[[Path], dict[int, dict[str, Any]]]
+ROOM = ("--max-context", 512)
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +24,38 @@ def in_process(spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     return run_dir
 
 
-@pytest.fixture
-def server(cache: Path, spear: Callable[..., Any]) -> Iterator[str]:
-    """The URL of a server with the tiny model's first weights."""
-    spear("sft")  # the model folder, if it is not there yet
-    (folder,) = [path.parent for path in cache.glob("tiny-*/config.json")]
-    with serve_in_process(folder, "--max-context", 512, "--custom-weight-loader", LOADER) as served:
+@pytest.fixture(scope="module")
+def folder(cache: Path, in_process: Path) -> Path:
+    """The tiny model before its warm start: other weights than a run begins with."""
+    (config,) = cache.glob("tiny-*/config.json")
+    return config.parent
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    """The URL of a server for one run after the other."""
+    with serve_in_process(folder, *ROOM, "--custom-weight-loader", LOADER) as served:
         yield served.url
 
 
-@pytest.mark.parametrize("transport", ["broadcast", "disk", "ipc", "sharded"])
+def through(url: str, *more: str) -> tuple[str, ...]:
+    """The settings of a run through a server."""
+    return (*SETTINGS, "rollout.engine=sglang", f"rollout.servers=[{url}]", *more)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("weight_sync.transport=broadcast",),
+        ("weight_sync.transport=broadcast", "rollout.colocated=true"),
+        ("weight_sync.transport=disk",),
+        ("weight_sync.transport=ipc",),
+        ("weight_sync.transport=sharded",),
+    ],
+    ids=["broadcast", "colocated", "disk", "ipc", "sharded"],
+)
 def test_training_through_a_server_gives_the_same_run(
-    transport: str,
+    settings: tuple[str, ...],
     server: str,
     in_process: Path,
     spear: Callable[..., Any],
@@ -43,14 +64,7 @@ def test_training_through_a_server_gives_the_same_run(
     same_weights: Callable[[Path, Path, float], None],
 ) -> None:
     run_dir = tmp_path / "run"
-    spear(
-        "train",
-        f"run.dir={run_dir}",
-        *SETTINGS,
-        "rollout.engine=sglang",
-        f"rollout.servers=[{server}]",
-        f"weight_sync.transport={transport}",
-    )
+    spear("train", f"run.dir={run_dir}", *through(server, *settings))
     assert not list(run_dir.glob("weights/*")), "the transport was closed"
     expected, found = training_records(in_process), training_records(run_dir)
     assert sorted(found) == sorted(expected)
@@ -64,3 +78,75 @@ def test_training_through_a_server_gives_the_same_run(
     same_weights(in_process, run_dir, 1e-5)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (in_process, run_dir)]
     assert summaries[0]["success_after"] == summaries[1]["success_after"]
+    assert not (run_dir / "weights").exists() or not any((run_dir / "weights").iterdir())
+
+
+def test_a_server_in_fp8_gets_fp8_and_nothing_else(
+    folder: Path, spear: Callable[..., Any], tmp_path: Path, training_records: Records
+) -> None:
+    with serve_in_process(folder, *ROOM, "--quantization", "fp8") as served:
+        run_dir = tmp_path / "run"
+        spear("train", f"run.dir={run_dir}", *through(served.url, "weight_sync.precision=fp8"))
+        for record in training_records(run_dir).values():
+            # Rounded weights are a slightly other policy, and the gap says so.
+            assert 1e-4 < record["mismatch/logprob_gap_mean"] < 0.1
+            assert record["rollout/failed"] == 0
+        done = spear("train", f"run.dir={tmp_path / 'other'}", *through(served.url), status=2)
+        assert "_scale_inv" in done.err and "weight_sync.precision" in done.err
+
+
+def test_a_run_goes_on_when_a_server_dies_and_takes_it_back(
+    folder: Path,
+    launch: Callable[..., Any],
+    spear: Callable[..., Any],
+    tmp_path: Path,
+    training_records: Records,
+) -> None:
+    run_dir = tmp_path / "run"
+    with (
+        serve_in_process(folder, *ROOM) as stays,
+        serve_in_process(folder, *ROOM) as dies,
+    ):
+        settings = through(
+            stays.url,
+            "run.steps=4",
+            f"rollout.servers=[{stays.url},{dies.url}]",
+            "rollout.prompts_per_step=4",
+            "checkpoint.every=1",
+        )
+        launched = launch(f"run.dir={run_dir}", *settings)
+        _wait_for(lambda: "step 1/" in launched.out, launched)
+        dies.process.kill()
+        assert launched.wait(200).status == 0, launched.err
+        assert f"{dies.url} is taken out" in launched.err
+    records = training_records(run_dir)
+    assert sorted(records) == [1, 2, 3, 4]
+    assert records[1]["weight_sync/num_servers"] == 2
+    assert records[4]["weight_sync/num_servers"] == 1
+    assert all(record["rollout/failed"] == 0 for record in records.values()), (
+        "drawn again elsewhere"
+    )
+
+
+def test_without_a_server_the_run_ends_and_can_be_resumed(
+    folder: Path, spear: Callable[..., Any], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with serve_in_process(folder, *ROOM) as served:
+        settings = through(served.url, "checkpoint.every=1", "rollout.engine_deadline_s=5")
+        spear("train", f"run.dir={run_dir}", *settings, "run.stop_after=1")
+    done = spear("train", f"resume={run_dir}", *settings, status=2)
+    assert f"{served.url}" in done.err and "answered within 5 s" in done.err
+    with serve_in_process(folder, *ROOM, "--port", served.url.rpartition(":")[2]):
+        spear("train", f"resume={run_dir}", *settings)
+    assert (run_dir / "summary.json").exists()
+
+
+def _wait_for(condition: Callable[[], bool], launched: Any) -> None:
+    import time
+
+    limit = time.monotonic() + 120
+    while not condition():
+        assert launched.process.poll() is None, launched.out + launched.err
+        assert time.monotonic() < limit, launched.out + launched.err
+        time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""JSON over HTTP to one engine server, with a deadline for every request and four kinds of failure.
+"""JSON over HTTP to one engine server, with deadlines and four kinds of failure.
 
 | error | the server | then |
 |---|---|---|

@@ -103,6 +103,15 @@ class EngineServer(Protocol):
         """Go on drawing; fine where it was not paused."""
         ...
 
+    async def release_memory(self) -> None:
+        """Give the memory of weights and caches to whoever shares the device; nothing may be
+        generating."""
+        ...
+
+    async def resume_memory(self) -> None:
+        """Take the memory again; weights are undefined until the next whole update."""
+        ...
+
     async def parameter_names(self) -> frozenset[str] | None:
         """See ``weight_sync.servers.UpdateServer``, as for all that follow."""
         ...

@@ -109,14 +109,13 @@ class SGLangServer:
         """Drop cached contexts; RequestRefused while generations run."""
         await self._http.post_for_words("/flush_cache")
 
-    async def release_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """Give GPU memory to whoever shares the device (``--enable-memory-saver``); no generation
-        may be under way."""
-        await self._http.post("/release_memory_occupation", {"tags": list(tags)})
+    async def release_memory(self) -> None:
+        """See ``EngineServer`` (``--enable-memory-saver``)."""
+        await self._http.post("/release_memory_occupation", {"tags": ["weights", "kv_cache"]})
 
-    async def resume_memory(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """Take the memory back. Weights are undefined until the next whole update."""
-        await self._http.post("/resume_memory_occupation", {"tags": list(tags)})
+    async def resume_memory(self) -> None:
+        """See ``EngineServer``."""
+        await self._http.post("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]})
 
     async def parameter_names(self) -> frozenset[str] | None:
         """See ``EngineServer``: the server's own names, from its checksums."""

@@ -123,12 +123,11 @@ class VLLMServer:
         await self._http.post("/resume", {})
 
     async def release_memory(self) -> None:
-        """Give the GPU memory of weights and caches to whoever shares the device
-        (``--enable-sleep-mode``); what runs is aborted."""
+        """See ``EngineServer`` (``--enable-sleep-mode``)."""
         await self._http.post("/sleep?level=2&mode=abort", {})
 
     async def resume_memory(self) -> None:
-        """Take the memory back. Weights are undefined until the next whole update."""
+        """See ``EngineServer``."""
         await self._http.post("/wake_up", {})
 
     async def parameter_names(self) -> frozenset[str] | None:

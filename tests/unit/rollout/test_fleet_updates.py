@@ -72,7 +72,8 @@ def test_many_pauses_do_not_use_up_the_tries():
         async with fleet_over(1, step_s=0.01, max_tries=2) as (fleet, (fake,)):
             going = asyncio.create_task(fleet.generate(greedy(new=10)))
             for version in range(2, 7):
-                await until(lambda: fake.num_running == 1)
+                tries = version - 1
+                await until(lambda tries=tries: len(fake.bodies("/generate")) == tries)
                 await fleet.pause("abort")
                 await update(fleet, version)
                 await fleet.resume()
@@ -128,6 +129,19 @@ def test_a_health_check_finds_old_weights_of_our_own():
             return member.out
 
     assert "policy version 4 after it had been given 5" in asyncio.run(run())
+
+
+def test_an_answer_with_old_weights_of_our_own_is_not_taken():
+    async def run():
+        async with fleet_over(2, probe_s=60.0) as (fleet, fakes):
+            await update(fleet, 5)
+            fakes[0].label = fleet.labels.label(4)
+            answers = await asyncio.gather(*(fleet.generate(greedy(i)) for i in range(4)))
+            return answers, fleet.roster.members[0].out
+
+    answers, out = asyncio.run(run())
+    assert "policy version 4 after it had been given 5" in out
+    assert {answer.versions for answer in answers} == {(VersionSpan(5, 8),)}
 
 
 def test_two_trainers_on_one_server():

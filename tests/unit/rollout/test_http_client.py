@@ -288,6 +288,26 @@ def test_a_cancelled_request_does_not_leave_its_answer_to_the_next():
     assert asyncio.run(run()) == {"a": 2} and slow.num_connections == 2
 
 
+def test_a_request_that_is_given_up_is_hung_up_on():
+    class Silent(RawServer):
+        async def serve(self, reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            self.gone.set()
+            writer.close()
+
+    async def run():
+        server = Silent(None)
+        server.gone = asyncio.Event()
+        async with server.client() as client:
+            with pytest.raises(ServerLate):
+                await client.get("/", deadline_s=0.05)
+            await asyncio.wait_for(server.gone.wait(), 2.0)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("url", ["localhost:3000", "ftp://host:1", "http://host:1/v1", "http://"])
 def test_a_url_that_is_none_is_a_config_error(url):
     with pytest.raises(ConfigError, match="expected http://host:port"):

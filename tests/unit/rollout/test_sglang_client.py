@@ -292,10 +292,10 @@ def test_parameter_names_are_those_of_the_checksums():
 def test_memory_is_given_and_taken_back():
     async def work(client, fake):
         await client.release_memory()
-        await client.resume_memory(["weights"])
+        await client.resume_memory()
         return fake.calls
 
     assert with_server(work) == [
         ("/release_memory_occupation", {"tags": ["weights", "kv_cache"]}),
-        ("/resume_memory_occupation", {"tags": ["weights"]}),
+        ("/resume_memory_occupation", {"tags": ["weights", "kv_cache"]}),
     ]
