@@ -29,7 +29,6 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         console,
         _run_directory(config, controller) as directory,
         _ranks(config, console) as context,
-        contextlib.ExitStack() as at_the_end,
     ):
         from megatron_spear.trainer import build
         from megatron_spear.trainer.run import SpearRun
@@ -38,38 +37,43 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         model = _warm_model(config, context, console, stop)
         console.phase("Policy and engine")
         rollout = build.make_rollout(config, model) if controller else None
-        if rollout is not None:
-            at_the_end.callback(rollout.close)
-        policy = build.make_policy(config, model, context)
-        step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
-        at_the_end.callback(step.weight_sync.close)
-        console.line(method_text(config))
-        run = SpearRun(
-            config,
-            step,
-            directory=directory,
-            rollout=rollout,
-            panel=panel,
-            console=console,
-            stop=stop,
-            model=model,
-        )
-        resumed = run.resume() if config.resume else 0
-        if config.resume:
-            console.line(f"continuing after step {resumed} of {config.run.steps}")
-        if controller:
-            tracker = run.tracker = build_tracker(
-                config.tracking,
-                folder=directory.path,
-                name=config.run.name,
-                config=config.model_dump(mode="json"),
-                resumed_step=resumed if config.resume else None,
+        tracker = step = None
+        try:
+            policy = build.make_policy(config, model, context)
+            step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
+            console.line(method_text(config))
+            run = SpearRun(
+                config,
+                step,
+                directory=directory,
+                rollout=rollout,
+                panel=panel,
+                console=console,
+                stop=stop,
+                model=model,
             )
-            at_the_end.callback(tracker.close)
-        summary = run.run()
-        if controller and summary:
-            _finish(config, directory, summary, console)
-        return summary
+            resumed = run.resume() if config.resume else 0
+            if config.resume:
+                console.line(f"continuing after step {resumed} of {config.run.steps}")
+            if controller:
+                tracker = run.tracker = build_tracker(
+                    config.tracking,
+                    folder=directory.path,
+                    name=config.run.name,
+                    config=config.model_dump(mode="json"),
+                    resumed_step=resumed if config.resume else None,
+                )
+            summary = run.run()
+            if controller and summary:
+                _finish(config, directory, summary, console)
+            return summary
+        finally:
+            if tracker is not None:
+                tracker.close()
+            if step is not None:
+                step.weight_sync.close()
+            if rollout is not None:
+                rollout.close()
 
 
 def method_text(config: RunConfig) -> str:

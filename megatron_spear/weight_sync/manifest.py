@@ -82,12 +82,19 @@ class Manifest:
     def problem(self, held: Iterable[str] | None) -> str | None:
         """Why a server that holds parameters of these names cannot be updated, or None.
 
-        ``held`` may have the engines' fused names or Hugging Face's own; None says nothing.
+        ``held`` may have the engines' fused names or Hugging Face's own; None says nothing. Scales
+        are compared only where some are among ``held``: SGLang names its weights without them.
         """
         if held is None:
             return None
         held = frozenset(held)
-        unknown = [n for n in self.names if n not in held and engine_name(n) not in held]
+        scales = any(name.endswith(fp8_blocks.SCALE) for name in held)
+        unknown = [
+            name
+            for name in self.names
+            if (scales or not name.endswith(fp8_blocks.SCALE))
+            and not held.intersection((name, engine_name(name)))
+        ]
         sent = {*self.names, *map(engine_name, self.names)}
         missing = sorted(n for n in held - sent if not _OF_THE_ENGINE.search(n))
         if not unknown and not missing:

@@ -1,6 +1,7 @@
 """A run whose rollouts come from a server over HTTP is the run with the engine in its process."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_a_server_in_fp8_gets_fp8_and_nothing_else(
             assert 1e-4 < record["mismatch/logprob_gap_mean"] < 0.1
             assert record["rollout/failed"] == 0
         done = spear("train", f"run.dir={tmp_path / 'other'}", *through(served.url), status=2)
-        assert "_scale_inv" in done.err and "weight_sync.precision" in done.err
+        assert "fp8" in done.err and served.url in done.err
 
 
 def test_a_run_goes_on_when_a_server_dies_and_takes_it_back(
@@ -115,7 +116,7 @@ def test_a_run_goes_on_when_a_server_dies_and_takes_it_back(
             "checkpoint.every=1",
         )
         launched = launch(f"run.dir={run_dir}", *settings)
-        _wait_for(lambda: "step 1/" in launched.out, launched)
+        _wait_for(lambda: _num_steps(run_dir) >= 1, launched)
         dies.process.kill()
         assert launched.wait(200).status == 0, launched.err
         assert f"{dies.url} is taken out" in launched.err
@@ -123,9 +124,8 @@ def test_a_run_goes_on_when_a_server_dies_and_takes_it_back(
     assert sorted(records) == [1, 2, 3, 4]
     assert records[1]["weight_sync/num_servers"] == 2
     assert records[4]["weight_sync/num_servers"] == 1
-    assert all(record["rollout/failed"] == 0 for record in records.values()), (
-        "drawn again elsewhere"
-    )
+    failed = [record["rollout/failed"] for record in records.values()]
+    assert failed == [0, 0, 0, 0], "what the dead server had is drawn again elsewhere"
 
 
 def test_without_a_server_the_run_ends_and_can_be_resumed(
@@ -142,9 +142,12 @@ def test_without_a_server_the_run_ends_and_can_be_resumed(
     assert (run_dir / "summary.json").exists()
 
 
-def _wait_for(condition: Callable[[], bool], launched: Any) -> None:
-    import time
+def _num_steps(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_text().count("rollout/num_trajectories") if metrics.exists() else 0
 
+
+def _wait_for(condition: Callable[[], bool], launched: Any) -> None:
     limit = time.monotonic() + 120
     while not condition():
         assert launched.process.poll() is None, launched.out + launched.err

@@ -147,10 +147,10 @@ class Transfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc
         parameters = dict(self.model.named_parameters())
 
         def places(tensors: Sequence[HeldTensor]) -> list[Tensor]:
-            if self.device.type == "cpu" and any(".experts." in name for name in parameters):
+            if any(".experts." in held.name for held in tensors):
                 raise ValueError(
-                    "vLLM packs experts' weights on a CPU, so slices have no place in them; use "
-                    "weight_sync.transport=broadcast"
+                    "vLLM may hold experts in an order of its kernels' own, which their shapes do "
+                    "not show; use weight_sync.transport=broadcast"
                 )
             return locate(tensors, parameters)
 

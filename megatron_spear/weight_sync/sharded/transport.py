@@ -256,7 +256,7 @@ class Sharded:
                 sent[name] = lane.run(schedule, slices, deadline, server, policy_version)
             except Exception as error:  # noqa: BLE001  (told to all ranks, whatever it is)
                 problems[name] = f"training rank {self._ranks.rank}: {describe(error)}"
-                self._leave(name)  # so that the others do not wait for this rank
+                self._close(name)  # so that nobody waits for this rank; its word stays readable
 
         threads = [
             threading.Thread(target=run, args=(name, schedule), name=f"weights to {name}")
@@ -287,11 +287,13 @@ class Sharded:
             self._leave(name)
 
     def _leave(self, name: str) -> None:
-        lane = self._lanes.pop(name, None)
-        if lane is None:
-            return
+        self._close(name)
+        self._lanes.pop(name, None)
+
+    def _close(self, name: str) -> None:
         try:
-            lane.close()
+            if name in self._lanes:
+                self._lanes[name].close()
         except RuntimeError as error:
             logger.warning("leaving the group with %s: %s", name, error)
 
