@@ -167,7 +167,8 @@ class Broadcast:
     def _give_up(self, held: _Group, work: dist.Work | None) -> None:
         """Use the group no more. It is kept while gloo still tries, since dropping it would wait
         for that; a server that lives ends that by leaving."""
-        self._groups.pop(held.server.name, None)
+        if self._groups.get(held.server.name) is held:
+            del self._groups[held.server.name]
         held.group.abort()
         held.server.leave_group(held.name)
         if work is not None:

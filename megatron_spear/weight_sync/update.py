@@ -1,6 +1,6 @@
 """One update of all reachable servers, whichever way the weights go.
 
-    names agree? -> pause -> begin -> send ... -> end(version) -> resume -> admit
+    names agree? -> pause -> begin -> send ... -> end(version) -> admit -> resume
 
 A server where any of it failed (refused, died, late) is taken out with the reason and the others go
 on; what it holds then is a mixture that no request may see. It is in the next update again if it
@@ -104,15 +104,17 @@ class Update:
 
     def close(self, done: bool) -> None:
         """Admit the live servers if the update is ``done``, else take them out; then resume."""
-        if done:
-            for server in self.live:
-                self._servers.admit(server, self.policy_version)
-        elif self._begun:
-            for server in self.live:
-                self.lose(server, "the update was not brought to its end")
-        if self._paused_at is not None:
-            self._servers.resume()
-            self.pause_s = time.monotonic() - self._paused_at
+        try:
+            if done:
+                for server in self.live:
+                    self._servers.admit(server, self.policy_version)
+            elif self._begun:
+                for server in self.live:
+                    self.lose(server, "the update was not brought to its end")
+        finally:
+            if self._paused_at is not None:
+                self._servers.resume()
+                self.pause_s = time.monotonic() - self._paused_at
 
     def refuse_none_left(self) -> None:
         """EngineError if no server is live."""

@@ -66,6 +66,7 @@ def test_training_through_a_server_gives_the_same_run(
 ) -> None:
     run_dir = tmp_path / "run"
     spear("train", f"run.dir={run_dir}", *through(server, *settings))
+    assert not list(run_dir.glob("weights/*")), "the transport was closed"
     expected, found = training_records(in_process), training_records(run_dir)
     assert sorted(found) == sorted(expected)
     for step, record in expected.items():

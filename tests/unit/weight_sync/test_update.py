@@ -237,3 +237,15 @@ def test_every_rank_hears_how_it_went_and_nobody_hangs() -> None:
         ("EngineError", defect, 4),
         ("took part", "", 5),
     ]
+
+
+def test_engines_go_on_also_when_a_server_cannot_be_admitted() -> None:
+    servers = _Servers()
+
+    def refuse(server: _Server, policy_version: int) -> None:
+        raise EngineError(f"{server.name} has the label of another run")
+
+    servers.admit = refuse  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="a has the label of another run"):
+        _transport(servers, _Buckets()).publish(3)
+    assert servers.events == ["pause", "resume"]
