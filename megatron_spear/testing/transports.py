@@ -21,7 +21,8 @@ from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import EngineError
 from megatron_spear.testing.contract import fail
 from megatron_spear.testing.servers import FakeFleet, Held, ServerProcesses
-from megatron_spear.weight_sync.manifest import Manifest, engine_name
+from megatron_spear.weight_sync.manifest import Manifest
+from megatron_spear.weight_sync.receivers.places import engine_name
 from megatron_spear.weight_sync.transport import Transport
 
 MODEL = ModelShape(

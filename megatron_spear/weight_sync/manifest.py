@@ -17,35 +17,17 @@ from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.mapping import Shape
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import EngineError
+from megatron_spear.weight_sync.receivers.places import engine_name
 
 Precision = Literal["model", "fp8"]
 """``model``: weights as the policy exports them; ``fp8``: linear layers in blocks of 128 x 128
 (``conversion.fp8_blocks``), with their scales as ``NAME_scale_inv``."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FUSED = (
-    (re.compile(r"\.[qkv]_proj\."), ".qkv_proj."),
-    (re.compile(r"\.experts\.\d+\.(?:gate|up)_proj\."), ".experts.w13_"),
-    (re.compile(r"\.experts\.\d+\.down_proj\."), ".experts.w2_"),
-    (re.compile(r"\.(?:gate|up)_proj\."), ".gate_up_proj."),
-)
 _OF_THE_ENGINE = re.compile(
     r"rotary_emb\.|\.(?:[qkv]|prob|input)_scale$|\.w(?:13|2)_input_scale$"  # caches, scales of it
 )
 _SHOWN = 8
-
-
-def engine_name(name: str) -> str:
-    """The name of the parameter that holds a Hugging Face tensor in SGLang and vLLM.
-
-    Example: ``model.layers.3.mlp.experts.7.up_proj.weight`` is part of
-    ``model.layers.3.mlp.experts.w13_weight``.
-    """
-    for pattern, fused in _FUSED:
-        name, found = pattern.subn(fused, name)
-        if found:
-            break
-    return name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

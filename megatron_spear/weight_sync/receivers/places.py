@@ -81,6 +81,15 @@ def locate(
     return views
 
 
+def engine_name(name: str) -> str:
+    """The name of the parameter that holds a Hugging Face tensor; engines' own names stay.
+
+    Example: ``model.layers.3.mlp.experts.7.up_proj.weight`` is part of
+    ``model.layers.3.mlp.experts.w13_weight``.
+    """
+    return _part_of(name, {}).parameter
+
+
 def _part_of(name: str, parameters: Mapping[str, Tensor]) -> _Part:
     if found := _EXPERT.match(name):
         group = EXPERTS.get(found["part"])

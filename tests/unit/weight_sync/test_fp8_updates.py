@@ -13,7 +13,8 @@ from megatron_spear.testing.transports import MODEL, RandomSource
 from megatron_spear.weight_sync.broadcast import Broadcast
 from megatron_spear.weight_sync.disk import Disk
 from megatron_spear.weight_sync.ipc import Ipc
-from megatron_spear.weight_sync.manifest import Manifest, engine_name
+from megatron_spear.weight_sync.manifest import Manifest
+from megatron_spear.weight_sync.receivers.places import engine_name
 from megatron_spear.weight_sync.update import ServerTransport
 
 CPU = torch.device("cpu")

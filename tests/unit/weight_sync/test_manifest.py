@@ -8,7 +8,8 @@ import torch
 from megatron_spear.conversion import fp8_blocks
 from megatron_spear.errors import EngineError
 from megatron_spear.testing.transports import MODEL, RandomSource
-from megatron_spear.weight_sync.manifest import Manifest, engine_name
+from megatron_spear.weight_sync.manifest import Manifest
+from megatron_spear.weight_sync.receivers.places import engine_name
 
 LAYER = "model.layers.3."
 EXPERTS = dataclasses.replace(
