@@ -59,7 +59,8 @@ class Manifest:
     @property
     def names(self) -> tuple[str, ...]:
         """All tensors that are sent, scales included."""
-        return (*self.shapes, *(name + fp8_blocks.SCALE for name in self.quantized))
+        scaled = (name for name in self.shapes if name in self.quantized)
+        return (*self.shapes, *(name + fp8_blocks.SCALE for name in scaled))
 
     def problem(self, held: Iterable[str] | None) -> str | None:
         """Why a server that holds parameters of these names cannot be updated, or None.
