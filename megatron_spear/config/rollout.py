@@ -62,7 +62,9 @@ class WeightSyncSection(Section):
     """What the engines hold: ``model`` = the policy's own, ``fp8`` = linear layers in e4m3 with a
     scale for 128 x 128 values, made before they are sent (the servers must be started so)."""
     deadline_s: PositiveFloat = 600.0
-    """Longest update; a server that takes longer is taken out until a later one has passed."""
+    """Longest call of a server in an update (a bucket, the opening, a folder to load), and of
+    ``sharded`` the whole update; a server that takes longer is taken out until a later one has
+    passed."""
     host: str | None = None
     """Address under which servers reach training rank 0; None = 127.0.0.1 where all servers are on
     this machine, else this machine's name."""
