@@ -82,6 +82,19 @@ def test_training_through_a_server_gives_the_same_run(
     assert not (run_dir / "weights").exists() or not any((run_dir / "weights").iterdir())
 
 
+@pytest.mark.parametrize("mode", ["retract", "abort"])
+def test_rollouts_run_ahead_over_updates_of_a_server(
+    mode: str, server: str, spear: Callable[..., Any], tmp_path: Path, training_records: Records
+) -> None:
+    run_dir = tmp_path / "run"
+    ahead = ("rollout.max_lag=1", f"rollout.pause_mode={mode}")
+    spear("train", f"run.dir={run_dir}", *through(server, *ahead))
+    records = training_records(run_dir)
+    assert records[1]["rollout/lag_0_fraction"] == 1.0
+    assert any(records[step]["rollout/lag_1_fraction"] > 0 for step in (2, 3))
+    assert all(record["rollout/failed"] == 0 for record in records.values())
+
+
 def test_a_server_in_fp8_gets_fp8_and_nothing_else(
     folder: Path, spear: Callable[..., Any], tmp_path: Path, training_records: Records
 ) -> None:
