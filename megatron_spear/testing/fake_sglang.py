@@ -163,7 +163,7 @@ class FakeSGLang:
             del self._drawings[body["rid"]]
         answer = self._answer(drawing, reason)
         if fault == "foreign":
-            answer["meta_info"]["weight_versions"][-1]["version"] = "deadbeef/3"
+            answer["meta_info"]["weight_versions"][-1]["version"] = f"{0xDEADBEEF:x}/3"
         if fault == "truncated":
             return await _truncated(request, answer)
         return web.json_response(answer)
@@ -274,7 +274,7 @@ class FakeSGLang:
         return _done()
 
     def _memory(self, body: _Body) -> web.Response:
-        return web.Response(text="null", content_type="application/json")
+        return web.json_response(None)
 
 
 def logprob(token: int) -> float:

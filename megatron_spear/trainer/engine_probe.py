@@ -81,7 +81,7 @@ async def _draw(engine: RolloutEngine, num_probes: int, step: SpearStep) -> list
 def _request(number: int, step: SpearStep) -> GenerationRequest:
     draw = np.random.default_rng([2, number])
     return GenerationRequest(
-        session=f"probe/{number}",
+        session=f"probe {number}",
         token_ids=draw.integers(0, step.policy.shape.vocab_size, _PROMPT_TOKENS).astype(np.int32),
         sampling=SamplingParams(
             temperature=step.loss.temperature, max_new_tokens=_NEW_TOKENS, stop_token_ids=()
