@@ -39,7 +39,7 @@ def run_dir(tmp_path: Path) -> Path:
             ("rollout.group_sise=4",),
             ("rollout.group_sise: no such key", "did you mean rollout.group_size?"),
         ),
-        (("rollout.xyz=red",), ("rollout.xyz: no such key", "expected one of engine,")),
+        (("rollout.quokka=red",), ("rollout.quokka: no such key", "expected one of engine,")),
         (("group_size=4",), ("group_size: no such key", "did you mean rollout.group_size?")),
         (("rollout.group_size=many",), ("rollout.group_size: got 'many' (text)", "integer")),
         (("run.steps=0",), ("run.steps: got 0", "expected an integer >= 1")),
