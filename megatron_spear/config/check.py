@@ -182,6 +182,11 @@ def _servers(config: RunConfig) -> Iterator[str]:
             f"weight_sync.transport={transport} does not go with rollout.engine={engine}; use "
             f"{'auto or in_process' if embedded else 'auto, broadcast, sharded, disk or ipc'}"
         )
+    if config.weight_sync.engine_expert_parallel > 1 and transport != "sharded":
+        yield (
+            f"weight_sync.engine_expert_parallel={config.weight_sync.engine_expert_parallel} is "
+            f"read with weight_sync.transport=sharded only, and it is {transport}; change one"
+        )
     if embedded and config.weight_sync.precision != "model":
         yield (
             f"weight_sync.precision={config.weight_sync.precision} is for servers that hold FP8 "

@@ -38,6 +38,7 @@ RESUME_MAY_DIFFER = (
     "rollout.engine_deadline_s",
     "weight_sync.transport",
     "weight_sync.bucket_bytes",
+    "weight_sync.engine_expert_parallel",
     "weight_sync.deadline_s",
     "weight_sync.host",
     "weight_sync.folder",

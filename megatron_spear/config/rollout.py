@@ -61,6 +61,9 @@ class WeightSyncSection(Section):
     precision: Literal["model", "fp8"] = "model"
     """What the engines hold: ``model`` = the policy's own, ``fp8`` = linear layers in e4m3 with a
     scale for 128 x 128 values, made before they are sent (the servers must be started so)."""
+    engine_expert_parallel: PositiveInt = 1
+    """Groups of ranks that each server spreads a mixture's experts over (SGLang: ``--ep-size``);
+    ``sharded`` cuts experts accordingly."""
     deadline_s: PositiveFloat = 600.0
     """Longest call of a server in an update (a bucket, the opening, a folder to load), and of
     ``sharded`` the whole update; a server that takes longer is taken out until a later one has

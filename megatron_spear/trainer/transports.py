@@ -56,6 +56,7 @@ def make_transport(
             bucket_bytes=section.bucket_bytes,
             precision=section.precision,
             deadline_s=section.deadline_s,
+            expert=section.engine_expert_parallel,
         )
     return ServerTransport(
         source=policy,

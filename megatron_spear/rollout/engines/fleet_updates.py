@@ -96,16 +96,5 @@ class FleetUpdates:
     def admit(self, server: Named, policy_version: int) -> None:
         self._loop.run(self._fleet.admit(self._fleet.roster.member(server.name), policy_version))
 
-    def adopt(self, policy_version: int) -> None:
-        """Let all reachable servers serve the weights they were started with, as this version.
-
-        For runs that only generate: an evaluation, say. Raises EngineError of the first server
-        that cannot be labelled.
-        """
-        for server in self.reachable():
-            label = self._fleet.labels.label(policy_version)
-            self._loop.run(server.member.server.relabel(label))
-            self.admit(server, policy_version)
-
     async def _take_out(self, member: Member, why: str) -> None:
         self._fleet.roster.take_out(member, why)

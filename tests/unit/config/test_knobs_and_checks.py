@@ -105,6 +105,9 @@ def test_the_defaults_work_on_one_rank() -> None:
     assert check_config(load_config(), 1) == []
 
 
+SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "told"),
     [
@@ -118,6 +121,25 @@ def test_the_defaults_work_on_one_rank() -> None:
         (["model.tiny.hidden_size=130"], 1, "hidden_size=130 is not a multiple of"),
         (["model.tiny.hidden_size=132"], 1, "is odd"),
         (["rollout.max_new_tokens=512"], 1, "leaves no room for a prompt"),
+        (["rollout.servers=[http://a:1]"], 1, "rollout.engine=embedded has no servers"),
+        (["rollout.engine=sglang"], 1, "needs rollout.servers"),
+        ([*SERVED, "rollout.servers=[a:1]"], 1, "expected a URL"),
+        ([*SERVED, "rollout.servers=[http://a:1,http://a:1]"], 1, "twice"),
+        (
+            [*SERVED, "weight_sync.transport=in_process"],
+            1,
+            "does not go with rollout.engine=sglang",
+        ),
+        (["weight_sync.transport=broadcast"], 1, "does not go with rollout.engine=embedded"),
+        (["weight_sync.precision=fp8"], 1, "is for servers that hold FP8"),
+        ([*SERVED, "weight_sync.deadline_s=3600"], 1, "is not below run.hang_limit_s"),
+        ([*SERVED, "rollout.colocated=true", "rollout.max_lag=1"], 1, "rollout.max_lag=0"),
+        (["rollout.colocated=true"], 1, "rollout.colocated=true is for servers"),
+        (
+            [*SERVED, "weight_sync.engine_expert_parallel=2"],
+            1,
+            "weight_sync.transport=sharded only",
+        ),
         (["policy.tokens_per_microbatch=100"], 1, "fits no micro-batch"),
         (["rollout.group_size=1"], 1, "advantage 0 everywhere"),
         (["algorithm.keep_groups_fraction=0"], 1, "keeps no group"),

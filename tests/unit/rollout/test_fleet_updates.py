@@ -346,15 +346,6 @@ def test_a_server_is_taken_out_and_comes_back_with_the_next_update(ensemble):
     assert ensemble.fleet.roster.members[0].out is None
 
 
-def test_servers_may_serve_what_they_were_started_with(loop):
-    made = Ensemble(loop, version=None)
-    made.updates.adopt(0)
-    answer = loop.run(made.fleet.generate(ask(temperature=0.0)))
-    assert answer.token_ids.tolist() == greedy_tokens(PROMPT, 8, "first")
-    assert answer.versions == (VersionSpan(0, 8),)
-    made.close()
-
-
 def test_a_server_with_less_room_may_not_join_later(loop):
     made = Ensemble(loop)
     loop.run(made.fakes[0].kill())
