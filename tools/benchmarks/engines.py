@@ -116,7 +116,7 @@ def main() -> None:
         for name, found in rates.items():
             wall, cpu = (statistics.median(column) for column in zip(*found, strict=True))
             print(
-                f"{name:9} {wall:8,.0f} tokens/s  {base / wall:5.2f}x slower than embedded"
+                f"{name:9} {wall:8,.0f} tokens/s  {wall / base:5.2f}x embedded"
                 f"  {cpu:8,.0f} tokens per CPU second"
             )
 
