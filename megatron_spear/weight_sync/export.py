@@ -48,6 +48,15 @@ class _Outcome:
     error: str | None
 
 
+def require_newer(policy_version: int, last: int) -> None:
+    """Raise EngineError for a version that is not above the last one published."""
+    if policy_version <= last:
+        raise EngineError(
+            f"policy version {policy_version} is published after {last}; versions have to grow, "
+            "for engines name what they hold by them"
+        )
+
+
 class PublishingRanks:
     """The training ranks' part of every transport: versions that grow, one export, one outcome.
 
@@ -69,11 +78,7 @@ class PublishingRanks:
         every rank if the version is not above all before or ``update`` raised a SpearError;
         anything else it raised as it is, and EngineError elsewhere.
         """
-        if policy_version <= self._version:
-            raise EngineError(
-                f"policy version {policy_version} is published after {self._version}; versions "
-                "have to grow, for engines name what they hold by them"
-            )
+        require_newer(policy_version, self._version)
         export = Export(self._source)
         if update is None:
             export.run_out()

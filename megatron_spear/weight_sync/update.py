@@ -116,6 +116,16 @@ class Update:
                 self._servers.resume()
                 self.pause_s = time.monotonic() - self._paused_at
 
+    def metrics(self, sent: int, send_s: float) -> dict[str, float]:
+        """What the closed update is told by; ``sent`` are bytes."""
+        return {
+            "weight_sync/bytes": float(sent),
+            "weight_sync/num_servers": float(len(self.live)),
+            "weight_sync/num_taken_out": float(self.num_lost),
+            "weight_sync/pause_s": self.pause_s,
+            "weight_sync/send_s": send_s,
+        }
+
     def refuse_none_left(self) -> None:
         """EngineError if no server is live."""
         if not self.live:
@@ -189,13 +199,7 @@ class ServerTransport:
             done = True
         finally:
             update.close(done)
-        return {
-            "weight_sync/bytes": float(sent),
-            "weight_sync/num_servers": float(len(update.live)),
-            "weight_sync/num_taken_out": float(update.num_lost),
-            "weight_sync/pause_s": update.pause_s,
-            "weight_sync/send_s": send_s,
-        }
+        return update.metrics(sent, send_s)
 
     def _check_names(self, update: Update) -> None:
         """Take out new servers whose parameters are not what the policy exports."""

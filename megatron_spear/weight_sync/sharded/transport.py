@@ -22,6 +22,7 @@ from megatron_spear import peer_groups
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.conversion.slices import TensorSlice
 from megatron_spear.errors import ConfigError, EngineError, SpearError, describe
+from megatron_spear.weight_sync.export import require_newer
 from megatron_spear.weight_sync.layouts import EngineLayout, TrainingLayout
 from megatron_spear.weight_sync.servers import UpdateServer, UpdateServers
 from megatron_spear.weight_sync.sharded.lane import Lane
@@ -97,11 +98,7 @@ class Sharded:
 
     def publish(self, policy_version: int) -> dict[str, float]:
         """Bring the policy's weights into all engines; see ``Transport``."""
-        if policy_version <= self._version:
-            raise EngineError(
-                f"policy version {policy_version} is published after {self._version}; versions "
-                "have to grow, for engines name what they hold by them"
-            )
+        require_newer(policy_version, self._version)
         deadline, started = Deadline(self._deadline_s), time.monotonic()
         found = self._from_controller(lambda: self._look(policy_version))
         done = False
@@ -119,19 +116,9 @@ class Sharded:
             if self._update is not None:
                 self._update.close(done)
         self._version = policy_version
-        return self._metrics(sent, time.monotonic() - started)
-
-    def _metrics(self, sent: int, send_s: float) -> dict[str, float]:
-        """The bytes that this rank sent; the rest on the controller only."""
-        metrics = {"weight_sync/bytes": float(sent)}
         if self._update is None:
-            return metrics
-        return metrics | {
-            "weight_sync/num_servers": float(len(self._update.live)),
-            "weight_sync/num_taken_out": float(self._update.num_lost),
-            "weight_sync/pause_s": self._update.pause_s,
-            "weight_sync/send_s": send_s,
-        }
+            return {"weight_sync/bytes": float(sent)}
+        return self._update.metrics(sent, time.monotonic() - started)
 
     def close(self) -> None:
         """Leave all groups."""
