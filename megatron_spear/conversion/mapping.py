@@ -18,6 +18,10 @@ Shape = tuple[int, ...]
 Stage = Literal["first", "layer", "last"]
 Piece = tuple[Shape, Tensor]
 
+ENGINE_VOCAB_MULTIPLE = 64
+"""SGLang and vLLM pad the vocabulary to a multiple of this before they split it; where the ranks do
+not divide the result, SGLang pads to a multiple of this times the ranks and vLLM refuses."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightMap:

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_spear.conversion.mapping import QkvMap, VocabMap, WeightMap, padded_vocab, place_of
+from megatron_spear.conversion.mapping import (
+    ENGINE_VOCAB_MULTIPLE,
+    QkvMap,
+    VocabMap,
+    WeightMap,
+    padded_vocab,
+    place_of,
+)
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import ConfigError
-
-ENGINE_VOCAB_MULTIPLE = 64
-"""SGLang and vLLM pad the vocabulary to a multiple of this before they split it; where the ranks do
-not divide the result, SGLang pads to a multiple of this times the ranks and vLLM refuses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

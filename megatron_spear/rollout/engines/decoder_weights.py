@@ -11,14 +11,12 @@ from itertools import chain
 
 import torch
 
-from megatron_spear.conversion.mapping import padded_vocab
+from megatron_spear.conversion.mapping import ENGINE_VOCAB_MULTIPLE, padded_vocab
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engines.linear import Linear
 
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-VOCAB_MULTIPLE = 64
-"""What SGLang and vLLM pad a vocabulary to."""
 
 
 @dataclass(slots=True)
@@ -170,7 +168,7 @@ class DecoderWeights:
     def _new_vocab(self, name: str) -> torch.Tensor:
         """``[V, H]`` at the head of the padded rows."""
         size = self.shape.vocab_size
-        rows = self._zeros(padded_vocab(size, VOCAB_MULTIPLE), self.shape.hidden_size)
+        rows = self._zeros(padded_vocab(size, ENGINE_VOCAB_MULTIPLE), self.shape.hidden_size)
         self.vocab_rows[name] = rows
         self.views[name] = rows[:size]
         return self.views[name]

@@ -1,6 +1,6 @@
 """One engine server of any make, as the fleet sees it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -8,6 +8,7 @@ import torch
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import GenerationRequest, PauseMode
+from megatron_spear.rollout.engines.http import JsonClient, ServerLost
 
 
 class Tensor(Protocol):
@@ -146,6 +147,23 @@ def malformed(server: str, what: str, got: object) -> EngineError:
     return EngineError(
         f"{server} answered {what}: {got!r:.300}; is it of the configured make and version?"
     )
+
+
+async def weight_version(http: JsonClient, path: str, deadline_s: float) -> str:
+    """The label at ``path``; ServerLost for an answer without one."""
+    info = await http.get(path, deadline_s=deadline_s)
+    if not isinstance(info, dict) or "weight_version" not in info:
+        raise ServerLost(str(malformed(http.url, f"{path} with no weight_version", info)))
+    return str(info["weight_version"])
+
+
+def read_generation(server: str, answer: Any, read: Callable[[Any], Answer]) -> Answer:
+    """What ``read`` makes of a server's answer; ServerLost where it is of another form."""
+    try:
+        return read(answer)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        what = f"a generation that cannot be read ({type(error).__name__}: {error})"
+        raise ServerLost(str(malformed(server, what, answer))) from error
 
 
 def label_runs(spans: Sequence[Mapping[str, Any]], size: int) -> list[tuple[str, int]]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import GenerationRequest, PauseMode, SamplingParams
-from megatron_spear.rollout.engines.http import JsonClient, RequestRefused, ServerLost
+from megatron_spear.rollout.engines.http import JsonClient, RequestRefused
 from megatron_spear.rollout.engines.sampling import seed_key, signed_key
 from megatron_spear.rollout.engines.server import (
     Answer,
@@ -34,6 +34,8 @@ from megatron_spear.rollout.engines.server import (
     Tensor,
     label_runs,
     malformed,
+    read_generation,
+    weight_version,
 )
 
 
@@ -70,10 +72,7 @@ class SGLangServer:
 
     async def label(self) -> str:
         """See ``EngineServer``."""
-        info = await self._http.get("/model_info", deadline_s=self._probe_deadline_s)
-        if not isinstance(info, dict) or "weight_version" not in info:
-            raise ServerLost(str(malformed(self.name, "/model_info with no weight_version", info)))
-        return str(info["weight_version"])
+        return await weight_version(self._http, "/model_info", self._probe_deadline_s)
 
     async def generate(
         self, request: GenerationRequest, token_ids: list[int], max_new_tokens: int, rid: str
@@ -87,11 +86,7 @@ class SGLangServer:
             f"{_sampling(request.sampling)}}}}}"
         )
         answer = await self._http.post_until_cancelled("/generate", body.encode())
-        try:
-            return _answer(answer)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            what = f"a generation that cannot be read ({type(error).__name__}: {error})"
-            raise ServerLost(str(malformed(self.name, what, answer))) from error
+        return read_generation(self.name, answer, _answer)
 
     async def abort(self, rid: str) -> None:
         """See ``EngineServer``."""

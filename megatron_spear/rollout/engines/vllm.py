@@ -28,7 +28,7 @@ from typing import Any
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import GenerationRequest, PauseMode, SamplingParams
-from megatron_spear.rollout.engines.http import JsonClient, ServerBusy, ServerLost
+from megatron_spear.rollout.engines.http import JsonClient, ServerBusy
 from megatron_spear.rollout.engines.sampling import seed_key
 from megatron_spear.rollout.engines.server import (
     Answer,
@@ -37,6 +37,8 @@ from megatron_spear.rollout.engines.server import (
     Tensor,
     label_runs,
     malformed,
+    read_generation,
+    weight_version,
 )
 
 _SEED_BITS = 0x7FFF_FFFF
@@ -85,10 +87,7 @@ class VLLMServer:
 
     async def label(self) -> str:
         """See ``EngineServer``. The engine's own process answers, not the front alone."""
-        info = await self._http.get("/weight_info", deadline_s=self._probe_deadline_s)
-        if not isinstance(info, dict) or "weight_version" not in info:
-            raise ServerLost(str(malformed(self.name, "/weight_info with no weight_version", info)))
-        return str(info["weight_version"])
+        return await weight_version(self._http, "/weight_info", self._probe_deadline_s)
 
     async def generate(
         self, request: GenerationRequest, token_ids: list[int], max_new_tokens: int, rid: str
@@ -103,11 +102,7 @@ class VLLMServer:
             f'{{"max_tokens": {max_new_tokens}, "seed": {seed}, {_sampling(request.sampling)}}}}}'
         )
         answer = await self._http.post_until_cancelled("/inference/v1/generate", body.encode())
-        try:
-            return _answer(answer)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            what = f"a generation that cannot be read ({type(error).__name__}: {error})"
-            raise ServerLost(str(malformed(self.name, what, answer))) from error
+        return read_generation(self.name, answer, _answer)
 
     async def abort(self, rid: str) -> None:
         """See ``EngineServer``."""
