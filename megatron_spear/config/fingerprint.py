@@ -46,6 +46,7 @@ RESUME_MAY_DIFFER = (
     "evaluation.every",
     "checkpoint",
     "tracking",
+    "cluster",
 )
 """Keys (with all below them) that a resumed run may change: they say where and how fast the run
 goes, not what it computes. Layout keys are here because loss and gradient do not depend on the

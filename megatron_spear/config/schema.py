@@ -17,6 +17,7 @@ from megatron_spear.config.base import (
     PositiveInt,
     Section,
 )
+from megatron_spear.config.cluster import ClusterSection
 from megatron_spear.config.hooks import HookSection
 from megatron_spear.config.method import (
     AlgorithmSection,
@@ -336,6 +337,8 @@ class RunConfig(Section):
     """Run checkpoints."""
     tracking: TrackingSection = TrackingSection()
     """Sinks."""
+    cluster: ClusterSection = ClusterSection()
+    """The machines, for ``launch`` and ``plan``."""
 
     @field_validator("preset")
     @classmethod

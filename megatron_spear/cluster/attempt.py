@@ -1,0 +1,82 @@
+"""The folder of one attempt: everything that a launch leaves beside the run's own files.
+
+    RUN/attempt_3/
+        log/<node>/<role>_<i>.log    what each process wrote
+        registry/<role>_<i>.json     servers and workers that can be reached (registry.py)
+        heartbeats/rank_<i>.json     what each trainer rank does, and since when
+        done/trainer_<i>             one for each trainer node that has ended well
+        stopped.json                 the run was stopped, saved, and wants to go on
+
+Attempts are numbered from 0; the newest is the one with the highest number.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_spear.files import write_whole
+
+_ATTEMPT = re.compile(r"attempt_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Paths of one attempt; ``begin`` makes its folders."""
+
+    path: Path
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.path.parent
+
+    @property
+    def number(self) -> int:
+        """0 for the first."""
+        match = _ATTEMPT.fullmatch(self.path.name)
+        assert match, f"{self.path} is named attempt_K"
+        return int(match[1])
+
+    @property
+    def registry(self) -> Path:
+        """Where servers and workers register."""
+        return self.path / "registry"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Where trainer ranks say what they do."""
+        return self.path / "heartbeats"
+
+    @property
+    def done(self) -> Path:
+        """Where trainer nodes say that they have ended well."""
+        return self.path / "done"
+
+    @property
+    def stopped_file(self) -> Path:
+        """There if the run was stopped by a signal, has saved, and is to go on later."""
+        return self.path / "stopped.json"
+
+    def log(self, node: str, role: str, index: int) -> Path:
+        """The log file of one process."""
+        return self.path / "log" / node / f"{role}_{index}.log"
+
+    def mark_stopped(self, reason: str, step: int) -> None:
+        """Say that the run was stopped after ``step``, which is saved."""
+        write_whole(self.stopped_file, json.dumps({"reason": reason, "step": step}) + "\n")
+
+    @classmethod
+    def begin(cls, run: Path) -> "Attempt":
+        """The next attempt of a run, with its folders."""
+        numbers = [attempt.number for attempt in attempts(run)]
+        attempt = cls(run / f"attempt_{max(numbers, default=-1) + 1}")
+        for folder in (attempt.registry, attempt.heartbeats, attempt.done):
+            folder.mkdir(parents=True)
+        return attempt
+
+
+def attempts(run: Path) -> list[Attempt]:
+    """The attempts of a run, oldest first."""
+    found = [Attempt(path) for path in run.glob("attempt_*") if _ATTEMPT.fullmatch(path.name)]
+    return sorted(found, key=lambda attempt: attempt.number)

@@ -1,0 +1,195 @@
+"""Settings of the machines a run is launched on: nodes and their roles, Slurm, network, checks."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from megatron_spear.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+_TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|(\d+-)?\d+(:\d{2})?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+ChipName = Literal["a100", "h100", "h200", "b200", "gb200"]
+"""Chips the planner knows (``cluster/planner/chips.py``)."""
+
+
+class SlurmSection(Section):
+    """What the job asks Slurm for."""
+
+    partition: str | None = None
+    """Partition; None = the cluster's default."""
+    account: str | None = None
+    """Account that is charged; None = the user's default."""
+    qos: str | None = None
+    """Quality of service; None = the default."""
+    time_limit: str = "24:00:00"
+    """Longest attempt, as Slurm writes it (``D-HH:MM:SS``); the job is requeued after it."""
+    signal_before_s: PositiveInt = 600
+    """Seconds before the time limit at which the run is told to save and stop."""
+    exclude: tuple[str, ...] = ()
+    """Nodes not to use, besides those that a preflight found bad."""
+    options: tuple[str, ...] = ()
+    """Further ``#SBATCH`` options, ``--constraint=h100`` say."""
+
+    @field_validator("time_limit")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        if not _TIME.fullmatch(value):
+            raise ValueError(f"got {value!r}, expected Slurm's D-HH:MM:SS, HH:MM:SS or minutes")
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _are_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for option in value:
+            if not option.startswith("-") or "\n" in option:
+                raise ValueError(f"got {option!r}, expected one option, --constraint=h100 say")
+        return value
+
+
+class VenvRuntime(Section):
+    """A Python environment on a file system that all nodes see."""
+
+    type: Literal["venv"] = "venv"
+    """Which way to run."""
+    path: Path | None = None
+    """The environment's folder; None = that of the command that launches."""
+
+
+class PyxisRuntime(Section):
+    """A container by Slurm's pyxis plugin and enroot."""
+
+    type: Literal["pyxis"]
+    """Which way to run."""
+    image: str
+    """``--container-image``: a registry's image, or a ``.sqsh`` file."""
+    mounts: tuple[str, ...] = ()
+    """``--container-mounts``, as ``SOURCE:TARGET``; the run directory is always mounted."""
+
+
+class ApptainerRuntime(Section):
+    """A container by apptainer (singularity)."""
+
+    type: Literal["apptainer"]
+    """Which way to run."""
+    image: Path
+    """The ``.sif`` file."""
+    mounts: tuple[str, ...] = ()
+    """``--bind``, as ``SOURCE:TARGET``; the run directory is always mounted."""
+
+
+Runtime = Annotated[VenvRuntime | PyxisRuntime | ApptainerRuntime, Field(discriminator="type")]
+
+
+class NetworkSection(Section):
+    """How processes find each other and what NCCL and gloo use."""
+
+    interface: str | None = None
+    """Interface of NCCL's and gloo's sockets (``NCCL_SOCKET_IFNAME``, ``GLOO_SOCKET_IFNAME``)."""
+    ib_hca: str | None = None
+    """``NCCL_IB_HCA``: which InfiniBand adapters, ``mlx5`` say."""
+    ib_service_level: NonNegativeInt | None = None
+    """``NCCL_IB_SL``."""
+    ib_timeout: NonNegativeInt | None = None
+    """``NCCL_IB_TIMEOUT``."""
+    address: str | None = None
+    """Address under which the others reach each node; None = the node's name. For one machine that
+    plays several nodes: 127.0.0.1."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Further environment variables of all processes."""
+
+    @field_validator("environment")
+    @classmethod
+    def _are_variables(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"got {name!r}, expected the name of an environment variable")
+        return value
+
+
+class PreflightSection(Section):
+    """What every node is asked before a run starts on it."""
+
+    enabled: bool = True
+    """False = start at once."""
+    deadline_s: PositiveFloat = 180.0
+    """Longest wait for all nodes' answers."""
+    min_free_gpu_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
+    """Least share of each GPU's memory that must be free."""
+    min_shm_bytes: NonNegativeInt = 1 << 30
+    """Least free bytes of /dev/shm."""
+    max_clock_skew_s: PositiveFloat = 10.0
+    """Largest difference between two nodes' clocks."""
+    min_allreduce_bytes_per_s: NonNegativeInt = 0
+    """Least bandwidth of a short all-reduce over all trainer ranks; 0 = none is measured."""
+
+
+class EngineServersSection(Section):
+    """Engine servers that the launch starts, registers and restarts."""
+
+    count: NonNegativeInt = 0
+    """Servers in total, spread evenly over the engine nodes (without any: the trainer nodes). 0 =
+    none is started: the embedded engine, or those of ``rollout.servers``."""
+    program: Literal["serve", "sglang", "vllm"] = "serve"
+    """What is run: ``megatron-spear serve``, or a server of an environment of its own. It goes with
+    ``rollout.engine`` (``serve`` speaks as sglang does)."""
+    python: Path | None = None
+    """The Python that has the server's packages; None = this one."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs a server; never more than a node has."""
+    memory_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.85
+    """Share of a GPU's memory for weights and KV cache."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of the server's command."""
+    max_restarts: NonNegativeInt = 5
+    """Restarts of one server in an attempt; after that it stays away."""
+    start_deadline_s: PositiveFloat = 900.0
+    """Longest start of a server, loading included."""
+
+
+class ClusterSection(Section):
+    """The machines: what ``launch`` starts on them and ``plan`` reckons with."""
+
+    chip: ChipName = "h100"
+    """The GPU of the nodes, for ``plan``; read where ``gpus_per_node`` is above 0."""
+    gpus_per_node: NonNegativeInt = 0
+    """GPUs a node; 0 = CPUs and gloo."""
+    trainer_nodes: PositiveInt = 1
+    """Nodes that train, the first of the job."""
+    ranks_per_node: PositiveInt | None = None
+    """Trainer ranks a node; None = one a GPU (without GPUs: 1)."""
+    engine_nodes: NonNegativeInt = 0
+    """Further nodes that only generate; 0 = servers share the trainer nodes."""
+    servers: EngineServersSection = EngineServersSection()
+    """The engine servers."""
+    env_workers: NonNegativeInt = 0
+    """Environment worker processes in total, spread over the engine nodes (without any: the trainer
+    nodes); 0 = ``rollout.env_workers`` processes of the controller."""
+    runtime: Runtime = VenvRuntime()
+    """Environment or container of all processes but the engine servers."""
+    slurm: SlurmSection = SlurmSection()
+    """The job."""
+    network: NetworkSection = NetworkSection()
+    """Names and sockets."""
+    preflight: PreflightSection = PreflightSection()
+    """Checks before the start."""
+    max_restarts: NonNegativeInt = 10
+    """Restarts after crashes; a crash without a new checkpoint since the start before counts
+    double."""
+
+    @property
+    def ranks_on_a_node(self) -> int:
+        """Trainer ranks a node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world_size(self) -> int:
+        """Trainer ranks in total."""
+        return self.trainer_nodes * self.ranks_on_a_node
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the job."""
+        return self.trainer_nodes + self.engine_nodes
