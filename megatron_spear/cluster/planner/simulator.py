@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_spear.cluster.planner.lengths import Lengths
+from megatron_spear.cluster.planner.long_tail import LongTail
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class Workload:
     decode_s: NDArray[np.float64]
     num_prompts: int
     group_size: int
-    lengths: Lengths
+    lengths: LongTail
     train_s: float
     """Trainer: everything of a step but rollout and update."""
     update_s: float

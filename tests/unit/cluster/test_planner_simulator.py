@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_spear.cluster.planner.lengths import Lengths, spread_of
+from megatron_spear.cluster.planner.long_tail import LongTail, spread_of
 from megatron_spear.cluster.planner.simulator import (
     Workload,
     gain_over_taking_turns,
@@ -13,7 +13,7 @@ from megatron_spear.cluster.planner.simulator import (
 )
 
 DECODE_S = np.array([0.0, *(0.010 + 0.001 * b for b in range(1, 65))])
-EQUAL = Lengths(mean=100, longest=100, spread=0.0)
+EQUAL = LongTail(mean=100, longest=100, spread=0.0)
 WORK = Workload(
     num_engines=1,
     decode_s=DECODE_S,
@@ -25,7 +25,7 @@ WORK = Workload(
 )
 ROLLOUT_S = 100 * DECODE_S[64]
 LONG_TAIL = replace(
-    WORK, num_engines=4, num_prompts=32, lengths=Lengths(mean=200, longest=2000, spread=1.0)
+    WORK, num_engines=4, num_prompts=32, lengths=LongTail(mean=200, longest=2000, spread=1.0)
 )
 
 
@@ -107,9 +107,9 @@ def test_the_same_seed_gives_the_same() -> None:
 
 def test_lengths_have_their_mean_after_the_cut() -> None:
     for lengths in (
-        Lengths(mean=795, longest=3996, spread=1.0),
-        Lengths(mean=3100, longest=3996, spread=1.0),
-        Lengths(mean=50, longest=50, spread=1.0),
+        LongTail(mean=795, longest=3996, spread=1.0),
+        LongTail(mean=3100, longest=3996, spread=1.0),
+        LongTail(mean=50, longest=50, spread=1.0),
     ):
         drawn = lengths.draw(np.random.default_rng(0), 200_000)
         assert drawn.mean() == pytest.approx(lengths.mean, rel=0.01)
@@ -119,5 +119,5 @@ def test_lengths_have_their_mean_after_the_cut() -> None:
 
 
 def test_the_spread_of_a_known_quantile() -> None:
-    lengths = Lengths(mean=1000, longest=1_000_000, spread=spread_of(1000, 5000))
+    lengths = LongTail(mean=1000, longest=1_000_000, spread=spread_of(1000, 5000))
     assert lengths.quantiles(np.array([0.99]))[0] == pytest.approx(5000, rel=0.01)

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Lengths:
+class LongTail:
     """Sampled tokens of a trajectory: ``min(X, longest)`` with log-normal X, mean ``mean``.
 
     ``spread`` is the standard deviation of log X; 0 = all are ``mean`` long. The mean is that after
@@ -28,10 +29,21 @@ class Lengths:
     def __post_init__(self) -> None:
         assert 0 < self.mean <= self.longest, (self.mean, self.longest)
 
+    @property
+    def mean_square(self) -> float:
+        """Of the lengths; over the squared mean it says how uneven they are."""
+        middle, spread = self._log_normal()
+        if spread == 0:
+            return self.mean**2
+        place = (log(self.longest) - middle) / spread
+        whole = exp(2 * middle + 2 * spread**2)
+        cut = 1 - _below(place)
+        return whole * _below(place - 2 * spread) + self.longest**2 * cut
+
     def quantiles(self, shares: Floats) -> Floats:
         """The length below which a share of the trajectories is; at least 1."""
         middle, spread = self._log_normal()
-        normal = np.array([NormalDist().inv_cdf(share) for share in shares])
+        normal = np.array([_NORMAL.inv_cdf(share) for share in shares])
         return np.clip(np.exp(middle + spread * normal), 1.0, self.longest)
 
     def draw(self, generator: np.random.Generator, count: int) -> Floats:
