@@ -15,6 +15,7 @@ from megatron_spear.cluster.planner.passes import flops_a_token
 from megatron_spear.conversion.shape import ModelShape
 
 Floats = NDArray[np.float64]
+_SHARES = (np.arange(128) + 0.5) / 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +104,11 @@ class Play:
         return self.prompt + self.observed + self.lengths.mean
 
     @property
+    def longest(self) -> float:
+        """Sampled tokens of the longest trajectory, as it is expected to be."""
+        return float(self.lengths.quantiles(np.array([1 - 0.5 / self.num_trajectories]))[0])
+
+    @property
     def mean_context(self) -> float:
         """Tokens a context has on average while it decodes: those of long trajectories count for
         as long as they take."""
@@ -120,59 +126,54 @@ class Play:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutTime:
-    """Seconds of a set of trajectories on ``num_engines`` servers.
+    """Seconds of a set of trajectories.
 
-    ``alone_s``: nothing else runs, first token to the last trajectory's end. ``work_s``: what of it
-    the engines would need if always as full as at its beginning. ``longest_s``: the longest
-    trajectory among full engines.
+    ``alone_s``: from the first token to the end of the last trajectory. ``work_s``: what the
+    engines would need if always as full as in the beginning. ``prefill_s``: of both, reading
+    prompts and observations.
     """
 
     alone_s: float
     work_s: float
-    longest_s: float
     prefill_s: float
 
 
 def rollout_time(engine: Engine, num_engines: int, play: Play) -> RolloutTime:
-    """How long a set takes."""
+    """How long a set takes if nothing else is to be done."""
     count = play.num_trajectories / num_engines
-    first = min(count, engine.slots)
-    context = play.mean_context
-    full = float(engine.decode_s(np.array([first]), context)[0])
+    first = max(1.0, min(count, engine.slots))
+    full_s = float(engine.decode_s(np.array([first]), play.mean_context)[0])
     prompts = play.num_prompts * play.prompt + play.num_trajectories * play.observed
-    prefill = engine.prefill_s(prompts / num_engines, context)
-    tokens = count * play.lengths.mean
-    longest = float(play.lengths.quantiles(np.array([1 - 0.5 / play.num_trajectories]))[0])
-    waits = (play.num_turns - 1) * play.env_s
-    queue = max(0.0, count - first) * play.lengths.mean / first * full
-    tail = _tail_s(engine, play, first, queued=count > first, longest=longest)
+    prefill_s = engine.prefill_s(prompts / num_engines, play.mean_context)
+    queue_s = max(0.0, count - first) * play.lengths.mean / first * full_s
+    tail_s = _tail_s(engine, play, first, queued=count > first)
+    waits_s = (play.num_turns - 1) * play.env_s
     return RolloutTime(
-        alone_s=prefill + queue + tail + waits,
-        work_s=prefill + tokens / first * full,
-        longest_s=longest * full + waits,
-        prefill_s=prefill,
+        alone_s=prefill_s + queue_s + tail_s + waits_s,
+        work_s=prefill_s + count * play.lengths.mean / first * full_s,
+        prefill_s=prefill_s,
     )
 
 
-def _tail_s(engine: Engine, play: Play, first: float, *, queued: bool, longest: float) -> float:
-    """From the last free slot's filling to the end: decode steps with ever fewer contexts.
+def _tail_s(engine: Engine, play: Play, first: float, *, queued: bool) -> float:
+    """From the filling of the last slot to the end: decode steps with ever fewer contexts.
 
-    Without a queue all began together, and after n tokens the share of those longer than n is left.
-    With one they have been at it for some time: the share left after n more is that of the tokens
-    that all trajectories have beyond n.
+    Without a queue all began together, and after n tokens those longer than n are left. With one
+    they have been at it for some time, and after n more the share is left of all trajectories'
+    tokens that are beyond n.
     """
-    shares = (np.arange(128) + 0.5) / 128
-    lengths = play.lengths.quantiles(shares)
-    steps = np.linspace(0, longest, 129)
+    lengths = play.lengths.quantiles(_SHARES)
+    steps = np.linspace(0.0, play.longest, len(_SHARES) + 1)
     middles = (steps[1:] + steps[:-1]) / 2
     if queued:
-        beyond = np.maximum(lengths[None, :] - middles[:, None], 0).mean(axis=1)
-        left = beyond / play.lengths.mean
+        left = np.maximum(lengths[None, :] - middles[:, None], 0).mean(axis=1) / play.lengths.mean
+        context = np.full_like(middles, play.mean_context)
     else:
-        left = (lengths[None, :] > middles[:, None]).mean(axis=1)
-    contexts = np.maximum(first * left, 1.0)
-    grown = play.prompt + play.observed / 2 + (play.mean_context - play.prompt if queued else middles)
-    seconds = engine.decode_s(contexts, grown)
+        left = 1 - np.searchsorted(lengths, middles) / len(lengths)
+        context = play.prompt + (play.observed * middles / play.longest + middles) / play.contexts
+        if play.contexts > 1:
+            context = np.full_like(middles, play.mean_context)
+    seconds = engine.decode_s(np.maximum(first * left, 1.0), context)
     return float((seconds * np.diff(steps)).sum())
 
 
