@@ -15,6 +15,7 @@ from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import build_tracker
 from megatron_spear.tracking.summary import summary_rows, write_summary
+from megatron_spear.trainer.consumption import ConsumptionLog
 from megatron_spear.trainer.hooks.user import user_hooks
 from megatron_spear.trainer.run_directory import RunDirectory
 
@@ -37,7 +38,7 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         model = _warm_model(config, context, console, stop)
         console.phase("Policy and engine")
         rollout = build.make_rollout(config, model) if controller else None
-        tracker = step = None
+        tracker = consumption = step = None
         try:
             policy = build.make_policy(config, model, context)
             step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
@@ -52,16 +53,20 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
                 stop=stop,
                 model=model,
             )
-            resumed = run.resume() if config.resume else 0
-            if config.resume:
-                console.line(f"continuing after step {resumed} of {config.run.steps}")
+            resumed = run.resume() if config.resume else None
+            if resumed is not None:
+                console.line(f"continuing after step {resumed.step} of {config.run.steps}")
             if controller:
+                consumption = run.consumption = ConsumptionLog(
+                    directory.consumed_file,
+                    resumed=(resumed.step, resumed.prompts) if resumed is not None else None,
+                )
                 tracker = run.tracker = build_tracker(
                     config.tracking,
                     folder=directory.path,
                     name=config.run.name,
                     config=config.model_dump(mode="json"),
-                    resumed_step=resumed if config.resume else None,
+                    resumed_step=resumed.step if resumed is not None else None,
                 )
             summary = run.run()
             if controller and summary:
@@ -70,6 +75,8 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         finally:
             if tracker is not None:
                 tracker.close()
+            if consumption is not None:
+                consumption.close()
             if step is not None:
                 step.weight_sync.close()
             if rollout is not None:

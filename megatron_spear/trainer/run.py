@@ -16,6 +16,7 @@ from megatron_spear.errors import StopRequested
 from megatron_spear.tracking.progress import Bar, Console
 from megatron_spear.tracking.sinks import Tracker
 from megatron_spear.trainer.build import RolloutStack
+from megatron_spear.trainer.consumption import ConsumptionLog
 from megatron_spear.trainer.engine_probe import check_engine, max_logprob_gap
 from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval, share_won
 from megatron_spear.trainer.loop import SpearStep
@@ -46,6 +47,7 @@ class SpearRun:
         self._config, self._step, self._directory = config, step, directory
         self._rollout, self._panel = rollout, panel
         self.tracker: Tracker | None = None
+        self.consumption: ConsumptionLog | None = None
         self._console, self._stop = console, stop
         self._model = model
         self._checkpoints = RunCheckpoints(
@@ -57,15 +59,15 @@ class SpearRun:
         self._watchdog = Watchdog(config.run.hang_limit_s, "the start of the run")
         self._is_controller = rollout is not None
 
-    def resume(self) -> int:
-        """Continue from the newest checkpoint that can be used; returns its step (0 if there is
-        none).
+    def resume(self) -> Progress:
+        """Continue from the newest checkpoint that can be used; returns where it stands (step 0 if
+        there is none).
 
         Raises CheckpointError when there are checkpoints and none of them can be used.
         """
         self._progress = self._checkpoints.resume()
         self._saved, self._wall_s_before = self._progress.step, self._progress.wall_s
-        return self._progress.step
+        return self._progress
 
     def run(self) -> dict[str, Any]:
         """From where the run stands to its end; returns the summary (empty on other ranks).
@@ -172,6 +174,8 @@ class SpearRun:
         self._console.beat(f"rollout: {finished} trajectories")
 
     def _track(self, report: StepReport) -> None:
+        if self.consumption:
+            self.consumption.log(report.step, report.consumed)
         if self.tracker:
             self.tracker.log(report.step, report.metrics)
 

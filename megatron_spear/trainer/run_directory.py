@@ -2,6 +2,7 @@
 
 config.yaml     the resolved configuration        versions.json  packages and machine
 metrics.jsonl   one line a record                 summary.json   the result
+consumed.jsonl  one line a prompt consumed
 curves.png      the curves                        checkpoints/   step_N, committed whole
 wandb/          wandb's own files
 """
@@ -60,6 +61,11 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def consumed_file(self) -> Path:
+        """Every prompt that was consumed, and what became of it (``consumption``)."""
+        return self.path / "consumed.jsonl"
 
     @property
     def summary_file(self) -> Path:
@@ -151,7 +157,7 @@ class RunDirectory:
 
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""
-        own = (self.config_file, self.versions_file, self.metrics_file)
+        own = (self.config_file, self.versions_file, self.metrics_file, self.consumed_file)
         used = self.metrics_file.is_file() and self.metrics_file.stat().st_size
         if used or set(self.path.iterdir()) - {*own, self.checkpoints}:
             return
