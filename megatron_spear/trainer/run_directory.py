@@ -167,11 +167,19 @@ class RunDirectory:
                 file.unlink(missing_ok=True)
             self.path.rmdir()
 
+    def _is_leftover(self, path: Path) -> bool:
+        """Whether a kill in ``create`` left this behind."""
+        empty = path == self.checkpoints and path.is_dir() and not any(path.iterdir())
+        return empty or path.name == f"{CONFIG_NAME}.tmp"
+
     def _refuse_reuse(self, config: RunConfig) -> None:
         """Raise unless a non-empty directory was left by the same run before its first record."""
         choose = "choose another run.dir (or remove this directory)"
         if not self.config_file.is_file():
-            names = ", ".join(sorted(p.name for p in self.path.iterdir())[:5])
+            foreign = sorted(p.name for p in self.path.iterdir() if not self._is_leftover(p))
+            if not foreign:
+                return
+            names = ", ".join(foreign[:5])
             raise ConfigError(
                 f"run.dir={self.path}: is not empty and no run directory (holds {names}); {choose}"
             )
