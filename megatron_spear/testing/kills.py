@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.config.load import load_config
+from megatron_spear.deadlines import install_stop_signals
 from megatron_spear.testing.ranks import fork_context
 from megatron_spear.trainer.consumption import read_consumed
 
@@ -89,12 +91,11 @@ class Killed:
 
     def __init__(self, settings: Sequence[str], folder: Path, *, cache: Path, seed: int) -> None:
         own = (f"model.cache_dir={cache}", f"run.seed={seed}")
-        self._arguments = [str(folder / "job.yaml"), *_JOB, *own, *settings]
+        self._arguments = [*_JOB, *own, *settings]
         self._folder = folder
         self._random = random.Random(f"kills/{seed}")
         self._start_s = self._step_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "job.yaml").write_text("{}\n")
 
     def left_alone(self) -> Path:
         """The run directory of the job that nobody disturbs; measures how long it takes.
@@ -137,8 +138,8 @@ class Killed:
             return self._process("train", f"resume={run}")
         return self._process("train", *self._arguments, f"run.dir={run}")
 
-    def _process(self, *line: str) -> Any:
-        process = fork_context().Process(target=_command, args=(line, self._log))
+    def _process(self, work: str, *arguments: str) -> Any:
+        process = fork_context().Process(target=_job, args=(work, arguments, self._log))
         process.start()
         return process
 
@@ -156,20 +157,18 @@ class Killed:
         return int(process.exitcode)
 
 
-def _command(line: Sequence[str], log: Path) -> None:
-    """The command, as a process of its own would run it; output goes to the log."""
+def _job(work: str, arguments: Sequence[str], log: Path) -> None:
+    """``train`` or ``sft``, as the command runs it; output goes to the log."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    stop = install_stop_signals()
     import torch
 
     torch.set_num_threads(1)
-    from megatron_spear.cli.main import main
+    from megatron_spear.trainer import jobs
 
-    try:
-        main(line)
-    except SystemExit as end:
-        os._exit(int(end.code or 0))
+    (jobs.train if work == "train" else jobs.warm_start)(load_config(None, arguments), stop)
 
 
 def newest_step(run: Path) -> int:

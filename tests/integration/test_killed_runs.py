@@ -1,4 +1,4 @@
-"""Training jobs that are killed (SIGKILL) at random moments; ``tools/kill_test.py`` does more of it.
+"""Training jobs that are killed (SIGKILL) at random moments; ``tools/kill_test.py`` does more.
 
 The killed job is the job that was left alone: every metric but the clock's, every consumed prompt,
 every bit of its weights.
