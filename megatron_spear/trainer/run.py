@@ -2,7 +2,6 @@
 sum up."""
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -251,9 +250,7 @@ class SpearRun:
             for _ in weights:
                 pass
             return
-        target = self._directory.path / "model"
-        if target.is_dir():
-            target.rename(target.with_name(f"model.before-{int(time.time())}"))
+        target = self._directory.place_for_model()
         write_hf_folder(target, self._model, weights)
         self._console.line(f"Hugging Face folder: {target}")
 
