@@ -176,8 +176,8 @@ class ClusterSection(Section):
     preflight: PreflightSection = PreflightSection()
     """Checks before the start."""
     max_restarts: NonNegativeInt = 10
-    """Restarts after crashes; a crash without a new checkpoint since the start before counts
-    double."""
+    """Restarts after crashes in all; two crashes in a row without a new checkpoint end the run
+    whatever is left."""
 
     @property
     def ranks_on_a_node(self) -> int:
