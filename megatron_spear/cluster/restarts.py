@@ -1,9 +1,9 @@
-"""Whether a run goes on after an attempt: it has ended, it is to be started again, or it is given up.
+"""Whether a run goes on after an attempt: it has ended, is to be started again, or is given up.
 
-A run that was stopped (a signal, the time limit, preemption) has saved and goes on. One that crashed
-goes on while ``cluster.max_restarts`` lasts, but only if crashes lead somewhere: two in a row without
-a new checkpoint end it, and so do settings or data that cannot work. Nothing is kept besides what
-attempts leave: a crash is an attempt that ended in no other way.
+A run that was stopped (a signal, the time limit, preemption) has saved and goes on. One that
+crashed goes on while ``cluster.max_restarts`` lasts, but only if crashes lead somewhere: two in a
+row without a new checkpoint end it, and so do settings or data that cannot work. Nothing is kept
+besides what attempts leave: a crash is an attempt that ended in no other way.
 """
 
 import json
