@@ -1,6 +1,7 @@
 """The command lines of a node's processes, as pure functions of the settings.
 
-docs/engines.md says what each server needs; tools/sglang_cpu and tools/vllm_cpu start them on a CPU.
+docs/engines.md says what each server needs; tools/sglang_cpu and tools/vllm_cpu have the flags of a
+CPU.
 """
 
 import json
@@ -30,7 +31,7 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnginePlace:
-    """Where a server goes: ``local`` counts the servers of its node, ``host`` is what it listens at.
+    """Where a server goes: ``local`` counts those of its node, ``host`` is what it listens at.
 
     ``gpus`` are the node's as CUDA names them, ``threads`` torch's for a server on the CPU,
     ``package`` a folder that holds this package and nothing else.
@@ -66,9 +67,8 @@ def trainer_command(
     )
     job = ["-m", "megatron_spear.cli.train", f"resume={run}", "--attempt", str(attempt)]
     if config.run.stop_after is not None:
-        job.append(
-            f"run.stop_after={config.run.stop_after}"
-        )  # of this launch, so not of config.yaml
+        # It belongs to a launch: with resume= that of config.yaml is passed over.
+        job.append(f"run.stop_after={config.run.stop_after}")
     environment = {"PYTHONUNBUFFERED": "1", **network_environment(cluster.network)}
     return Command(line=(*torchrun, *job), environment=environment)
 

@@ -34,9 +34,10 @@ class Node:
 class Times:
     """Seconds and counts, all > 0.
 
-    ``look_s``: between looks at processes, ``files_s``: at files that other nodes write. ``probe_s``: between health checks, each with
-    ``probe_deadline_s``; ``max_misses`` in a row make a server hung. ``pause_s``: before the first
-    restart, doubled up to ``max_pause_s`` and again the first after ``settled_s`` of good service.
+    ``look_s``: between looks at processes, ``files_s``: at files that other nodes write.
+    ``probe_s``: between health checks, each with ``probe_deadline_s``; ``max_misses`` in a row make
+    a server hung. ``pause_s``: before the first restart, doubled up to ``max_pause_s``, and the
+    first again after ``settled_s`` of good service.
     ``grace_s``: from SIGTERM to SIGKILL. ``signal_s``: between requests to the ranks to stop.
     ``meet_s``: longest wait for the address where all ranks meet. ``linger_s``: how long others'
     ranks may go on, and say why they end, after the attempt has failed.

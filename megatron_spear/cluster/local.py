@@ -70,9 +70,8 @@ def run_attempts(
             )
             status = asyncio.run(supervisor.run())
             if stop.reason and (status or attempt.stopped_file.exists()):
-                say(
-                    f"stopped by {stop.reason}; go on with: megatron-spear launch local resume={run}"
-                )
+                go_on = f"megatron-spear launch local resume={run}"
+                say(f"stopped by {stop.reason}; go on with: {go_on}")
                 return STOPPED_EXIT
             judgement = judge(attempt, status, config.cluster.max_restarts)
             say(f"attempt {attempt.number}: {judgement.reason}")

@@ -186,9 +186,8 @@ async def _end_trees(leaders: Mapping[int, int], grace_s: float) -> None:
     while True:
         table = process_table()
         # A pid is not given to another process while a session is named by it.
-        lead = {
-            p for p, began_at in leaders.items() if p not in table or table[p].started == began_at
-        }
+        reused = {p for p, start in leaders.items() if p in table and table[p].started != start}
+        lead = leaders.keys() - reused
         members = {p for p, entry in table.items() if p in lead or entry.session in lead}
         known |= {(p, table[p].started) for p in members | descendants(members, table)}
         _reap_adopted(table)

@@ -38,10 +38,8 @@ def train(config: RunConfig, stop: Any, attempt: Attempt | None = None) -> dict[
         return _train(config, stop, attempt)
     except StopRequested as stopped:
         if controller:
-            saved = CheckpointStore(
-                RunDirectory(config.run.dir).checkpoints, config.checkpoint.keep
-            ).steps()
-            attempt.mark_stopped(str(stopped), max(saved, default=0))
+            store = CheckpointStore(RunDirectory(config.run.dir).checkpoints, keep=1)
+            attempt.mark_stopped(str(stopped), max(store.steps(), default=0))
         return {}
     except (ConfigError, DataError) as error:
         if controller:
