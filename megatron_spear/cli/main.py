@@ -6,8 +6,13 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_spear.errors import SpearError, StopRequested
+
+if TYPE_CHECKING:
+    from megatron_spear.cluster.attempt import Attempt
 
 USAGE_EXIT = 2
 STOPPED_EXIT = 130
@@ -23,7 +28,9 @@ _COMMANDS = {
     "evaluate": "play the evaluation panel with a Hugging Face folder",
     "check-config": "print the resolved configuration, or every mistake in it",
 }
+_OPTIONS = ("--help", "--model", "--attempt", "--node-index", "--node-name")
 _CONVERT = "make a Megatron checkpoint of a Hugging Face folder or the other way, or compare two"
+_LAUNCH = "run a job with all it needs on this machine or on a cluster: ranks, servers, workers"
 _SERVE = "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract"
 
 
@@ -43,11 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
             nargs="?",
             help="YAML file, e.g. examples/alfworld/quickstart.yaml; none with --resume DIR",
         )
+        if name == "train":
+            sub.add_argument("--attempt", type=Path, help=argparse.SUPPRESS)  # what launch passes
         if name == "evaluate":
             sub.add_argument("--model", required=True, help="Hugging Face folder to evaluate")
     # These have parsers of their own.
     commands.add_parser("convert", help=_CONVERT, add_help=False)
     commands.add_parser("serve", help=_SERVE, add_help=False)
+    commands.add_parser("launch", help=_LAUNCH, add_help=False)
     return parser
 
 
@@ -61,10 +71,14 @@ def run(arguments: Sequence[str]) -> int:
         from megatron_spear.cli import serve
 
         return serve.run(arguments[1:])
+    if arguments and arguments[0] == "launch":
+        from megatron_spear.cli import launch
+
+        return launch.run(arguments[1:])
     parser = build_parser()
-    words = _joined(arguments)
-    options, unknown = parser.parse_known_args([w for w in words if not _is_setting(w)])
-    settings = [*filter(_is_setting, words), *unknown]
+    words, settings = split_settings(joined(arguments))
+    options, unknown = parser.parse_known_args(words)
+    settings += unknown
     keys = {setting.removeprefix("--").partition("=")[0] for setting in settings}
     if options.config is None and "resume" not in keys:
         parser.error(f"{options.command}: no YAML file, and no --resume DIR that would have one")
@@ -89,7 +103,7 @@ def run(arguments: Sequence[str]) -> int:
     from megatron_spear.trainer import jobs
 
     if options.command == "train":
-        jobs.train(config, stop)
+        jobs.train(config, stop, _attempt(options.attempt))
     elif options.command == "sft":
         jobs.warm_start(config, stop)
     else:
@@ -97,7 +111,18 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
+def _attempt(folder: Path | None) -> "Attempt | None":
+    """The attempt that this rank is of; it then ends with torchrun, however that ends."""
+    if folder is None:
+        return None
+    from megatron_spear.cluster.attempt import Attempt
+    from megatron_spear.cluster.processes import end_with_parent
+
+    end_with_parent()
+    return Attempt(folder)
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
     """``--a.b c`` as ``--a.b=c``, so that no value is taken for the YAML file."""
     words: list[str] = []
     for word in arguments:
@@ -110,9 +135,15 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return words
 
 
+def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What a parser is to see, and the settings."""
+    settings = [word for word in words if _is_setting(word)]
+    return [word for word in words if not _is_setting(word)], settings
+
+
 def _is_setting(word: str) -> bool:
     if word.startswith("--"):
-        return word.partition("=")[0] not in ("--help", "--model")
+        return word.partition("=")[0] not in _OPTIONS
     return "=" in word and not os.path.exists(word)
 
 

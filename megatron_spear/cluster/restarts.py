@@ -74,6 +74,6 @@ def _after_a_crash(attempt: Attempt, why: str, max_restarts: int) -> Judgement:
 def _stopped(attempt: Attempt) -> str:
     try:
         record = json.loads(attempt.stopped_file.read_text(encoding="utf-8"))
-        return f"it was stopped by {record['reason']} and saved at step {record['step']}"
+        return f"it was stopped and has saved step {record['step']} ({record['reason']})"
     except (OSError, ValueError, KeyError):
         return "it was stopped"

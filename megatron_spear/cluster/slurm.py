@@ -15,12 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_spear.config.cluster import (
-    ApptainerRuntime,
-    ClusterSection,
-    NetworkSection,
-    PyxisRuntime,
-)
+from megatron_spear.cluster.commands import network_environment
+from megatron_spear.config.cluster import ApptainerRuntime, ClusterSection, PyxisRuntime
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError
 
@@ -118,22 +114,8 @@ def _environment(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "CUDA_DEVICE_MAX_CONNECTIONS", "1"
     # Kernels are compiled on each node: a shared file system would serve them slowly, or wrongly.
     yield "TRITON_CACHE_DIR", '"/tmp/triton-${USER:-$(id -u)}-$SLURM_JOB_ID"'
-    for name, value in _network(config.cluster.network):
+    for name, value in network_environment(config.cluster.network).items():
         yield name, shlex.quote(value)
-
-
-def _network(network: NetworkSection) -> Iterator[tuple[str, str]]:
-    if network.interface is not None:
-        yield "NCCL_SOCKET_IFNAME", network.interface
-        yield "GLOO_SOCKET_IFNAME", network.interface
-    for name, value in (
-        ("NCCL_IB_HCA", network.ib_hca),
-        ("NCCL_IB_SL", network.ib_service_level),
-        ("NCCL_IB_TIMEOUT", network.ib_timeout),
-    ):
-        if value is not None:
-            yield name, str(value)
-    yield from network.environment.items()
 
 
 def _command(cluster: ClusterSection, run: Path, *, everywhere: bool) -> str:

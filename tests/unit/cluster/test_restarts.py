@@ -35,7 +35,7 @@ def test_one_that_was_stopped_goes_on_whatever_its_status(tmp_path: Path) -> Non
     for number in range(20):  # stops cost no restart
         judgement = _judge(_attempt(tmp_path, steps=1, stopped=True), number % 2)
         assert judgement.verdict is Verdict.AGAIN
-    assert judgement.reason == "it was stopped by SIGUSR1 and saved at step 20"
+    assert judgement.reason == "it was stopped and has saved step 20 (SIGUSR1)"
 
 
 def test_crashes_that_lead_somewhere_are_restarted_while_the_budget_lasts(tmp_path: Path) -> None:
