@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.cli.launch_common import CONFIG_HELP, launchable, make_run_directory
+
 _SLURM = "submit a job that runs it on a Slurm cluster, again after stops and crashes"
 _BEGIN = "number the next attempt of a run; the job script calls it"
 _END = "say whether a run goes on after an attempt; the job script calls it"
@@ -16,9 +18,7 @@ def add_commands(commands: Any) -> None:
     """Add the parsers of ``slurm``, ``begin`` and ``end``; each sets ``run`` to what takes the
     options and the settings (``a.b=c``) and gives the exit status."""
     slurm = commands.add_parser("slurm", help=_SLURM, description=_SLURM, allow_abbrev=False)
-    slurm.add_argument(
-        "config", nargs="?", help="YAML file; none with resume=DIR, which continues a run"
-    )
+    slurm.add_argument("config", nargs="?", help=CONFIG_HELP)
     slurm.add_argument(
         "--dry-run",
         action="store_true",
@@ -39,23 +39,17 @@ def add_commands(commands: Any) -> None:
 def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
     """Prepare the run directory and submit the job, or show what would be submitted."""
     from megatron_spear.cluster.slurm import SCRIPT_NAME, render
-    from megatron_spear.config.load import dump_config, load_config
+    from megatron_spear.config.load import dump_config
     from megatron_spear.files import write_whole
-    from megatron_spear.trainer.jobs import require_possible
-    from megatron_spear.trainer.run_directory import RunDirectory
 
-    config = load_config(options.config, settings)
-    require_possible(config, config.cluster.world_size)
+    config = launchable(options.config, settings)
     run = (config.resume or config.run.dir).resolve()
     script = render(config, run)
     if options.dry_run:
         print(script)
         print(f"# --- {run / 'config.yaml'}\n{dump_config(config)}", end="")
         return 0
-    if config.resume is not None:
-        RunDirectory.resume(config.resume, config)
-    else:
-        RunDirectory.create(config.run.dir, config)
+    make_run_directory(config)
     write_whole(run / SCRIPT_NAME, script)
     print(_submit(run / SCRIPT_NAME))
     print(f"the job's log: {run}/job-*.log; the run: {run}")
