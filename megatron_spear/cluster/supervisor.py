@@ -31,7 +31,7 @@ from megatron_spear.cluster.kept import (
 )
 from megatron_spear.cluster.processes import (
     Child,
-    adopt_orphans,
+    adopting_orphans,
     children_of,
     end_descendants,
     end_noted,
@@ -87,7 +87,10 @@ class Supervisor:
 
     async def run(self) -> int:
         """Everything from the first start to the last end; nothing is left behind."""
-        adopt_orphans()
+        with adopting_orphans():
+            return await self._run()
+
+    async def _run(self) -> int:
         await self._sweep()
         tasks = [asyncio.create_task(work) for work in self._work()]
         try:
