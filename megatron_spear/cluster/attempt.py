@@ -6,6 +6,8 @@
         heartbeats/rank_<i>.json     what each trainer rank does, and since when
         done/trainer_<i>             one for each trainer node that has ended well
         stopped.json                 the run was stopped, saved, and wants to go on
+        hopeless.json                it failed in a way that no restart mends
+        begun.json, ended.json       where it began, and how it was judged (restarts.py)
 
 Attempts are numbered from 0; the newest is the one with the highest number.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 from megatron_spear.files import write_whole
 
 _ATTEMPT = re.compile(r"attempt_(\d+)")
+_CHECKPOINT = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,21 @@ class Attempt:
         """There if the run was stopped by a signal, has saved, and is to go on later."""
         return self.path / "stopped.json"
 
+    @property
+    def hopeless_file(self) -> Path:
+        """There if the attempt failed in a way that no restart mends."""
+        return self.path / "hopeless.json"
+
+    @property
+    def begun_file(self) -> Path:
+        """The step of the newest checkpoint when the attempt began: ``{"step": 20}``."""
+        return self.path / "begun.json"
+
+    @property
+    def ended_file(self) -> Path:
+        """How the attempt was judged; missing while it runs, or where its machine went down."""
+        return self.path / "ended.json"
+
     def log(self, node: str, role: str, index: int) -> Path:
         """The log file of one process."""
         return self.path / "log" / node / f"{role}_{index}.log"
@@ -66,6 +84,14 @@ class Attempt:
         """Say that the run was stopped after ``step``, which is saved."""
         write_whole(self.stopped_file, json.dumps({"reason": reason, "step": step}) + "\n")
 
+    def mark_hopeless(self, reason: str) -> None:
+        """Say that no restart mends what ended this attempt: a mistake in the settings, say.
+
+        The exit status alone does not get through: a job's is the highest of all its processes',
+        and those that are killed because another one failed have higher ones.
+        """
+        write_whole(self.hopeless_file, json.dumps({"reason": reason}) + "\n")
+
     @classmethod
     def begin(cls, run: Path) -> "Attempt":
         """The next attempt of a run, with its folders."""
@@ -73,6 +99,7 @@ class Attempt:
         attempt = cls(run / f"attempt_{max(numbers, default=-1) + 1}")
         for folder in (attempt.registry, attempt.heartbeats, attempt.done):
             folder.mkdir(parents=True)
+        write_whole(attempt.begun_file, json.dumps({"step": newest_checkpoint(run)}) + "\n")
         return attempt
 
 
@@ -80,3 +107,12 @@ def attempts(run: Path) -> list[Attempt]:
     """The attempts of a run, oldest first."""
     found = [Attempt(path) for path in run.glob("attempt_*") if _ATTEMPT.fullmatch(path.name)]
     return sorted(found, key=lambda attempt: attempt.number)
+
+
+def newest_checkpoint(run: Path) -> int:
+    """The step of the newest committed checkpoint of a run; 0 if there is none.
+
+    A folder ``checkpoints/step_N`` is one by its name alone: its files are not verified.
+    """
+    names = (_CHECKPOINT.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*"))
+    return max((int(match[1]) for match in names if match), default=0)
