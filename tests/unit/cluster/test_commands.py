@@ -69,7 +69,9 @@ def test_the_network_and_where_to_stop_are_passed_on():
     ]
     command = trainer_command(load_config(None, settings), Path("/r"), Path("/a"), 0, ("h", 1))
     assert command.line[-1] == "run.stop_after=2"
-    assert {name: v for name, v in command.environment.items() if "CCL" in name or "LOO" in name} == {
+    assert {
+        name: v for name, v in command.environment.items() if "CCL" in name or "LOO" in name
+    } == {
         "NCCL_SOCKET_IFNAME": "ib0",
         "GLOO_SOCKET_IFNAME": "ib0",
         "NCCL_IB_HCA": "mlx5",

@@ -58,6 +58,9 @@ class Scene:
     def registered(self, role: str = "engine"):
         return registrations(self.attempt.registry, role)
 
+    def launches(self, role: str = "engine") -> list[int]:
+        return [found.launch for found in self.registered(role)]
+
     def told(self, words: str) -> int:
         return sum(words in line for line in self.said)
 
@@ -94,7 +97,7 @@ def test_a_killed_engine_comes_back_at_another_port(tmp_path: Path) -> None:
             await until(scene.registered)
             (first,) = scene.registered()
             os.kill(first.pid, signal.SIGKILL)
-            await until(lambda: [r for r in scene.registered() if r.launch == 1])
+            await until(lambda: scene.launches() == [1])
             (second,) = scene.registered()
             assert second.address != first.address
             assert scene.told("engine 3 ended by SIGKILL") == 1
@@ -110,7 +113,7 @@ def test_a_hung_engine_that_ignores_sigterm_is_killed_and_started_again(tmp_path
             await until(scene.registered)
             (first,) = scene.registered()
             os.kill(first.pid, signal.SIGSTOP)
-            await until(lambda: [r for r in scene.registered() if r.launch == 1])
+            await until(lambda: scene.launches() == [1])
             assert not runs(first.pid)
             assert scene.told("engine 3 hangs, 2 health checks failed") == 1
 
@@ -202,11 +205,10 @@ def test_a_worker_is_registered_by_the_address_it_writes_and_always_restarted(
         )
         async with scene.kept(worker):
             for launch in range(4):
-                await until(lambda: [r for r in scene.registered("environment") if r.launch == launch])
+                await until(lambda launch=launch: scene.launches("environment") == [launch])
                 (found,) = scene.registered("environment")
                 assert found.address == "127.0.0.1:77"
                 os.kill(found.pid, signal.SIGKILL)
-                await until(lambda: not runs(found.pid))
 
     asyncio.run(live())
 
@@ -216,9 +218,7 @@ def test_the_address_of_an_earlier_start_is_not_taken_for_the_new_one(tmp_path: 
         scene = Scene(tmp_path)
         file = tmp_path / "environment_0"
         file.write_text("127.0.0.1:1\n")
-        worker = EnvironmentProcess(
-            0, python(SILENT), file, deadline_s=0.2, times=scene.times
-        )
+        worker = EnvironmentProcess(0, python(SILENT), file, deadline_s=0.2, times=scene.times)
         async with scene.kept(worker):
             await until(lambda: scene.told("wrote no address within 0.2 s"))
             assert scene.registered("environment") == []

@@ -116,7 +116,8 @@ def test_children_die_with_the_process_that_started_them(tmp_path: Path) -> None
 import os, time
 from pathlib import Path
 from megatron_spear.cluster.processes import Child
-child = Child([{sys.executable!r}, "-S", "-c", {SLEEPER!r}], os.environ, Path({str(tmp_path)!r}, "log"))
+command = [{sys.executable!r}, "-S", "-c", {SLEEPER!r}]
+child = Child(command, os.environ, Path({str(tmp_path)!r}, "log"))
 print(child.pid, flush=True)
 time.sleep(60)
 """
