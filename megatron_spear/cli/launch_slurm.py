@@ -2,6 +2,7 @@
 
 import argparse
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def add_commands(commands: Any) -> None:
 
 def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
     """Prepare the run directory and submit the job, or show what would be submitted."""
+    from megatron_spear.cluster.restarts import grant_restarts
     from megatron_spear.cluster.slurm import SCRIPT_NAME, render
     from megatron_spear.config.load import dump_config
     from megatron_spear.files import write_whole
@@ -50,6 +52,7 @@ def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
         print(f"# --- {run / 'config.yaml'}\n{dump_config(config)}", end="")
         return 0
     make_run_directory(config)
+    grant_restarts(run)
     write_whole(run / SCRIPT_NAME, script)
     print(_submit(run / SCRIPT_NAME))
     print(f"the job's log: {run}/job-*.log; the run: {run}")
@@ -57,10 +60,18 @@ def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
 
 
 def run_begin(options: argparse.Namespace, settings: Sequence[str]) -> int:
-    """Print the folder of the next attempt."""
+    """Print the folder of the next attempt; what there is to say goes to stderr. 1 = none is begun,
+    since the one before was the last."""
     from megatron_spear.cluster.attempt import Attempt
+    from megatron_spear.cluster.restarts import Verdict, judge_lost
+    from megatron_spear.config.load import CONFIG_NAME, load_config
 
     run = _run_directory(options.run_dir)
+    lost = judge_lost(run, load_config(run / CONFIG_NAME).cluster)
+    if lost is not None:
+        print(f"the attempt before: {lost.verdict}: {lost.reason}", file=sys.stderr)
+        if lost.verdict is Verdict.FAILED:
+            return 1
     print(Attempt.begin(run).path)
     return 0
 
@@ -74,12 +85,7 @@ def run_end(options: argparse.Namespace, settings: Sequence[str]) -> int:
 
     attempt = Attempt(options.attempt.resolve())
     cluster = load_config(_run_directory(attempt.run) / CONFIG_NAME).cluster
-    judgement = judge(
-        attempt,
-        options.status,
-        max_restarts=cluster.max_restarts,
-        trainer_nodes=cluster.trainer_nodes,
-    )
+    judgement = judge(attempt, options.status, cluster)
     print(f"attempt {attempt.number}: {judgement.verdict}: {judgement.reason}")
     return {Verdict.DONE: 0, Verdict.AGAIN: AGAIN_EXIT, Verdict.FAILED: 1}[judgement.verdict]
 

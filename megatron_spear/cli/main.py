@@ -31,8 +31,8 @@ _COMMANDS = {
     "check-config": "print the resolved configuration, or every mistake in it",
 }
 _WITH_PARSERS = {
-    "convert": "make a Megatron checkpoint of a Hugging Face folder or the other way, or compare two",
-    "launch": "run a job with all it needs on this machine or on a cluster: ranks, servers, workers",
+    "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
+    "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
     "serve": "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract",
 }
 """Commands in modules of their own, which parse what comes after the name."""

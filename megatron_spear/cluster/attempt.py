@@ -9,9 +9,9 @@
         model.json                   the Hugging Face folder that engine servers start with
         done/trainer_<i>             one for each trainer node that has ended well
         failed/<role>_<i>            why the attempt is to end: a trainer node has failed
-        begin.json                   the checkpoint that the attempt began with
-        refused.txt                  what is wrong with the settings or the data, if anything is
         stopped.json                 the run was stopped, saved, and wants to go on
+        hopeless.json                it failed in a way that no restart mends
+        begun.json, ended.json       where it began, and how it was judged (restarts.py)
 
 Attempts are numbered from 0; the newest is the one with the highest number.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from megatron_spear.files import write_whole
 
 _ATTEMPT = re.compile(r"attempt_(\d+)")
-_STEP = re.compile(r"step_(\d+)")
+_CHECKPOINT = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,6 @@ class Attempt:
         return self.path / "failed"
 
     @property
-    def refusal_file(self) -> Path:
-        """There if the settings or the data cannot work: starting again would not help."""
-        return self.path / "refused.txt"
-
-    @property
     def stopped_file(self) -> Path:
         """There if the run was stopped by a signal, has saved, and is to go on later."""
         return self.path / "stopped.json"
@@ -80,6 +75,21 @@ class Attempt:
     def secret_file(self) -> Path:
         """What environment workers and those who use them know, and nobody else."""
         return self.path / "secret"
+
+    @property
+    def hopeless_file(self) -> Path:
+        """There if the attempt failed in a way that no restart mends."""
+        return self.path / "hopeless.json"
+
+    @property
+    def begun_file(self) -> Path:
+        """The step of the newest checkpoint when the attempt began: ``{"step": 20}``."""
+        return self.path / "begun.json"
+
+    @property
+    def ended_file(self) -> Path:
+        """How the attempt was judged; missing while it runs, or where its machine went down."""
+        return self.path / "ended.json"
 
     def log(self, node: str, role: str, index: int) -> Path:
         """The log file of one process."""
@@ -103,13 +113,6 @@ class Attempt:
             return Path(json.loads(self._model_file.read_text(encoding="utf-8"))["path"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    def begun_at(self) -> int:
-        """The step of the newest checkpoint at its beginning; 0 if there was none."""
-        try:
-            return int(json.loads((self.path / "begin.json").read_text(encoding="utf-8"))["step"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
 
     def mark_done(self, trainer_node: int) -> None:
         """Say that a trainer node has ended well."""
@@ -135,9 +138,13 @@ class Attempt:
     def _model_file(self) -> Path:
         return self.path / "model.json"
 
-    def refuse(self, why: str) -> None:
-        """Say that the settings or the data cannot work."""
-        write_whole(self.refusal_file, why + "\n")
+    def mark_hopeless(self, reason: str) -> None:
+        """Say that no restart mends what ended this attempt: a mistake in the settings, say.
+
+        The exit status alone does not get through: a job's is the highest of all its processes',
+        and those that are killed because another one failed have higher ones.
+        """
+        write_whole(self.hopeless_file, json.dumps({"reason": reason}) + "\n")
 
     @classmethod
     def begin(cls, run: Path) -> "Attempt":
@@ -146,10 +153,9 @@ class Attempt:
         attempt = cls(run / f"attempt_{max(numbers, default=-1) + 1}")
         for folder in (attempt.registry, attempt.heartbeats, attempt.done, attempt.failed):
             folder.mkdir(parents=True)
-        begun = json.dumps({"step": newest_checkpoint(run)}) + "\n"
-        write_whole(attempt.path / "begin.json", begun)
         attempt.secret_file.touch(mode=0o600)
         attempt.secret_file.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
+        write_whole(attempt.begun_file, json.dumps({"step": newest_checkpoint(run)}) + "\n")
         return attempt
 
 
@@ -160,10 +166,12 @@ def attempts(run: Path) -> list[Attempt]:
 
 
 def newest_checkpoint(run: Path) -> int:
-    """The step of a run's newest committed checkpoint, whose files are not read; 0 if there is
-    none."""
-    found = (_STEP.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*"))
-    return max((int(match[1]) for match in found if match), default=0)
+    """The step of the newest committed checkpoint of a run; 0 if there is none.
+
+    A folder ``checkpoints/step_N`` is one by its name alone: its files are not verified.
+    """
+    names = (_CHECKPOINT.fullmatch(path.name) for path in (run / "checkpoints").glob("step_*"))
+    return max((int(match[1]) for match in names if match), default=0)
 
 
 def _text(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_spear.cluster.attempt import Attempt
 from megatron_spear.cluster.keepers import Node, Times
-from megatron_spear.cluster.restarts import Verdict, judge
+from megatron_spear.cluster.restarts import Verdict, grant_restarts, judge
 from megatron_spear.cluster.stop import StopSignals
 from megatron_spear.cluster.supervisor import Starts, Supervisor
 from megatron_spear.config.schema import RunConfig
@@ -55,6 +55,7 @@ def run_attempts(
     ``cluster.max_restarts``. A stop that was asked for is not.
     """
     with only_launch(run):
+        grant_restarts(run)
         pause_s = _PAUSE_S
         while True:
             attempt = Attempt.begin(run)
@@ -73,9 +74,7 @@ def run_attempts(
                 go_on = f"megatron-spear launch local resume={run}"
                 say(f"stopped by {stop.reason}; go on with: {go_on}")
                 return STOPPED_EXIT
-            judgement = judge(
-                attempt, status, max_restarts=config.cluster.max_restarts, trainer_nodes=1
-            )
+            judgement = judge(attempt, status, config.cluster)
             say(f"attempt {attempt.number}: {judgement.reason}")
             if judgement.verdict is not Verdict.AGAIN:
                 return 0 if judgement.verdict is Verdict.DONE else status or 1

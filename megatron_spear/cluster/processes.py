@@ -16,8 +16,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +35,15 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
-def adopt_orphans() -> None:
-    """Become the parent of processes whose own parent, one of our descendants, dies."""
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """For the length of the block we are the parent of processes whose own parent, one of our
+    descendants, dies."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +188,8 @@ _own: set[int] = set()
 async def _end_trees(leaders: Mapping[int, int], grace_s: float) -> None:
     """End processes, given by pid and start, with their sessions and descendants."""
     known: set[tuple[int, int]] = set()
-    began, told = time.monotonic(), False
+    told: set[int] = set()
+    began = time.monotonic()
     while True:
         table = process_table()
         # A pid is not given to another process while a session is named by it.
@@ -190,20 +197,18 @@ async def _end_trees(leaders: Mapping[int, int], grace_s: float) -> None:
         lead = leaders.keys() - reused
         members = {p for p, entry in table.items() if p in lead or entry.session in lead}
         known |= {(p, table[p].started) for p in members | descendants(members, table)}
-        _reap_adopted(table)
-        alive = [
-            pid
-            for pid, started in known
-            if pid in table and table[pid].started == started and not table[pid].is_zombie
-        ]
+        there = {p for p, start in known if p in table and table[p].started == start}
+        _reap(there, table)
+        alive = {p for p in there if not table[p].is_zombie}
         if not alive:
             return
         if time.monotonic() - began >= grace_s:
             _signal(alive, signal.SIGKILL)
-        elif not told:
-            # Those further down are told by their parents, who know in which order.
-            _signal([pid for pid in alive if pid in members], signal.SIGTERM)
-            told = True
+        else:
+            # Those further down are told by their parents, in the right order, while there are any.
+            heads = (alive & members or alive) - told
+            _signal(heads, signal.SIGTERM)
+            told |= heads
         await asyncio.sleep(_LOOK_S)
 
 
@@ -217,13 +222,15 @@ async def end_descendants(grace_s: float) -> None:
 
 def reap_adopted() -> None:
     """Take the exit status of ended processes that we adopted."""
-    _reap_adopted(process_table())
+    table = process_table()
+    _reap(table, table)
 
 
-def _reap_adopted(table: Mapping[int, Entry]) -> None:
+def _reap(pids: Iterable[int], table: Mapping[int, Entry]) -> None:
+    """Of these, zombies of ours that are no ``Child``."""
     own = os.getpid()
-    for pid, entry in table.items():
-        if entry.is_zombie and entry.parent == own and pid not in _own:
+    for pid in pids:
+        if table[pid].is_zombie and table[pid].parent == own and pid not in _own:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
 

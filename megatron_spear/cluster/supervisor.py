@@ -31,13 +31,14 @@ from megatron_spear.cluster.kept import (
 )
 from megatron_spear.cluster.processes import (
     Child,
-    adopt_orphans,
+    adopting_orphans,
     children_of,
     end_descendants,
     end_noted,
     reap_adopted,
 )
 from megatron_spear.cluster.registry import Registration, register, registrations
+from megatron_spear.cluster.restarts import USAGE_STATUS
 from megatron_spear.cluster.roles import NodeRoles, roles_of
 from megatron_spear.cluster.stop import StopSignals
 from megatron_spear.config.schema import RunConfig
@@ -45,8 +46,6 @@ from megatron_spear.errors import describe
 
 FAILED_EXIT = 1
 """Another node has failed, or did not end."""
-REFUSED_EXIT = 2
-"""The settings or the data cannot work: starting again would not help."""
 AT_ONCE_EXIT = 130
 """A second SIGINT."""
 
@@ -87,7 +86,10 @@ class Supervisor:
 
     async def run(self) -> int:
         """Everything from the first start to the last end; nothing is left behind."""
-        adopt_orphans()
+        with adopting_orphans():
+            return await self._run()
+
+    async def _run(self) -> int:
         await self._sweep()
         tasks = [asyncio.create_task(work) for work in self._work()]
         try:
@@ -162,7 +164,7 @@ class Supervisor:
         if training is not None and training.done() and self._ended_at is None:
             if status := training.result():
                 attempt.mark_failed("trainer", index, f"trainer ranks ended with status {status}")
-                return REFUSED_EXIT if attempt.refusal_file.exists() else status
+                return USAGE_STATUS if attempt.hopeless_file.exists() else status
             attempt.mark_done(index)
             self._ended_at = time.monotonic()
         if failures := attempt.failures():

@@ -176,8 +176,8 @@ class ClusterSection(Section):
     preflight: PreflightSection = PreflightSection()
     """Checks before the start."""
     max_restarts: NonNegativeInt = 10
-    """Restarts after crashes in all; two crashes in a row without a new checkpoint end the run
-    whatever is left."""
+    """Restarts after crashes in one launch; a crash without a new checkpoint since its start counts
+    double, and the third such in a row ends the run whatever is left. Stops cost nothing."""
 
     @property
     def ranks_on_a_node(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_spear.cluster.attempt import Attempt
+from megatron_spear.cluster.attempt import Attempt, newest_checkpoint
 from megatron_spear.config.check import Use, check_config
 from megatron_spear.config.losses import LossSection
 from megatron_spear.config.schema import RunConfig
@@ -16,7 +16,6 @@ from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import build_tracker
 from megatron_spear.tracking.summary import summary_rows, write_summary
-from megatron_spear.trainer.commit import CheckpointStore
 from megatron_spear.trainer.consumption import ConsumptionLog
 from megatron_spear.trainer.hooks.user import user_hooks
 from megatron_spear.trainer.registered import find_servers
@@ -38,12 +37,11 @@ def train(config: RunConfig, stop: Any, attempt: Attempt | None = None) -> dict[
         return _train(config, stop, attempt)
     except StopRequested as stopped:
         if controller:
-            store = CheckpointStore(RunDirectory(config.run.dir).checkpoints, keep=1)
-            attempt.mark_stopped(str(stopped), max(store.steps(), default=0))
+            attempt.mark_stopped(str(stopped), newest_checkpoint(config.run.dir))
         return {}
     except (ConfigError, DataError) as error:
         if controller:
-            attempt.refuse(str(error))
+            attempt.mark_hopeless(str(error))
         raise
 
 

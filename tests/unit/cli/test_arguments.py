@@ -19,7 +19,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
 
     configs: list[RunConfig] = []
 
-    def take(config: RunConfig, stop: Any) -> None:
+    def take(config: RunConfig, stop: Any, attempt: Any) -> None:
+        assert attempt is None
         configs.append(config)
 
     monkeypatch.setattr(jobs, "train", take)

@@ -1,80 +1,157 @@
-"""Whether a run goes on after an attempt."""
+"""What becomes of a run after an attempt, for each way an attempt can end."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from megatron_spear.cluster.attempt import Attempt
-from megatron_spear.cluster.restarts import Judgement, Verdict, judge
+from megatron_spear.cluster.attempt import Attempt, newest_checkpoint
+from megatron_spear.cluster.restarts import (
+    BAD_NODES_STATUS,
+    USAGE_STATUS,
+    Judgement,
+    Verdict,
+    grant_restarts,
+    judge,
+    judge_lost,
+)
+from megatron_spear.config.cluster import ClusterSection
+
+TWO_NODES = ClusterSection(trainer_nodes=2)
 
 
-def _attempt(run: Path, *, steps: int = 0, stopped: bool = False) -> Attempt:
-    """The next attempt, in which checkpoints up to ``steps`` more were written."""
+def _checkpoint(run: Path, step: int) -> None:
+    (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+
+
+def _done(attempt: Attempt, nodes: int) -> None:
+    for index in range(nodes):
+        (attempt.done / f"trainer_{index}").touch()
+
+
+def _crash(run: Path, *, checkpoint: int | None = None, restarts: int = 10) -> Judgement:
+    """One attempt that ends with status 1, after a new checkpoint or without."""
     attempt = Attempt.begin(run)
-    for step in range(attempt.begun_at() + 1, attempt.begun_at() + steps + 1):
-        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
-    if stopped:
-        attempt.mark_stopped("SIGUSR1", attempt.begun_at() + steps)
-    return attempt
+    if checkpoint is not None:
+        _checkpoint(run, checkpoint)
+    return judge(attempt, 1, ClusterSection(max_restarts=restarts))
 
 
-def _judge(attempt: Attempt, status: int = 1, max_restarts: int = 3) -> Judgement:
-    return judge(attempt, status, max_restarts=max_restarts, trainer_nodes=2)
+def test_done_needs_a_word_of_every_trainer_node(tmp_path: Path) -> None:
+    attempt = Attempt.begin(tmp_path)
+    _done(attempt, 1)
+    judgement = judge(attempt, 0, TWO_NODES)
+    assert judgement.verdict is Verdict.AGAIN
+    assert "1 of 2 trainer nodes did not say" in judgement.reason
+    _done(attempt, 2)
+    assert judge(attempt, 0, TWO_NODES).verdict is Verdict.DONE
+    assert judge(attempt, 1, TWO_NODES).verdict is Verdict.AGAIN, "a crash after the last word"
 
 
-def test_it_is_done_when_every_trainer_node_says_so(tmp_path: Path) -> None:
-    attempt = _attempt(tmp_path)
-    attempt.mark_done(0)
-    assert _judge(attempt, 0).verdict is Verdict.AGAIN, "one of two"
-    attempt.mark_done(1)
-    assert _judge(attempt, 0) == Judgement(verdict=Verdict.DONE, reason="the run has ended")
-    assert _judge(attempt, 1).verdict is Verdict.AGAIN, "and nobody else failed"
-
-
-def test_one_that_was_stopped_goes_on_whatever_its_status(tmp_path: Path) -> None:
-    for number in range(20):  # stops cost no restart
-        judgement = _judge(_attempt(tmp_path, steps=1, stopped=True), number % 2)
+def test_a_stop_goes_on_and_costs_nothing(tmp_path: Path) -> None:
+    for _ in range(5):
+        attempt = Attempt.begin(tmp_path)
+        attempt.mark_stopped("SIGUSR1", 7)
+        judgement = judge(attempt, 143, ClusterSection(max_restarts=0))
         assert judgement.verdict is Verdict.AGAIN
-    assert judgement.reason == "it was stopped and has saved step 20 (SIGUSR1)"
+        assert judgement.reason == "stopped by SIGUSR1, saved after step 7"
 
 
-def test_crashes_that_lead_somewhere_are_restarted_while_the_budget_lasts(tmp_path: Path) -> None:
-    verdicts = [_judge(_attempt(tmp_path, steps=1)) for _ in range(4)]
-    assert [v.verdict for v in verdicts] == [Verdict.AGAIN] * 3 + [Verdict.FAILED]
-    assert verdicts[2].reason == (
-        "it ended with status 1; crash 3 of at most 3, it goes on from step 3"
+def test_crashes_spend_the_budget_by_progress(tmp_path: Path) -> None:
+    assert _crash(tmp_path, checkpoint=10, restarts=3).verdict is Verdict.AGAIN
+    again = _crash(tmp_path, restarts=3)
+    assert again.verdict is Verdict.AGAIN
+    assert again.reason == (
+        "crashed with status 1 at step 10, without a new checkpoint; 3 of 3 restarts spent"
     )
-    assert "crashed 4 times and cluster.max_restarts=3" in verdicts[3].reason
+    failed = _crash(tmp_path, checkpoint=20, restarts=3)
+    assert failed.verdict is Verdict.FAILED
+    assert "4 restarts of cluster.max_restarts=3" in failed.reason
 
 
-@pytest.mark.parametrize("first_gains", [True, False])
-def test_two_crashes_in_a_row_without_a_checkpoint_end_it(
-    tmp_path: Path, first_gains: bool
-) -> None:
-    assert _judge(_attempt(tmp_path, steps=int(first_gains))).verdict is Verdict.AGAIN
-    second = _judge(_attempt(tmp_path))
-    assert second.verdict is (Verdict.AGAIN if first_gains else Verdict.FAILED)
-    if first_gains:
-        second = _judge(_attempt(tmp_path))
-        assert second.verdict is Verdict.FAILED
-    assert "neither wrote a new checkpoint" in second.reason
+def test_three_crashes_in_a_row_without_progress_end_it(tmp_path: Path) -> None:
+    _crash(tmp_path, checkpoint=1, restarts=100)
+    for _ in range(2):
+        assert _crash(tmp_path, restarts=100).verdict is Verdict.AGAIN
+    failed = _crash(tmp_path, restarts=100)
+    assert failed.verdict is Verdict.FAILED
+    assert "3 crashes in a row without a new checkpoint" in failed.reason
 
 
-def test_a_stop_between_two_crashes_parts_them(tmp_path: Path) -> None:
-    verdicts = [
-        _judge(_attempt(tmp_path)),
-        _judge(_attempt(tmp_path, stopped=True)),
-        _judge(_attempt(tmp_path)),
-    ]
-    assert {v.verdict for v in verdicts} == {Verdict.AGAIN}
+def test_progress_begins_a_new_row_and_bad_nodes_do_not_count_in_it(tmp_path: Path) -> None:
+    cluster = ClusterSection(max_restarts=100)
+    _crash(tmp_path, restarts=100)
+    _crash(tmp_path, restarts=100)
+    assert judge(Attempt.begin(tmp_path), BAD_NODES_STATUS, cluster).verdict is Verdict.AGAIN
+    attempt = Attempt.begin(tmp_path)
+    _checkpoint(tmp_path, 5)
+    attempt.mark_stopped("SIGTERM", 5)
+    judge(attempt, 0, cluster)
+    assert _crash(tmp_path, restarts=100).verdict is Verdict.AGAIN
+    assert _crash(tmp_path, restarts=100).verdict is Verdict.AGAIN
+    assert _crash(tmp_path, restarts=100).verdict is Verdict.FAILED
 
 
-def test_what_cannot_work_is_not_tried_again(tmp_path: Path) -> None:
-    attempt = _attempt(tmp_path, steps=5)
-    attempt.refuse("rollout.group_size=1 gives advantage 0 everywhere")
-    judgement = _judge(attempt)
-    assert judgement.verdict is Verdict.FAILED and "group_size=1" in judgement.reason
+def test_bad_nodes_spend_one_restart_each(tmp_path: Path) -> None:
+    cluster = ClusterSection(max_restarts=2)
+    verdicts = [judge(Attempt.begin(tmp_path), BAD_NODES_STATUS, cluster) for _ in range(3)]
+    assert [v.verdict for v in verdicts] == [Verdict.AGAIN, Verdict.AGAIN, Verdict.FAILED]
 
 
-def test_no_restart_is_no_restart(tmp_path: Path) -> None:
-    assert _judge(_attempt(tmp_path, steps=1), max_restarts=0).verdict is Verdict.FAILED
+@pytest.mark.parametrize("status", [USAGE_STATUS, 143])
+def test_what_no_restart_mends_fails_at_once(tmp_path: Path, status: int) -> None:
+    attempt = Attempt.begin(tmp_path)
+    if status != USAGE_STATUS:  # another node's processes were killed, with a higher status
+        attempt.mark_hopeless("run.steps: got -1")
+    judgement = judge(attempt, status, ClusterSection())
+    assert judgement.verdict is Verdict.FAILED
+    assert ("run.steps: got -1" in judgement.reason) is (status != USAGE_STATUS)
+
+
+def test_a_launch_by_the_user_begins_with_the_whole_budget(tmp_path: Path) -> None:
+    _crash(tmp_path, restarts=2)
+    assert _crash(tmp_path, restarts=2).verdict is Verdict.FAILED
+    grant_restarts(tmp_path)
+    assert _crash(tmp_path, restarts=2).verdict is Verdict.AGAIN
+    assert _crash(tmp_path, restarts=2).verdict is Verdict.FAILED
+
+
+def test_an_attempt_that_nobody_saw_end_counts_as_a_crash(tmp_path: Path) -> None:
+    cluster = ClusterSection(max_restarts=2)
+    assert judge_lost(tmp_path, cluster) is None, "there was none before"
+    Attempt.begin(tmp_path)
+    judgement = judge_lost(tmp_path, cluster)
+    assert judgement is not None and judgement.verdict is Verdict.AGAIN
+    assert "ended unseen" in judgement.reason
+    assert judge_lost(tmp_path, cluster) is None, "it is judged once"
+    Attempt.begin(tmp_path)
+    judgement = judge_lost(tmp_path, cluster)
+    assert judgement is not None and judgement.verdict is Verdict.FAILED
+
+
+def test_a_lost_attempt_of_an_earlier_launch_is_not_judged(tmp_path: Path) -> None:
+    Attempt.begin(tmp_path)
+    grant_restarts(tmp_path)
+    assert judge_lost(tmp_path, ClusterSection(max_restarts=0)) is None
+
+
+def test_judging_again_replaces_the_judgement(tmp_path: Path) -> None:
+    attempt = Attempt.begin(tmp_path)
+    for _ in range(3):
+        judgement = judge(attempt, 1, ClusterSection(max_restarts=2))
+    assert judgement.verdict is Verdict.AGAIN
+    assert json.loads(attempt.ended_file.read_text())["cost"] == 2
+
+
+def test_a_broken_record_is_passed_over(tmp_path: Path) -> None:
+    attempt = Attempt.begin(tmp_path)
+    judge(attempt, 1, ClusterSection())
+    attempt.ended_file.write_text("{")
+    assert "2 of 10" in _crash(tmp_path).reason
+
+
+def test_only_committed_checkpoints_count_as_progress(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) == 0
+    for name in ("step_3", "step_12", "step_20.tmp", "step_30.trash", "step_40.damaged"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == 12
