@@ -91,7 +91,7 @@ class Killed:
 
     def __init__(self, settings: Sequence[str], folder: Path, *, cache: Path, seed: int) -> None:
         own = (f"model.cache_dir={cache}", f"run.seed={seed}")
-        self._arguments = [*_JOB, *own, *settings]
+        self.arguments = [*_JOB, *own, *settings]
         self._folder = folder
         self._random = random.Random(f"kills/{seed}")
         self._start_s = self._step_s = 0.0
@@ -103,7 +103,7 @@ class Killed:
         Raises RuntimeError where it does not end well.
         """
         run = self._folder / "alone"
-        self._wait_well(self._process("sft", *self._arguments))  # so that it is in the cache
+        self._wait_well(self._process("sft", *self.arguments))  # so that it is in the cache
         began = time.time()
         self._wait_well(self._start(run))
         times = [record["time"] for record in _records(run / "metrics.jsonl")]
@@ -136,7 +136,7 @@ class Killed:
     def _start(self, run: Path) -> Any:
         if (run / "config.yaml").is_file():
             return self._process("train", f"resume={run}")
-        return self._process("train", *self._arguments, f"run.dir={run}")
+        return self._process("train", *self.arguments, f"run.dir={run}")
 
     def _process(self, work: str, *arguments: str) -> Any:
         process = fork_context().Process(target=_job, args=(work, arguments, self._log))

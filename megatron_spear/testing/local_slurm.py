@@ -25,6 +25,8 @@ from typing import Any
 
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinfo")
 _START_S, _STOP_S, _CALL_S = 30.0, 10.0, 30.0
+_SETTLE_S = 3.0
+"""A job that begins again before its nodes have cleaned up fails at once."""
 
 _CONF = """\
 ClusterName=local
@@ -147,6 +149,7 @@ class LocalSlurm:
 
     def start_now(self, number: int, *, within_s: float = 60.0) -> None:
         """Let a requeued job begin, which Slurm would hold back for two minutes."""
+        time.sleep(_SETTLE_S)
 
         def begun() -> bool:
             if self.job(number)["JobState"] == "PENDING":
@@ -154,6 +157,20 @@ class LocalSlurm:
             return self.job(number)["JobState"] == "RUNNING"
 
         self.wait_until(begun, within_s, f"job {number} begins")
+
+    def lose_node(self, name: str) -> None:
+        """Let Slurm take a node for lost, with the job on it."""
+        self.call("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
+
+    def bring_back(self, name: str, *, within_s: float = 30.0) -> None:
+        """Let Slurm use a lost node again."""
+
+        def is_back() -> bool:
+            self.call("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+            state = self.call("sinfo", "-h", "-n", name, "-p", "main", "-o", "%t").strip()
+            return state in ("idle", "alloc")
+
+        self.wait_until(is_back, within_s, f"node {name} is back")
 
     def close(self) -> None:
         """End all jobs and daemons and remove the folder."""
