@@ -3,8 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from megatron_spear.cli import launch_local
-from megatron_spear.cli.main import joined, split_settings
+from megatron_spear.cli import launch_local, launch_slurm
+from megatron_spear.cli.settings import split_settings
+
+_WITH_SETTINGS = ("local", "slurm")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,13 +17,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="After the file come settings, a.b=c or --a.b c.",
         allow_abbrev=False,
     )
-    launch_local.add_commands(parser.add_subparsers(required=True, metavar="WHERE"))
+    commands = parser.add_subparsers(required=True, metavar="WHERE")
+    launch_local.add_commands(commands)
+    launch_slurm.add_commands(commands)
     return parser
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one way of launching; returns the exit status."""
-    words, settings = split_settings(joined(arguments))
-    options, unknown = build_parser().parse_known_args(words)
-    status: int = options.run(options, [*settings, *unknown])
+    parser = build_parser()
+    if arguments and arguments[0] in _WITH_SETTINGS:
+        words, settings = split_settings(arguments)
+        options, unknown = parser.parse_known_args(words)
+        settings += unknown
+    else:
+        options, settings = parser.parse_args(arguments), []
+    status: int = options.run(options, settings)
     return status

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.cli.launch_common import CONFIG_HELP, launchable, make_run_directory
+
 _LOCAL = "run a job with its servers and workers on this machine, again after crashes"
 _NODE = "one node of a launched job; the job script calls it on each"
 
@@ -16,9 +18,7 @@ def add_commands(commands: Any) -> None:
     """Add the parsers of ``local`` and ``node``; each sets ``run`` to what takes the options and
     the settings (``a.b=c``) and gives the exit status."""
     local = commands.add_parser("local", help=_LOCAL, description=_LOCAL, allow_abbrev=False)
-    local.add_argument(
-        "config", nargs="?", help="YAML file; none with resume=DIR, which continues a run"
-    )
+    local.add_argument("config", nargs="?", help=CONFIG_HELP)
     local.set_defaults(run=run_local)
     node = commands.add_parser("node", help=_NODE, description=_NODE, allow_abbrev=False)
     node.add_argument(
@@ -46,25 +46,10 @@ def run_local(options: argparse.Namespace, settings: Sequence[str]) -> int:
 
     signals = stop.install()
     from megatron_spear.cluster.local import one_machine_problems, run_attempts
-    from megatron_spear.cluster.roles import role_problems
-    from megatron_spear.config.check import check_config
-    from megatron_spear.config.load import load_config
-    from megatron_spear.errors import ConfigError
-    from megatron_spear.trainer.run_directory import RunDirectory
 
-    config = load_config(options.config, settings)
-    problems = [
-        *check_config(config, config.cluster.world_size),
-        *role_problems(config),
-        *one_machine_problems(config),
-    ]
-    if problems:
-        raise ConfigError("these settings cannot work:\n" + "\n".join(f"  {p}" for p in problems))
-    if config.resume is not None:
-        directory = RunDirectory.resume(config.resume, config)
-    else:
-        directory = RunDirectory.create(config.run.dir, config)
-    return run_attempts(config, directory.path.resolve(), stop=signals, say=_teller("launch"))
+    config = launchable(options.config, settings, one_machine_problems)
+    run = make_run_directory(config)
+    return run_attempts(config, run, stop=signals, say=_teller("launch"))
 
 
 def run_node(options: argparse.Namespace, settings: Sequence[str]) -> int:

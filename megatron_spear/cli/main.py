@@ -3,12 +3,14 @@ message."""
 
 import argparse
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_spear.cli.settings import split_settings
 from megatron_spear.errors import SpearError, StopRequested
 
 if TYPE_CHECKING:
@@ -28,10 +30,12 @@ _COMMANDS = {
     "evaluate": "play the evaluation panel with a Hugging Face folder",
     "check-config": "print the resolved configuration, or every mistake in it",
 }
-_OPTIONS = ("--help", "--model", "--attempt", "--node-index", "--node-name")
-_CONVERT = "make a Megatron checkpoint of a Hugging Face folder or the other way, or compare two"
-_LAUNCH = "run a job with all it needs on this machine or on a cluster: ranks, servers, workers"
-_SERVE = "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract"
+_WITH_PARSERS = {
+    "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
+    "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
+    "serve": "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract",
+}
+"""Commands in modules of their own, which parse what comes after the name."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,29 +58,18 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--attempt", type=Path, help=argparse.SUPPRESS)  # what launch passes
         if name == "evaluate":
             sub.add_argument("--model", required=True, help="Hugging Face folder to evaluate")
-    # These have parsers of their own.
-    commands.add_parser("convert", help=_CONVERT, add_help=False)
-    commands.add_parser("serve", help=_SERVE, add_help=False)
-    commands.add_parser("launch", help=_LAUNCH, add_help=False)
+    for name, summary in _WITH_PARSERS.items():
+        commands.add_parser(name, help=summary, add_help=False)
     return parser
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command; returns the exit status."""
-    if arguments and arguments[0] == "convert":
-        from megatron_spear.cli import convert
-
-        return convert.run(arguments[1:])
-    if arguments and arguments[0] == "serve":
-        from megatron_spear.cli import serve
-
-        return serve.run(arguments[1:])
-    if arguments and arguments[0] == "launch":
-        from megatron_spear.cli import launch
-
-        return launch.run(arguments[1:])
+    if arguments and arguments[0] in _WITH_PARSERS:
+        command = importlib.import_module(f"megatron_spear.cli.{arguments[0]}")
+        return int(command.run(arguments[1:]))
     parser = build_parser()
-    words, settings = split_settings(joined(arguments))
+    words, settings = split_settings(arguments)
     options, unknown = parser.parse_known_args(words)
     settings += unknown
     keys = {setting.removeprefix("--").partition("=")[0] for setting in settings}
@@ -120,31 +113,6 @@ def _attempt(folder: Path | None) -> "Attempt | None":
 
     end_with_parent()
     return Attempt(folder)
-
-
-def joined(arguments: Sequence[str]) -> list[str]:
-    """``--a.b c`` as ``--a.b=c``, so that no value is taken for the YAML file."""
-    words: list[str] = []
-    for word in arguments:
-        before = words[-1] if words else ""
-        waits = before.startswith("--") and "=" not in before and before != "--help"
-        if waits and not word.startswith("--"):
-            words[-1] = f"{before}={word}"
-        else:
-            words.append(word)
-    return words
-
-
-def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What a parser is to see, and the settings."""
-    settings = [word for word in words if _is_setting(word)]
-    return [word for word in words if not _is_setting(word)], settings
-
-
-def _is_setting(word: str) -> bool:
-    if word.startswith("--"):
-        return word.partition("=")[0] not in _OPTIONS
-    return "=" in word and not os.path.exists(word)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 sum up."""
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from megatron_spear.trainer.consumption import ConsumptionLog
 from megatron_spear.trainer.engine_probe import check_engine, max_logprob_gap
 from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval, share_won
 from megatron_spear.trainer.loop import SpearStep
-from megatron_spear.trainer.ranks import broadcast
+from megatron_spear.trainer.ranks import all_true, broadcast
 from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
 from megatron_spear.trainer.run_directory import RunDirectory
 from megatron_spear.types import StepContext, StepReport
@@ -122,6 +121,7 @@ class SpearRun:
         if self._progress.step >= last:
             return
         self._console.phase(f"SPEAR steps {self._progress.step + 1} to {last}")
+        stopping = False
         with self._console.bar("step", last, done=self._progress.step) as bar:
             while self._progress.step < last:
                 self._evaluate_if_due()
@@ -132,16 +132,18 @@ class SpearRun:
                 self._checkpoints.poll()
                 bar.advance(1, **_shown(report.metrics))
                 step, every = report.step, self._config.checkpoint.every
-                stopping = broadcast(bool(self._stop))
+                # A signal may have come to some ranks alone; all of them save the same step.
+                stopping = not all_true(not self._stop)
                 if stopping or step == last or (every and step % every == 0):
                     self._save()
                 if stopping:
                     break
         assert self._saved == self._progress.step, "the last step is always saved"
         self._finish_saving()
-        if broadcast(bool(self._stop)):
+        if stopping:
+            reason = self._stop.reason or "a signal to another rank"
             raise StopRequested(
-                f"{self._stop.reason or 'signal'}; saved at step {self._saved}, continue with "
+                f"{reason}; saved at step {self._saved}, continue with "
                 f"resume={self._directory.path}"
             )
 
@@ -248,9 +250,7 @@ class SpearRun:
             for _ in weights:
                 pass
             return
-        target = self._directory.path / "model"
-        if target.is_dir():
-            target.rename(target.with_name(f"model.before-{int(time.time())}"))
+        target = self._directory.place_for_model()
         write_hf_folder(target, self._model, weights)
         self._console.line(f"Hugging Face folder: {target}")
 

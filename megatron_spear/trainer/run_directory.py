@@ -4,15 +4,17 @@ config.yaml     the resolved configuration        versions.json  packages and ma
 metrics.jsonl   one line a record                 summary.json   the result
 consumed.jsonl  one line a prompt consumed
 curves.png      the curves                        checkpoints/   step_N, committed whole
-wandb/          wandb's own files
+wandb/          wandb's own files                 model/         the policy, for Hugging Face
 """
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -154,6 +156,23 @@ class RunDirectory:
             ) from None
         except OSError as error:
             log.warning("%s: cannot be locked against a second process: %s", self.path, error)
+
+    def place_for_model(self) -> Path:
+        """``model``, not there yet. One that a finished run exported before is renamed to
+        ``model.before-N``; what a kill left of an export goes."""
+        target = self.path / "model"
+        for unfinished in self.path.glob(".model.writing-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if target.is_dir():
+            if self.summary_file.is_file():
+                number = next(n for n in itertools.count(1) if not self._before(n).exists())
+                target.rename(self._before(number))
+            else:  # of a launch that was killed between the export and its end
+                shutil.rmtree(target)
+        return target
+
+    def _before(self, number: int) -> Path:
+        return self.path / f"model.before-{number}"
 
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""
