@@ -13,6 +13,7 @@ import asyncio
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -27,6 +28,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_TORCHRUN_FAILED = re.compile(r"E\d.*torch/distributed/elastic/.* failed ")
+_TORCHRUN_WARNS = re.compile(r"W\d.*torch/distributed/elastic/")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -159,13 +162,15 @@ class Child:
         write_whole(file, json.dumps(record) + "\n")
 
     def last_words(self, num_lines: int = 20) -> list[str]:
-        """The last lines of its log, torchrun's account of what its ranks said left out."""
+        """The last lines of its log; of torchrun's account the one with the first failure."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_begin, size - (64 << 10)))
             lines = file.read().decode("utf-8", "replace").splitlines()
-        report = next((i for i, line in enumerate(lines) if _is_torchrun(line)), None)
-        return [line for line in lines[: report or None] if line.strip()][-num_lines:]
+        failure = next((i for i, line in enumerate(lines) if _TORCHRUN_FAILED.match(line)), None)
+        if failure is not None:
+            lines = lines[: failure + 1]
+        return [x for x in lines if x.strip() and not _TORCHRUN_WARNS.match(x)][-num_lines:]
 
     async def wait(self) -> int:
         """Its exit status, once it has ended."""
@@ -267,7 +272,3 @@ def _boot() -> str:
         return _BOOT_ID.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-
-
-def _is_torchrun(line: str) -> bool:
-    return line[:1] in "EW" and "torch/distributed/elastic/" in line

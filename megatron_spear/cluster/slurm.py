@@ -78,29 +78,11 @@ fi
 
 def slurm_problems(config: RunConfig) -> Iterator[str]:
     """One line for each setting with which there is no job script, or no job that gets on."""
-    slurm = config.cluster.slurm
     for name, value in (("run.name", config.run.name), ("run.dir", str(config.run.dir))):
         if "\n" in value:
             yield f"{name}={value!r} has several lines, and the header of a job script has one"
     if config.cluster.runtime.type != "venv" and set(str(config.run.dir)) & set(":,"):
         yield f"run.dir={config.run.dir}: containers cannot mount a path with : or , in it"
-    limit_s = _seconds(slurm.time_limit)
-    if limit_s <= slurm.signal_before_s:
-        yield (
-            f"cluster.slurm.time_limit={slurm.time_limit} is {limit_s} s, which is not above "
-            f"cluster.slurm.signal_before_s={slurm.signal_before_s}: every attempt would be "
-            "stopped as it begins; raise the first or lower the second"
-        )
-
-
-def _seconds(time_limit: str) -> int:
-    """Slurm's ``D-HH[:MM[:SS]]``, ``HH:MM:SS``, ``MM:SS`` or ``MM`` in seconds."""
-    days, dash, rest = time_limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if not dash and len(parts) < 3:
-        parts = [0, *parts]
-    hours, minutes, seconds = (*parts, 0, 0)[:3]
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def bad_nodes(run: Path) -> list[str]:

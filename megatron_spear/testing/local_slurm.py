@@ -169,6 +169,20 @@ class LocalSlurm:
         self.call("scancel", f"--user={getpass.getuser()}", check=False)
         self.wait_until(self._all_idle, _START_S, "all nodes are idle")
 
+    def lose_node(self, name: str) -> None:
+        """Let Slurm take a node for lost, with the job on it."""
+        self.call("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
+
+    def bring_back(self, name: str, *, within_s: float = 30.0) -> None:
+        """Let Slurm use a lost node again."""
+
+        def is_back() -> bool:
+            self.call("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+            state = self.call("sinfo", "-h", "-n", name, "-p", "main", "-o", "%t").strip()
+            return state in ("idle", "alloc")
+
+        self.wait_until(is_back, within_s, f"node {name} is back")
+
     def close(self) -> None:
         """End all jobs and daemons and remove the folder."""
         with contextlib.suppress(RuntimeError, OSError, subprocess.TimeoutExpired):
