@@ -32,7 +32,7 @@ pytestmark = [
     ),
 ]
 
-STEPS = 12
+STEPS = 8
 TWO_NODES = (
     "cluster.network.address=127.0.0.1",
     "cluster.network.interface=lo",
@@ -127,9 +127,9 @@ def _children(pid: int) -> list[int]:
 def test_a_job_that_is_stopped_killed_preempted_and_loses_a_node_is_the_job_left_alone(
     slurm: LocalSlurm, submitted: Callable[..., _Job], tmp_path: Path
 ) -> None:
-    settings = (*TWO_NODES, "cluster.trainer_nodes=2")
+    settings = (*TWO_NODES, "cluster.trainer_nodes=2", "run.steps=10")
     alone = Killed(settings, tmp_path / "left", cache=tmp_path / "cache", seed=3)
-    expected = alone.left_alone()
+    expected = alone.left_alone_on(2)
     job = submitted(*alone.arguments)
 
     job.until_step(2)  # Slurm's word that the time is nearly over
