@@ -146,8 +146,8 @@ class LocalSlurm:
         raise TimeoutError(f"{what}: not within {within_s:g} s; jobs: {self.call('squeue', '-a')}")
 
     def start_again(self, number: int, *, restart: int = 1, within_s: float = 40.0) -> None:
-        """Let a job that is or will be requeued for the ``restart``-th time begin, which Slurm would
-        hold back for two minutes. Raises TimeoutError."""
+        """Let a job that is or will be requeued for the ``restart``-th time begin; Slurm would
+        hold it back for two minutes. Raises TimeoutError."""
         self.wait_until(
             lambda: self._restarts(number) >= restart and self.job(number)["JobState"] == "PENDING",
             within_s,
