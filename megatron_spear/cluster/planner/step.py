@@ -33,6 +33,8 @@ class Step:
     replay_logprobs: bool = False
     max_lag: int = 0
     schedule: Literal["continuous", "deterministic"] = "continuous"
+    others_s: float = 0.0
+    """What else the trainer does in a step."""
     same_gpus: bool = False
     """Engines and trainer take turns whatever ``max_lag`` is."""
 
