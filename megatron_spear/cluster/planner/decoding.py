@@ -15,7 +15,8 @@ from megatron_spear.cluster.planner.passes import flops_a_token
 from megatron_spear.conversion.shape import ModelShape
 
 Floats = NDArray[np.float64]
-_SHARES = (np.arange(128) + 0.5) / 128
+_PARTS = 128
+"""Parts that a distribution of lengths, and a rollout's end, are reckoned in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +107,7 @@ class Play:
     @property
     def longest(self) -> float:
         """Sampled tokens of the longest trajectory, as it is expected to be."""
-        return float(self.lengths.quantiles(np.array([1 - 0.5 / self.num_trajectories]))[0])
+        return self.lengths.quantile(1 - 0.5 / self.num_trajectories)
 
     @property
     def mean_context(self) -> float:
@@ -162,8 +163,8 @@ def _tail_s(engine: Engine, play: Play, first: float, *, queued: bool) -> float:
     they have been at it for some time, and after n more the share is left of all trajectories'
     tokens that are beyond n.
     """
-    lengths = play.lengths.quantiles(_SHARES)
-    steps = np.linspace(0.0, play.longest, len(_SHARES) + 1)
+    lengths = play.lengths.quantiles(_PARTS)
+    steps = np.linspace(0.0, play.longest, _PARTS + 1)
     middles = (steps[1:] + steps[:-1]) / 2
     if queued:
         left = np.maximum(lengths[None, :] - middles[:, None], 0).mean(axis=1) / play.lengths.mean

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from megatron_spear.cluster.planner.efficiency import CONSTANTS
 from megatron_spear.cluster.planner.figures import Figure
 from megatron_spear.cluster.planner.published import FIGURES, solved
 
+PAGE = Path(__file__).parents[3] / "docs" / "planner-times.md"
 MOST = 0.30
 CHECKS = [figure for figure in FIGURES if figure.role == "check"]
 FIXED = {figure.constant: figure for figure in FIGURES if figure.role == "fixes"}
@@ -53,3 +55,18 @@ def test_another_constant_would_be_noticed(constant: str, factor: float) -> None
 def test_names_are_unique_and_sources_given() -> None:
     assert len({figure.name for figure in FIGURES}) == len(FIGURES)
     assert all(figure.source and figure.published > 0 for figure in FIGURES)
+
+
+def test_the_page_shows_every_figure_with_its_error() -> None:
+    rows = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if len(cells) == 5 and cells[0] not in ("figure", "---"):
+            rows[cells[0]] = cells
+    for figure in FIGURES:
+        _, published, _, error, role = rows.pop(figure.name)
+        seen = float(published.split()[0].replace(",", ""))
+        assert seen == pytest.approx(figure.published, rel=5e-3)
+        assert int(error.rstrip("%")) == pytest.approx(100 * figure.error(CONSTANTS), abs=0.6)
+        assert role == (f"fixes `{figure.constant}`" if figure.constant else figure.role)
+    assert not rows
