@@ -114,7 +114,9 @@ class Play:
         """Tokens a context has on average while it decodes: those of long trajectories count for
         as long as they take."""
         sampled = self.lengths.mean_square / self.lengths.mean / self.contexts
-        return self.prompt + (self.observed / self.contexts + sampled) / 2
+        if self.contexts > 1:
+            return (self.prompt + self.observed) / self.contexts + sampled / 2
+        return self.prompt + (self.observed + sampled) / 2
 
     @property
     def mean_keys(self) -> float:
@@ -166,14 +168,13 @@ def _tail_s(engine: Engine, play: Play, first: float, *, queued: bool) -> float:
     lengths = play.lengths.quantiles(_PARTS)
     steps = np.linspace(0.0, play.longest, _PARTS + 1)
     middles = (steps[1:] + steps[:-1]) / 2
+    context = np.full_like(middles, play.mean_context)
     if queued:
         left = np.maximum(lengths[None, :] - middles[:, None], 0).mean(axis=1) / play.lengths.mean
-        context = np.full_like(middles, play.mean_context)
     else:
         left = 1 - np.searchsorted(lengths, middles) / len(lengths)
-        context = play.prompt + (play.observed * middles / play.longest + middles) / play.contexts
-        if play.contexts > 1:
-            context = np.full_like(middles, play.mean_context)
+        if play.contexts == 1:
+            context = play.prompt + play.observed * middles / play.longest + middles
     seconds = engine.decode_s(np.maximum(first * left, 1.0), context)
     return float((seconds * np.diff(steps)).sum())
 

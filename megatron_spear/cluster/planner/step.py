@@ -1,6 +1,6 @@
 """A trainer step as the times need it, and how a job gives one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,7 +46,6 @@ def step_of(job: Job, *, env_s: float = 0.0) -> Step:
     fp8 = job.weight_sync.precision == "fp8"
     tensor = job.engine_tensor_parallel
     engine = Engine(model=job.shape, machines=machines, tensor=tensor, slots=1, fp8=fp8)
-    slots = _slots(job, engine, play)
     return Step(
         trainer=Trainer(
             model=job.shape,
@@ -61,7 +60,7 @@ def step_of(job: Job, *, env_s: float = 0.0) -> Step:
             distributed_optimizer=policy.distributed_optimizer,
             offload=policy.optimizer_offload,
         ),
-        engine=Engine(model=job.shape, machines=machines, tensor=tensor, slots=slots, fp8=fp8),
+        engine=replace(engine, slots=_slots(job, engine, play)),
         num_engines=job.num_engines,
         play=play,
         update=resharding(job),

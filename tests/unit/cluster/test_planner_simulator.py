@@ -67,11 +67,13 @@ def test_full_engines_bind_when_rollouts_run_ahead() -> None:
     assert simulated.lag_share == pytest.approx((1 - during_training, during_training))
 
 
-def test_the_trainer_binds_when_it_takes_longer() -> None:
-    simulated = simulate(replace(WORK, max_lag=1, train_s=20.0))
+@pytest.mark.parametrize("lag", [1, 2, 4])
+def test_the_trainer_binds_when_it_takes_longer(lag: int) -> None:
+    """Then every set is whole before the next version: it is as old as it may be."""
+    simulated = simulate(replace(WORK, max_lag=lag, train_s=20.0))
     assert simulated.step_s == pytest.approx(20.5)
     assert simulated.trainer_idle == pytest.approx(0.0)
-    assert simulated.lag_share == pytest.approx((0.0, 1.0))
+    assert simulated.lag_share == pytest.approx((0.0,) * lag + (1.0,))
 
 
 @pytest.mark.parametrize("lag", [1, 2, 4])

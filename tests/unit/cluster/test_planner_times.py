@@ -186,6 +186,20 @@ def test_turns_wait_for_the_environment() -> None:
     assert waiting.alone_s == pytest.approx(rollout_time(engine(), 1, play()).alone_s + 8.0)
 
 
+def test_windows_of_history_are_contexts_of_their_own() -> None:
+    """20 turns, each a context of 500 given and 10 sampled tokens."""
+    made = job()
+    lengths = replace(made.lengths, mean=510, sampled=10, turns=1, contexts=20, spread=0.0)
+    windows = step_of(replace(made, lengths=lengths)).play
+    assert windows.mean_tokens == pytest.approx(20 * 510)
+    assert windows.num_turns == 20
+    assert windows.mean_context == pytest.approx(500 + 5)
+    grown = replace(made.lengths, mean=20 * 510, sampled=200, turns=20, contexts=1, spread=0.0)
+    one = step_of(replace(made, lengths=grown)).play
+    assert one.mean_tokens == pytest.approx(20 * 510)
+    assert one.mean_context == pytest.approx(500 + (19 * 500 + 200) / 2)
+
+
 def test_taking_turns_adds_up() -> None:
     times = step_times(job())
     parts = times.rollout_s + times.old_logprobs_s + times.replay_s + times.train_s
