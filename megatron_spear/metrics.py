@@ -12,6 +12,7 @@ RUN_PREFIXES = frozenset(
         "mismatch",
         "optimizer",
         "policy",
+        "prompts",
         "replay",
         "reward",
         "rollout",

@@ -323,10 +323,29 @@ class StepContext:
     seed: int
 
 
+class Fate(StrEnum):
+    """What became of a prompt: trained on; played and left out of training; no attempt worked."""
+
+    TRAINED = "trained"
+    FILTERED = "filtered"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConsumedPrompt:
+    """One prompt that a step consumed; ``position`` is the cursor's, plain JSON values."""
+
+    position: Any
+    prompt_id: str
+    fate: Fate
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """What one trainer step gave: metrics by name (``reward/mean``, ``time/rollout_s``)."""
+    """What one trainer step gave: metrics by name (``reward/mean``, ``time/rollout_s``), and the
+    prompts it consumed."""
 
     step: int
     policy_version: int
     metrics: Mapping[str, float]
+    consumed: tuple[ConsumedPrompt, ...] = ()

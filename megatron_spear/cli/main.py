@@ -3,11 +3,19 @@ message."""
 
 import argparse
 import errno
+import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_spear.cli.settings import split_settings
 from megatron_spear.errors import SpearError, StopRequested
+
+if TYPE_CHECKING:
+    from megatron_spear.cluster.attempt import Attempt
 
 USAGE_EXIT = 2
 STOPPED_EXIT = 130
@@ -23,8 +31,12 @@ _COMMANDS = {
     "evaluate": "play the evaluation panel with a Hugging Face folder",
     "check-config": "print the resolved configuration, or every mistake in it",
 }
-_CONVERT = "make a Megatron checkpoint of a Hugging Face folder or the other way, or compare two"
-_SERVE = "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract"
+_WITH_PARSERS = {
+    "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
+    "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
+    "serve": "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract",
+}
+"""Commands in modules of their own, which parse what comes after the name."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,28 +55,24 @@ def build_parser() -> argparse.ArgumentParser:
             nargs="?",
             help="YAML file, e.g. examples/alfworld/quickstart.yaml; none with --resume DIR",
         )
+        if name == "train":
+            sub.add_argument("--attempt", type=Path, help=argparse.SUPPRESS)  # what launch passes
         if name == "evaluate":
             sub.add_argument("--model", required=True, help="Hugging Face folder to evaluate")
-    # These have parsers of their own.
-    commands.add_parser("convert", help=_CONVERT, add_help=False)
-    commands.add_parser("serve", help=_SERVE, add_help=False)
+    for name, summary in _WITH_PARSERS.items():
+        commands.add_parser(name, help=summary, add_help=False)
     return parser
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command; returns the exit status."""
-    if arguments and arguments[0] == "convert":
-        from megatron_spear.cli import convert
-
-        return convert.run(arguments[1:])
-    if arguments and arguments[0] == "serve":
-        from megatron_spear.cli import serve
-
-        return serve.run(arguments[1:])
+    if arguments and arguments[0] in _WITH_PARSERS:
+        command = importlib.import_module(f"megatron_spear.cli.{arguments[0]}")
+        return int(command.run(arguments[1:]))
     parser = build_parser()
-    words = _joined(arguments)
-    options, unknown = parser.parse_known_args([w for w in words if not _is_setting(w)])
-    settings = [*filter(_is_setting, words), *unknown]
+    words, settings = split_settings(arguments)
+    options, unknown = parser.parse_known_args(words)
+    settings += unknown
     keys = {setting.removeprefix("--").partition("=")[0] for setting in settings}
     if options.config is None and "resume" not in keys:
         parser.error(f"{options.command}: no YAML file, and no --resume DIR that would have one")
@@ -89,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     from megatron_spear.trainer import jobs
 
     if options.command == "train":
-        jobs.train(config, stop)
+        jobs.train(config, stop, _attempt(options.attempt))
     elif options.command == "sft":
         jobs.warm_start(config, stop)
     else:
@@ -97,23 +105,15 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """``--a.b c`` as ``--a.b=c``, so that no value is taken for the YAML file."""
-    words: list[str] = []
-    for word in arguments:
-        before = words[-1] if words else ""
-        waits = before.startswith("--") and "=" not in before and before != "--help"
-        if waits and not word.startswith("--"):
-            words[-1] = f"{before}={word}"
-        else:
-            words.append(word)
-    return words
+def _attempt(folder: Path | None) -> "Attempt | None":
+    """The attempt that this rank is of; it then ends with torchrun, however that ends."""
+    if folder is None:
+        return None
+    from megatron_spear.cluster.attempt import Attempt
+    from megatron_spear.cluster.processes import end_with_parent
 
-
-def _is_setting(word: str) -> bool:
-    if word.startswith("--"):
-        return word.partition("=")[0] not in ("--help", "--model")
-    return "=" in word and not os.path.exists(word)
+    end_with_parent()
+    return Attempt(folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,7 +146,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"rank {rank} ends because another rank did; that one says why", file=sys.stderr)
         status = PEER_GONE_EXIT
     sys.stdout.flush()
+    _hear_no_more()
     sys.exit(status)
+
+
+def _hear_no_more() -> None:
+    """A process that ends is not to be ended by one more request to stop: while the interpreter
+    goes down, its handlers are gone and a signal would be its exit status."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _machine_says(error: OSError) -> str | None:

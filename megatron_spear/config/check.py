@@ -150,18 +150,20 @@ def _servers(config: RunConfig) -> Iterator[str]:
     """The engine, its servers, and how weights get there."""
     engine, servers = config.rollout.engine, config.rollout.servers
     transport, embedded = config.weight_sync.transport, config.rollout.engine == "embedded"
+    started = config.cluster.servers.count
     if embedded and servers:
         yield (
             "rollout.engine=embedded has no servers, and rollout.servers names "
             f"{len(servers)}; set rollout.engine=sglang or vllm, or rollout.servers=[]"
         )
-    if not embedded and not servers:
+    if not embedded and not servers and not started:
         yield (
-            f"rollout.engine={engine} needs rollout.servers, a list of URLs; to try it on this "
+            f"rollout.engine={engine} needs rollout.servers, a list of URLs, or "
+            "cluster.servers.count, which `megatron-spear launch` starts; to try it on this "
             "machine: megatron-spear serve MODEL --port 30000, then "
             "rollout.servers=[http://127.0.0.1:30000]"
         )
-    if servers and config.weight_sync.deadline_s >= config.run.hang_limit_s:
+    if (servers or started) and config.weight_sync.deadline_s >= config.run.hang_limit_s:
         yield (
             f"weight_sync.deadline_s={config.weight_sync.deadline_s:g} is not below "
             f"run.hang_limit_s={config.run.hang_limit_s:g}, for which other ranks wait meanwhile; "

@@ -36,6 +36,11 @@ class RolloutSection(Section):
     max_lag: NonNegativeInt = 0
     """Policy versions that rollouts may be ahead of training by: the trajectories of step s are
     begun once version s - 1 - max_lag is there. 0 = rollout and training take turns."""
+    schedule: Literal["continuous", "deterministic"] = "continuous"
+    """What a weight update finds with max_lag > 0: ``continuous``, generations under way, which go
+    on with the new weights (``pause_mode``); ``deterministic``, none: it waits until all that was
+    begun is whole, so that all trajectories of step s are of version max(0, s - 1 - max_lag) and a
+    resumed run is the run that was never stopped."""
     pause_mode: Literal["retract", "abort"] = "retract"
     """What becomes of generations under way when new weights come (with max_lag > 0): ``retract``
     keeps their tokens, each with its version, and goes on with the new weights; ``abort`` draws the

@@ -7,28 +7,21 @@ layer, norms, biases and routers stay as they are.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_spear.conversion import fp8_format
 from megatron_spear.conversion.mapping import Shape, WeightMap
 from megatron_spear.errors import CheckpointError
 
-BLOCK = 128
+BLOCK, CONFIG = fp8_format.BLOCK, fp8_format.CONFIG
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _SMALLEST = 2.0**-9
 """Of e4m3: 448 and its smallest number above 0."""
 SCALE = "_scale_inv"
 _ROWS, _ROWS_ON_GPU = BLOCK, 64 * BLOCK
 """Rows worked on at a time: on a CPU what its cache holds, on a GPU what keeps it busy."""
-CONFIG: dict[str, Any] = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-"""The ``quantization_config`` of config.json."""
 
 
 def is_quantized(item: WeightMap) -> bool:

@@ -59,9 +59,13 @@ class Cursor(ABC):
             self._begun[step] = self.claim(count)
         return [self.at(position) for position in self._begun[step]]
 
-    def settle(self, step: int) -> None:
-        """The step's prompts were played and go into training now."""
-        self._begun.pop(step, None)
+    def settle(self, step: int) -> list[Any]:
+        """The step's prompts were played and go into training now; returns their positions."""
+        return self._begun.pop(step)
+
+    def begun(self, step: int) -> list[Prompt]:
+        """The prompts that a later step was begun with; none if it was not begun."""
+        return [self.at(position) for position in self._begun.get(step, [])]
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, and what was begun and not settled."""

@@ -29,7 +29,7 @@ class JsonlSink:
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
         self._path = path
         if resumed_step is not None:
-            _drop_after(path, resumed_step)
+            drop_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -59,9 +59,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Rewrite the file with the records before the checkpoint of ``step``; a kill here loses
-    nothing."""
+def drop_after(path: Path, step: int) -> None:
+    """Rewrite a file of records with those before the checkpoint of ``step``, if there is one; a
+    kill here loses nothing."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()

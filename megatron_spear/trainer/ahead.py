@@ -5,14 +5,21 @@ published, in the order of the steps, so no token of them is older than that:
 
     max_lag 1:   version 0 [sets 1 and 2 begin]  step 1, version 1 [set 3 begins]  step 2, ...
 
-An update pauses the engine; what is under way goes on with the new weights or is drawn again
-(``rollout.pause_mode``). Steps take their set whole and in order: slow prompts hold their own step
-up and are never passed over.
+``rollout.schedule`` says what an update finds:
+
+- ``continuous``: sets under way. The engine pauses; what is under way goes on with the new weights
+  or is drawn again (``rollout.pause_mode``).
+- ``deterministic``: none. The update waits until all that was begun is whole, so that all of set s
+  is of version max(0, s - 1 - max_lag), whatever the timing; a step trains while one set is drawn.
+
+Steps take their set whole and in order: slow prompts hold their own step up and are never passed
+over. A checkpoint keeps the sets that are whole; a resumed run begins the others again with the
+same prompts.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, Protocol
 
 from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.data.prompts import Cursor
@@ -49,8 +56,9 @@ class RolloutsAhead:
 
     def play(
         self, ctx: StepContext, progress: Callable[[int], None] | None = None
-    ) -> list[TrajectoryGroup]:
-        """The groups of step ``ctx.step``; begins those of the steps that may run ahead of it.
+    ) -> tuple[list[Any], list[TrajectoryGroup]]:
+        """The prompts' positions and the groups of step ``ctx.step``; begins those of the steps
+        that may run ahead of it.
 
         ``progress(finished)`` is called with the attempts of this step that are done whenever one
         of any step is. Raises as ``Rollouter.collect``.
@@ -62,8 +70,25 @@ class RolloutsAhead:
                 self._begin(step, ctx.seed)
         groups = self._sets[ctx.step].result()
         del self._sets[ctx.step], self._finished[ctx.step]
-        self._cursor.settle(ctx.step)
-        return groups
+        return self._cursor.settle(ctx.step), groups
+
+    def before_update(self) -> None:
+        """Wait for what the schedule wants whole before the weights change. What a set failed with
+        is raised in its own step."""
+        if self._rollout.schedule == "deterministic":
+            wait(self._sets.values())
+
+    def whole(self) -> dict[int, list[TrajectoryGroup]]:
+        """The sets of later steps that need no more playing."""
+        return {step: s.result() for step, s in self._sets.items() if s.done() and not _failed(s)}
+
+    def take_back(self, sets: Mapping[int, list[TrajectoryGroup]]) -> None:
+        """Go on with what ``whole`` gave, whose prompts the cursor has as begun."""
+        self._sets, self._finished = {}, {}
+        for step, groups in sets.items():
+            done: Future[list[TrajectoryGroup]] = Future()
+            done.set_result(groups)
+            self._sets[step], self._finished[step] = done, 0
 
     def _begin(self, step: int, seed: int) -> None:
         self._finished[step] = 0
@@ -82,3 +107,7 @@ class RolloutsAhead:
             temperature=self._rollout.temperature,
             progress=note,
         )
+
+
+def _failed(done: "Future[list[TrajectoryGroup]]") -> bool:
+    return done.cancelled() or done.exception() is not None

@@ -1,7 +1,7 @@
 """From a RunConfig to objects that take their own sections: the only place that sees all of it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +85,16 @@ def make_renderer(model: Path) -> ChatRenderer:
     return ChatRenderer(AutoTokenizer.from_pretrained(model))
 
 
-def make_rollout(config: RunConfig, model: Path) -> RolloutStack:
-    """Engine, pool and rollouter over the weights of a Hugging Face folder."""
+def make_rollout(
+    config: RunConfig, model: Path, list_urls: Callable[[], Sequence[str]] | None = None
+) -> RolloutStack:
+    """Engine, pool and rollouter over the weights of a Hugging Face folder.
+
+    ``list_urls`` names the engine servers that there are when it is called.
+    """
     rollout, env = config.rollout, config.env
     loop = EventLoop("rollout", lambda: use_threads(config.run.threads))
-    made = make_engine(rollout, config.weight_sync, model, loop)
+    made = make_engine(rollout, config.weight_sync, model, loop, list_urls)
     pool = EnvironmentPool(
         ENVIRONMENT, workers=rollout.env_workers, deadline_s=rollout.env_deadline_s
     )

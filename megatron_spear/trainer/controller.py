@@ -3,8 +3,9 @@
 Nothing here talks to other ranks; ``trainer.loop`` calls it between the policy's collective calls.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,44 @@ from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.rollout.summary import lag_metrics, rollout_metrics
 from megatron_spear.trainer.ahead import RolloutsAhead
 from megatron_spear.trainer.hooks.calls import HookCalls
-from megatron_spear.types import RowKey, ScoredGroup, StepContext, TrainSample, TrajectoryGroup
+from megatron_spear.types import (
+    ConsumedPrompt,
+    Fate,
+    RowKey,
+    ScoredGroup,
+    StepContext,
+    TrainSample,
+    TrajectoryGroup,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collected:
+    """The rollout stage of one step: the ``groups`` to go on with, all that were ``played``, each
+    with the ``positions`` of its prompt, and metrics."""
+
+    groups: tuple[ScoredGroup, ...]
+    played: tuple[TrajectoryGroup, ...]
+    positions: tuple[Any, ...]
+    metrics: dict[str, float]
+
+    def consumed(self, trained: Collection[str]) -> tuple[ConsumedPrompt, ...]:
+        """What became of each prompt; ``trained`` are the ids of the groups that were trained
+        on."""
+        return tuple(
+            ConsumedPrompt(
+                position=position,
+                prompt_id=group.prompt.prompt_id,
+                fate=_fate(group, trained),
+            )
+            for position, group in zip(self.positions, self.played, strict=True)
+        )
+
+
+def _fate(group: TrajectoryGroup, trained: Collection[str]) -> Fate:
+    if not group.members:
+        return Fate.FAILED
+    return Fate.TRAINED if group.group_id in trained else Fate.FILTERED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +75,15 @@ class Controller:
     algorithm: AlgorithmSection
     ahead: RolloutsAhead | None = None
 
-    def collect(
-        self, ctx: StepContext, progress: Callable[[int], None] | None = None
-    ) -> tuple[tuple[ScoredGroup, ...], list[TrajectoryGroup], dict[str, float]]:
-        """Roll out and score the next prompts: the groups to go on with, all that were played, and
-        metrics.
+    def collect(self, ctx: StepContext, progress: Callable[[int], None] | None = None) -> Collected:
+        """Roll out and score the next prompts.
 
         In up to ``dynamic_sampling_rounds`` further rounds, groups of equal rewards, which teach
         nothing, make room for groups of further prompts; those of the last round stay, whatever
         they are. Prompts are consumed once, replaced groups are gone for good. Metrics are over the
         groups of all rounds; what comes after this, the hooks too, sees those that stay.
         """
-        played, scored = self._play(ctx, 0, self.rollout.prompts_per_step, 0, progress)
+        positions, played, scored = self._play(ctx, 0, self.rollout.prompts_per_step, 0, progress)
         groups, rounds = list(scored), 0
         for number in range(1, 1 + self.algorithm.dynamic_sampling_rounds):
             seats = self._equal(ctx, groups)
@@ -56,17 +91,27 @@ class Controller:
                 break
             rounds = number
             finished = len(played) * self.rollout.group_size
-            more, fresh = self._play(ctx, number, len(seats), finished, progress)
+            further, more, fresh = self._play(ctx, number, len(seats), finished, progress)
             for seat, group in zip(seats, fresh, strict=True):
                 groups[seat] = group
-            played, scored = played + more, scored + fresh
+            positions, played, scored = positions + further, played + more, scored + fresh
         metrics = rollout_metrics(played)
         metrics |= lag_metrics(played, ctx.policy_version, self.rollout.max_lag)
         metrics |= reward_metrics(scored, ctx.coefficients.intrinsic_weight)
         if self.algorithm.dynamic_sampling_rounds:
             metrics["filter/num_sampling_rounds"] = float(rounds)
             metrics["filter/num_resampled_groups"] = float(len(scored) - len(groups))
-        return tuple(groups), played, metrics
+        return Collected(
+            groups=tuple(groups),
+            played=tuple(played),
+            positions=tuple(positions),
+            metrics=metrics,
+        )
+
+    def before_update(self) -> None:
+        """Wait for the rollouts that the present weights have to finish."""
+        if self.ahead is not None:
+            self.ahead.before_update()
 
     def samples(
         self, ctx: StepContext, scored: tuple[ScoredGroup, ...]
@@ -92,25 +137,26 @@ class Controller:
         num_prompts: int,
         finished: int,
         progress: Callable[[int], None] | None,
-    ) -> tuple[list[TrajectoryGroup], list[ScoredGroup]]:
-        """Round ``number``: the groups of the next prompts, as played and as scored.
+    ) -> tuple[list[Any], list[TrajectoryGroup], list[ScoredGroup]]:
+        """Round ``number``: the next prompts' positions, and their groups as played and as scored.
 
         Group ids and draws of a further round are keyed by its number too. Such a round may be of
         one prompt, so it may fail as a whole without ending the run. ``finished`` attempts of the
         step came before.
         """
         if self.ahead is not None and number == 0:
-            groups = self.ahead.play(ctx, progress)
+            positions, groups = self.ahead.play(ctx, progress)
         else:
+            positions = self.cursor.claim(num_prompts)
             groups = self.rollouter.collect_sync(
-                self.cursor.take(num_prompts),
+                [self.cursor.at(position) for position in positions],
                 group_size=self.rollout.group_size,
                 seed=(ctx.seed, ctx.step, number) if number else (ctx.seed, ctx.step),
                 temperature=self.rollout.temperature,
                 progress=progress and (lambda count: progress(finished + count)),
                 all_may_fail=number > 0,
             )
-        return groups, [score(group, self.reward) for group in groups]
+        return positions, groups, [score(group, self.reward) for group in groups]
 
     def _equal(self, ctx: StepContext, groups: Sequence[ScoredGroup]) -> list[int]:
         """Places of the groups whose rewards, of the members that count, are all equal."""

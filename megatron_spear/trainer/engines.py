@@ -1,17 +1,18 @@
 """The rollout engine a run's settings ask for: in this process, or a fleet of servers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_spear.config.rollout import RolloutSection, WeightSyncSection
 from megatron_spear.conversion.shape import load_config, model_shape
-from megatron_spear.errors import EngineError
+from megatron_spear.errors import ConfigError, EngineError
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.engines.embedded import EmbeddedEngine
 from megatron_spear.rollout.engines.fleet import Fleet, FleetLimits
 from megatron_spear.rollout.engines.fleet_memory import FleetMemory
 from megatron_spear.rollout.engines.fleet_updates import FleetUpdates
+from megatron_spear.rollout.engines.joining import Joining
 from megatron_spear.rollout.engines.router import server_urls
 from megatron_spear.rollout.engines.server import EngineServer
 from megatron_spear.rollout.engines.sglang import SGLangServer
@@ -33,10 +34,17 @@ class MadeEngine:
 
 
 def make_engine(
-    rollout: RolloutSection, weight_sync: WeightSyncSection, model: Path, loop: EventLoop
+    rollout: RolloutSection,
+    weight_sync: WeightSyncSection,
+    model: Path,
+    loop: EventLoop,
+    list_urls: Callable[[], Sequence[str]] | None = None,
 ) -> MadeEngine:
     """The engine for a Hugging Face folder's model. An embedded one has its weights; servers serve
-    only once they have been given some. Raises EngineError where no server answers."""
+    only once they have been given some. ``list_urls`` names those that there are later on.
+
+    Raises EngineError where no server answers.
+    """
     if rollout.engine == "embedded":
         return MadeEngine(
             engine=EmbeddedEngine.from_hf(
@@ -46,14 +54,24 @@ def make_engine(
                 deadline_s=rollout.engine_deadline_s,
             )
         )
-    new_server = SERVERS[rollout.engine]
+    if not rollout.servers:
+        raise ConfigError(
+            "rollout.servers is empty: the servers of cluster.servers are started by "
+            "`megatron-spear launch`; use it, or start servers and list them"
+        )
+    make_server = SERVERS[rollout.engine]
+
+    def new_server(url: str) -> EngineServer:
+        return make_server(url, weight_sync.deadline_s)
+
     urls = loop.run(server_urls(rollout.servers, deadline_s=_PROBE_S))
     fleet = Fleet(
-        [new_server(url, weight_sync.deadline_s) for url in urls],
+        list(map(new_server, urls)),
         vocab_size=model_shape(load_config(model)).vocab_size,
         limits=FleetLimits(
             deadline_s=rollout.engine_deadline_s, max_requests=rollout.max_requests_per_server
         ),
+        joining=Joining(list_urls, new_server) if list_urls is not None else None,
     )
     try:
         loop.run(fleet.start(wait_s=rollout.engine_deadline_s))

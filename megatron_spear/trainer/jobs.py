@@ -7,22 +7,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.cluster.attempt import Attempt, newest_checkpoint
 from megatron_spear.config.check import Use, check_config
 from megatron_spear.config.losses import LossSection
 from megatron_spear.config.schema import RunConfig
-from megatron_spear.errors import ConfigError, StopRequested
+from megatron_spear.errors import ConfigError, DataError, StopRequested
 from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import build_tracker
 from megatron_spear.tracking.summary import summary_rows, write_summary
+from megatron_spear.trainer.consumption import ConsumptionLog
 from megatron_spear.trainer.hooks.user import user_hooks
+from megatron_spear.trainer.registered import find_servers
 from megatron_spear.trainer.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, stop: Any) -> dict[str, Any]:
-    """The main job: initial model, warm start, SPEAR steps, evaluation, export, summary."""
+def train(config: RunConfig, stop: Any, attempt: Attempt | None = None) -> dict[str, Any]:
+    """The main job: initial model, warm start, SPEAR steps, evaluation, export, summary.
+
+    In an attempt of ``launch`` a clean stop is noted there and ends well, so that nobody takes it
+    for a crash; settings and data that cannot work are noted too.
+    """
+    if attempt is None:
+        return _train(config, stop, None)
+    controller = int(os.environ.get("RANK", "0")) == 0
+    try:
+        return _train(config, stop, attempt)
+    except StopRequested as stopped:
+        if controller:
+            attempt.mark_stopped(str(stopped), newest_checkpoint(config.run.dir))
+        return {}
+    except (ConfigError, DataError) as error:
+        if controller:
+            attempt.mark_hopeless(str(error))
+        raise
+
+
+def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, Any]:
     console, controller = _start(config, "train")
     own_hooks = user_hooks(config.hooks) if controller else {}
     with (
@@ -35,9 +58,12 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
 
         panel = build.make_panel(config) if controller else None  # bad games end the run here
         model = _warm_model(config, context, console, stop)
+        if attempt is not None and controller:
+            attempt.tell_model(model)
+        config, list_urls = find_servers(config, attempt, controller, stop, console)
         console.phase("Policy and engine")
-        rollout = build.make_rollout(config, model) if controller else None
-        tracker = step = None
+        rollout = build.make_rollout(config, model, list_urls) if controller else None
+        tracker = consumption = step = None
         try:
             policy = build.make_policy(config, model, context)
             step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
@@ -52,16 +78,20 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
                 stop=stop,
                 model=model,
             )
-            resumed = run.resume() if config.resume else 0
-            if config.resume:
-                console.line(f"continuing after step {resumed} of {config.run.steps}")
+            resumed = run.resume() if config.resume else None
+            if resumed is not None:
+                console.line(f"continuing after step {resumed.step} of {config.run.steps}")
             if controller:
+                consumption = run.consumption = ConsumptionLog(
+                    directory.consumed_file,
+                    resumed=(resumed.step, resumed.prompts) if resumed is not None else None,
+                )
                 tracker = run.tracker = build_tracker(
                     config.tracking,
                     folder=directory.path,
                     name=config.run.name,
                     config=config.model_dump(mode="json"),
-                    resumed_step=resumed if config.resume else None,
+                    resumed_step=resumed.step if resumed is not None else None,
                 )
             summary = run.run()
             if controller and summary:
@@ -70,6 +100,8 @@ def train(config: RunConfig, stop: Any) -> dict[str, Any]:
         finally:
             if tracker is not None:
                 tracker.close()
+            if consumption is not None:
+                consumption.close()
             if step is not None:
                 step.weight_sync.close()
             if rollout is not None:

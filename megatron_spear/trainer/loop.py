@@ -17,14 +17,27 @@ from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.metrics import merge
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.engines.fleet_memory import FleetMemory
-from megatron_spear.trainer.controller import Controller, with_gradient, with_old_logprobs
+from megatron_spear.trainer.controller import (
+    Collected,
+    Controller,
+    with_gradient,
+    with_old_logprobs,
+)
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan, RefLogprobs
 from megatron_spear.trainer.official_mini_batches import OfficialMiniBatches
 from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.timing import PhaseTimer
 from megatron_spear.trainer.work import Pass, PassWork, policy_work, rollout_work, work_metrics
-from megatron_spear.types import Origin, StepContext, StepReport, TrainSample, Update
+from megatron_spear.types import (
+    ConsumedPrompt,
+    Fate,
+    Origin,
+    StepContext,
+    StepReport,
+    TrainSample,
+    Update,
+)
 from megatron_spear.weight_sync.transport import Transport
 
 
@@ -53,16 +66,17 @@ class SpearStep:
         """One trainer step: collect, compare, train, publish; returns its metrics."""
         timer, metrics, work = PhaseTimer(), {}, list[PassWork]()
         samples: list[TrainSample] = []
+        collected: Collected | None = None
         with timer.phase("rollout"):
             if self.controller:
-                groups, played, found = self.controller.collect(ctx, progress)
-                metrics.update(found)
-                work.append(rollout_work(self.policy.shape, played))
+                collected = self.controller.collect(ctx, progress)
+                metrics.update(collected.metrics)
+                work.append(rollout_work(self.policy.shape, collected.played))
             if self.engine_memory:
                 self.engine_memory.release()
         with timer.phase("advantages"):
-            if self.controller:
-                samples, found = self.controller.samples(ctx, groups)
+            if self.controller and collected:
+                samples, found = self.controller.samples(ctx, collected.groups)
                 metrics.update(found)
         with timer.phase("old_logprobs"):
             moving = samples if self.mini_batches.moves_all else with_gradient(samples)
@@ -73,12 +87,16 @@ class SpearStep:
             extra = self._extra_updates(ctx, active)
             plans = self.mini_batches.plan(ctx, samples, active, extra)
         metrics.update(self._train(ctx, plans, reference, timer, work))
+        with timer.phase("rollouts_ahead"):
+            if self.controller:
+                self.controller.before_update()
         with timer.phase("weight_sync"):
             if self.engine_memory:
                 self.engine_memory.resume()
             metrics.update(self.weight_sync.publish(ctx.policy_version + 1))
         metrics.update(timer.metrics() | (work_metrics(work) if self.controller else {}))
-        return self._finish(ctx, metrics)
+        trained = {sample.trajectory_id.group for sample in moving}
+        return self._finish(ctx, metrics, collected.consumed(trained) if collected else ())
 
     def policy_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Collective: the present policy's log-probs ``[L]`` of each sample, on the controller."""
@@ -210,14 +228,23 @@ class SpearStep:
             columns=columns,
         )
 
-    def _finish(self, ctx: StepContext, metrics: dict[str, float]) -> StepReport:
+    def _finish(
+        self, ctx: StepContext, metrics: dict[str, float], consumed: tuple[ConsumedPrompt, ...]
+    ) -> StepReport:
         """Add the hooks' metrics, make the report and tell the hooks."""
         hooks = self.controller.hooks if self.controller else HookCalls({})
         metrics.update(hooks.metrics(ctx))
         coefficients = ctx.coefficients
         metrics["curriculum/intrinsic_weight"] = coefficients.intrinsic_weight
         metrics["curriculum/replay_weight"] = coefficients.replay_weight
-        report = StepReport(step=ctx.step, policy_version=ctx.policy_version + 1, metrics=metrics)
+        for fate in Fate if self.controller else ():
+            metrics[f"prompts/{fate}"] = float(sum(prompt.fate is fate for prompt in consumed))
+        report = StepReport(
+            step=ctx.step,
+            policy_version=ctx.policy_version + 1,
+            metrics=metrics,
+            consumed=consumed,
+        )
         hooks.on_step_end(ctx, report)
         return report
 

@@ -2,7 +2,6 @@
 sum up."""
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from megatron_spear.errors import StopRequested
 from megatron_spear.tracking.progress import Bar, Console
 from megatron_spear.tracking.sinks import Tracker
 from megatron_spear.trainer.build import RolloutStack
+from megatron_spear.trainer.consumption import ConsumptionLog
 from megatron_spear.trainer.engine_probe import check_engine, max_logprob_gap
 from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval, share_won
 from megatron_spear.trainer.loop import SpearStep
-from megatron_spear.trainer.ranks import broadcast
+from megatron_spear.trainer.ranks import all_true, broadcast
 from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
 from megatron_spear.trainer.run_directory import RunDirectory
 from megatron_spear.types import StepContext, StepReport
@@ -46,6 +46,7 @@ class SpearRun:
         self._config, self._step, self._directory = config, step, directory
         self._rollout, self._panel = rollout, panel
         self.tracker: Tracker | None = None
+        self.consumption: ConsumptionLog | None = None
         self._console, self._stop = console, stop
         self._model = model
         self._checkpoints = RunCheckpoints(
@@ -57,15 +58,15 @@ class SpearRun:
         self._watchdog = Watchdog(config.run.hang_limit_s, "the start of the run")
         self._is_controller = rollout is not None
 
-    def resume(self) -> int:
-        """Continue from the newest checkpoint that can be used; returns its step (0 if there is
-        none).
+    def resume(self) -> Progress:
+        """Continue from the newest checkpoint that can be used; returns where it stands (step 0 if
+        there is none).
 
         Raises CheckpointError when there are checkpoints and none of them can be used.
         """
         self._progress = self._checkpoints.resume()
         self._saved, self._wall_s_before = self._progress.step, self._progress.wall_s
-        return self._progress.step
+        return self._progress
 
     def run(self) -> dict[str, Any]:
         """From where the run stands to its end; returns the summary (empty on other ranks).
@@ -120,6 +121,7 @@ class SpearRun:
         if self._progress.step >= last:
             return
         self._console.phase(f"SPEAR steps {self._progress.step + 1} to {last}")
+        stopping = False
         with self._console.bar("step", last, done=self._progress.step) as bar:
             while self._progress.step < last:
                 self._evaluate_if_due()
@@ -130,16 +132,18 @@ class SpearRun:
                 self._checkpoints.poll()
                 bar.advance(1, **_shown(report.metrics))
                 step, every = report.step, self._config.checkpoint.every
-                stopping = broadcast(bool(self._stop))
+                # A signal may have come to some ranks alone; all of them save the same step.
+                stopping = not all_true(not self._stop)
                 if stopping or step == last or (every and step % every == 0):
                     self._save()
                 if stopping:
                     break
         assert self._saved == self._progress.step, "the last step is always saved"
         self._finish_saving()
-        if broadcast(bool(self._stop)):
+        if stopping:
+            reason = self._stop.reason or "a signal to another rank"
             raise StopRequested(
-                f"{self._stop.reason or 'signal'}; saved at step {self._saved}, continue with "
+                f"{reason}; saved at step {self._saved}, continue with "
                 f"resume={self._directory.path}"
             )
 
@@ -172,6 +176,8 @@ class SpearRun:
         self._console.beat(f"rollout: {finished} trajectories")
 
     def _track(self, report: StepReport) -> None:
+        if self.consumption:
+            self.consumption.log(report.step, report.consumed)
         if self.tracker:
             self.tracker.log(report.step, report.metrics)
 
@@ -244,9 +250,7 @@ class SpearRun:
             for _ in weights:
                 pass
             return
-        target = self._directory.path / "model"
-        if target.is_dir():
-            target.rename(target.with_name(f"model.before-{int(time.time())}"))
+        target = self._directory.place_for_model()
         write_hf_folder(target, self._model, weights)
         self._console.line(f"Hugging Face folder: {target}")
 

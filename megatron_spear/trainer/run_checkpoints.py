@@ -21,6 +21,7 @@ from megatron_spear.trainer.evaluation import Won
 from megatron_spear.trainer.loop import SpearStep
 from megatron_spear.trainer.ranks import all_true, broadcast
 from megatron_spear.trainer.run_directory import RunDirectory, versions
+from megatron_spear.trainer.whole_sets import read_sets, write_sets
 from megatron_spear.types import StepReport
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,15 @@ _KEYS = ("progress", "cursor", "hooks", "config_hash", "panel_sha256", "versions
 
 @dataclass
 class Progress:
-    """What a run has come to; ``wall_s`` is the time since launch, over all launches, without what
-    a kill threw away. The replay fractions are summed over the steps."""
+    """What a run has come to.
+
+    ``prompts`` is how many were consumed; ``wall_s`` the time since launch, over all launches,
+    without what a kill threw away. The replay fractions are summed over the steps.
+    """
 
     step: int = 0
     policy_version: int = 0
+    prompts: int = 0
     won_before: Won = ()
     wall_s: float = 0.0
     rollout_s: float = 0.0
@@ -50,6 +55,7 @@ class Progress:
         """Count one finished step."""
         metrics = report.metrics
         self.step, self.policy_version = report.step, report.policy_version
+        self.prompts += len(report.consumed)
         self.rollout_s += metrics["time/rollout_s"]
         self.rollout_tokens += metrics.get("rollout/action_tokens", 0.0)
         self.train_s += metrics["time/train_s"]
@@ -168,6 +174,8 @@ class RunCheckpoints:
             "wandb_id": read_run_id(self._directory.path),
         }
         (folder / STATE_FILE).write_text(json.dumps(state))
+        if self._controller.ahead is not None:
+            write_sets(folder, self._controller.ahead.whole())
 
     def resume(self) -> Progress:
         """Take back the newest checkpoint that can be used; all at the start if there is none yet.
@@ -220,6 +228,8 @@ class RunCheckpoints:
         self._require_same_run(state, folder)
         controller.cursor.load_state_dict(state["cursor"])
         controller.hooks.load_state_dict(state["hooks"])
+        if controller.ahead is not None:
+            controller.ahead.take_back(read_sets(folder, controller.cursor.begun))
         if state["wandb_id"] and not read_run_id(self._directory.path):
             write_run_id(self._directory.path, state["wandb_id"])
         saved = state["progress"]

@@ -2,16 +2,19 @@
 
 config.yaml     the resolved configuration        versions.json  packages and machine
 metrics.jsonl   one line a record                 summary.json   the result
+consumed.jsonl  one line a prompt consumed
 curves.png      the curves                        checkpoints/   step_N, committed whole
-wandb/          wandb's own files
+wandb/          wandb's own files                 model/         the policy, for Hugging Face
 """
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -60,6 +63,11 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def consumed_file(self) -> Path:
+        """Every prompt that was consumed, and what became of it (``consumption``)."""
+        return self.path / "consumed.jsonl"
 
     @property
     def summary_file(self) -> Path:
@@ -149,9 +157,26 @@ class RunDirectory:
         except OSError as error:
             log.warning("%s: cannot be locked against a second process: %s", self.path, error)
 
+    def place_for_model(self) -> Path:
+        """``model``, not there yet. One that a finished run exported before is renamed to
+        ``model.before-N``; what a kill left of an export goes."""
+        target = self.path / "model"
+        for unfinished in self.path.glob(".model.writing-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if target.is_dir():
+            if self.summary_file.is_file():
+                number = next(n for n in itertools.count(1) if not self._before(n).exists())
+                target.rename(self._before(number))
+            else:  # of a launch that was killed between the export and its end
+                shutil.rmtree(target)
+        return target
+
+    def _before(self, number: int) -> Path:
+        return self.path / f"model.before-{number}"
+
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""
-        own = (self.config_file, self.versions_file, self.metrics_file)
+        own = (self.config_file, self.versions_file, self.metrics_file, self.consumed_file)
         used = self.metrics_file.is_file() and self.metrics_file.stat().st_size
         if used or set(self.path.iterdir()) - {*own, self.checkpoints}:
             return
@@ -161,11 +186,19 @@ class RunDirectory:
                 file.unlink(missing_ok=True)
             self.path.rmdir()
 
+    def _is_leftover(self, path: Path) -> bool:
+        """Whether a kill in ``create`` left this behind."""
+        empty = path == self.checkpoints and path.is_dir() and not any(path.iterdir())
+        return empty or path.name == f"{CONFIG_NAME}.tmp"
+
     def _refuse_reuse(self, config: RunConfig) -> None:
         """Raise unless a non-empty directory was left by the same run before its first record."""
         choose = "choose another run.dir (or remove this directory)"
         if not self.config_file.is_file():
-            names = ", ".join(sorted(p.name for p in self.path.iterdir())[:5])
+            foreign = sorted(p.name for p in self.path.iterdir() if not self._is_leftover(p))
+            if not foreign:
+                return
+            names = ", ".join(foreign[:5])
             raise ConfigError(
                 f"run.dir={self.path}: is not empty and no run directory (holds {names}); {choose}"
             )

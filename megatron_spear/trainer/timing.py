@@ -4,7 +4,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PRODUCTIVE = ("rollout", "old_logprobs", "ref_logprobs", "current_logprobs", "train")
+PRODUCTIVE = (
+    "rollout",
+    "rollouts_ahead",
+    "old_logprobs",
+    "ref_logprobs",
+    "current_logprobs",
+    "train",
+)
 
 
 class PhaseTimer:

@@ -72,6 +72,7 @@ class Broadcast:
     def deliver(self, update: Update, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
         """See ``Delivery``."""
         self._sweep()
+        self._leave_others(update)
         update.each("joining of its update group", self._connect)
         buckets = pack(tensors, self._bucket_bytes, self._allocate)
         return send_buckets(
@@ -95,6 +96,12 @@ class Broadcast:
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def _leave_others(self, update: Update) -> None:
+        """Leave the groups of servers that are not updated: whoever comes back gets a new one."""
+        live = {server.name for server in update.live}
+        for name in [name for name in self._groups if name not in live]:
+            peer_groups.leave(self._groups.pop(name).group)
 
     def _connect(self, server: UpdateServer) -> "Future[None]":
         """Make the server's group where there is none that can be relied on."""

@@ -1,12 +1,18 @@
 """Ctrl-C: once is a clean stop to resume from, twice ends at once; nothing stays half-written."""
 
 import contextlib
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import Outcome, arguments, run_here
+
+from megatron_spear.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -118,3 +124,28 @@ def test_ctrl_c_in_an_evaluation_loses_no_step(
     assert "Traceback" not in done.err
     assert list(training_records(run_dir)) == [1]
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_1"]
+
+
+def _with_a_signal_to_rank_1(command_line: list[str], run_dir: Path) -> Outcome:
+    def signal_once_it_trains() -> None:
+        while not has_step(run_dir, 1):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=signal_once_it_trains, daemon=True).start()
+    return run_here(command_line)
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(
+    cache: Path, tmp_path: Path, training_records: Records
+) -> None:
+    run_dir = tmp_path / "run"
+    line = arguments("train", cache, (f"run.dir={run_dir}", *SETTINGS))
+    ended = run_ranks(_with_a_signal_to_rank_1, 2, line, run_dir, timeout_s=240)
+    saved = len(training_records(run_dir))
+    assert 1 <= saved < 8
+    for one, reason in zip(ended, ("a signal to another rank", "SIGUSR1"), strict=True):
+        assert one.status == 130, one
+        assert f"stopped: {reason}; saved at step {saved}, continue" in one.err
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == [f"step_{saved}"]

@@ -9,6 +9,7 @@
        +---------------- admitted with a whole new set of weights ----------------+
 
 A server that was away holds weights that nobody vouches for: it serves again only after an update.
+One that joins later (``joining``) does so at an update too.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ from megatron_spear.rollout.engines.dispatch import Dispatcher, Flight, Member
 from megatron_spear.rollout.engines.drawing import Aborted, check_tokens, draw
 from megatron_spear.rollout.engines.http import RequestRefused, ServerBusy, ServerLost
 from megatron_spear.rollout.engines.http_connection import allow_connections
+from megatron_spear.rollout.engines.joining import Joining
 from megatron_spear.rollout.engines.labels import ForeignLabel, Labels
 from megatron_spear.rollout.engines.probing import Prober
 from megatron_spear.rollout.engines.roster import Roster
@@ -57,6 +59,7 @@ class FleetLimits:
 
 class Fleet:
     """A ``RolloutEngine`` over servers of one model; ``vocab_size`` bounds the token ids.
+    ``joining`` brings in servers that come later.
 
     All methods belong to one event loop; ``fleet_updates.FleetUpdates`` is the side for the thread
     that trains. Call ``start`` first. No server serves before it is admitted.
@@ -69,10 +72,12 @@ class Fleet:
         vocab_size: int,
         limits: FleetLimits,
         labels: Labels | None = None,
+        joining: Joining | None = None,
     ) -> None:
         self.labels = labels or Labels()
-        members = [Member(server) for server in servers]
+        self._members = members = [Member(server) for server in servers]
         self._limits = limits
+        self._joining = joining
         self._dispatch = Dispatcher(members, limits.max_requests)
         self.roster = Roster(members, self._dispatch, all_out_s=limits.all_out_s)
         self._prober = Prober(
@@ -166,7 +171,10 @@ class Fleet:
         await asyncio.gather(*(member.server.close() for member in self.roster.members))
 
     async def reachable(self) -> list[Member]:
-        """Servers that may take the next weights, looked at now."""
+        """Servers that may take the next weights, looked at now; those that have joined are of
+        them."""
+        if self._joining is not None:
+            await self._joining.follow(self._members, self._prober, self._limits.max_requests)
         await self._prober.probe_all()
         return [member for member in self.roster.members if member.reachable]
 

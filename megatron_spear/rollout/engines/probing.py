@@ -36,7 +36,7 @@ class Prober:
         self._take_out = take_out
         self._probe_s = probe_s
         self._max_probe_s = max_probe_s
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Member, asyncio.Task[None]] = {}
 
     async def start(self, *, wait_s: float) -> None:
         """See ``Fleet.start``; ``max_context`` is then the least of those that answered."""
@@ -46,7 +46,18 @@ class Prober:
             reasons = "; ".join(f"{m.name}: {m.out}" for m in self._members)
             raise EngineError(f"no engine server answered within {wait_s:g} s. {reasons}")
         self.max_context = min(contexts)
-        self._tasks = [asyncio.create_task(self._watch(member)) for member in self._members]
+        for member in self._members:
+            self.look_after(member)
+
+    def look_after(self, member: Member) -> None:
+        """Look at one more server from now on."""
+        self._tasks[member] = asyncio.create_task(self._watch(member))
+
+    async def forget(self, member: Member) -> None:
+        """Look at a server no longer."""
+        task = self._tasks.pop(member)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     async def probe_all(self) -> None:
         """Look at all servers now."""
@@ -75,9 +86,8 @@ class Prober:
 
     async def close(self) -> None:
         """Look no longer."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for member in tuple(self._tasks):
+            await self.forget(member)
 
     async def _await_first_answer(self, member: Member, wait_s: float) -> None:
         loop = asyncio.get_running_loop()

@@ -19,7 +19,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
 
     configs: list[RunConfig] = []
 
-    def take(config: RunConfig, stop: Any) -> None:
+    def take(config: RunConfig, stop: Any, attempt: Any) -> None:
+        assert attempt is None
         configs.append(config)
 
     monkeypatch.setattr(jobs, "train", take)
@@ -64,6 +65,23 @@ def test_the_file_is_the_one_word_that_is_no_setting(
     config = trained(*([str(file), *settings] if before else [*settings, str(file)]))
     assert (config.run.steps, config.run.seed) == (7, 3)
     assert (config.run.stop_after, config.run.name) == (2, "x")
+
+
+def test_a_rank_of_a_launch_knows_its_attempt_and_ends_with_torchrun(
+    monkeypatch: pytest.MonkeyPatch, run_dir: Path
+) -> None:
+    from megatron_spear.cluster.attempt import Attempt
+    from megatron_spear.trainer import jobs
+
+    called: list[Any] = []
+    monkeypatch.setattr(jobs, "train", lambda config, stop, attempt: called.append(attempt))
+    monkeypatch.setattr("megatron_spear.deadlines.install_stop_signals", StopFlag)
+    monkeypatch.setattr(
+        "megatron_spear.cluster.processes.end_with_parent", lambda: called.append("with parent")
+    )
+    attempt = run_dir / "attempt_2"
+    assert main.run(["train", f"resume={run_dir}", "--attempt", str(attempt)]) == 0
+    assert called == ["with parent", Attempt(attempt)]
 
 
 def test_no_file_and_no_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Rollouts that run ahead: what is begun when, with which prompts, and what a resume begins."""
 
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -48,9 +49,11 @@ def _ctx(step: int) -> StepContext:
     return StepContext(step=step, policy_version=step - 1, coefficients=coefficients, seed=7)
 
 
-def _ahead(cursor: PromptCursor, max_lag: int = 2, last: int = 5) -> tuple[RolloutsAhead, Any]:
+def _ahead(
+    cursor: PromptCursor, max_lag: int = 2, last: int = 5, **settings: Any
+) -> tuple[RolloutsAhead, Any]:
     rollouter = _Rollouter()
-    section = RolloutSection(prompts_per_step=2, group_size=2, max_lag=max_lag)
+    section = RolloutSection(prompts_per_step=2, group_size=2, max_lag=max_lag, **settings)
     return RolloutsAhead(rollouter, cursor, section, last), rollouter
 
 
@@ -58,8 +61,9 @@ def test_sets_begin_as_early_as_the_lag_allows_and_none_after_the_last() -> None
     ahead, rollouter = _ahead(_cursor())
     begun = []
     for step in range(1, 6):
-        groups = ahead.play(_ctx(step))
+        positions, groups = ahead.play(_ctx(step))
         first = 2 * (step - 1)
+        assert positions == [first, first + 1]
         assert [group.group_id for group in groups] == [f"prompt-{first}", f"prompt-{first + 1}"]
         begun.append([number for number, _ in rollouter.begun])
     assert begun == [[1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]
@@ -94,6 +98,54 @@ def test_what_a_set_failed_with_is_raised_in_its_step() -> None:
     rollouter.futures[2].set_exception(EngineError("all servers are out"))
     with pytest.raises(EngineError, match="all servers are out"):
         ahead.play(_ctx(2))
+
+
+def test_before_an_update_a_deterministic_schedule_waits_for_all_that_was_begun() -> None:
+    ahead, rollouter = _ahead(_cursor(), max_lag=1, schedule="deterministic")
+    rollouter._held = (2,)
+    ahead.play(_ctx(1))
+    waited = threading.Event()
+    waiting = threading.Thread(target=lambda: (ahead.before_update(), waited.set()))
+    waiting.start()
+    assert not waited.wait(0.05), "set 2 is of the weights that are about to go"
+    rollouter.futures[2].set_exception(EngineError("all servers are out"))
+    assert waited.wait(5.0), "what a set failed with is told in its own step"
+    waiting.join()
+    with pytest.raises(EngineError, match="all servers are out"):
+        ahead.play(_ctx(2))
+
+
+def test_before_an_update_a_continuous_schedule_waits_for_nothing() -> None:
+    ahead, rollouter = _ahead(_cursor(), max_lag=1)
+    rollouter._held = (2,)
+    ahead.play(_ctx(1))
+    ahead.before_update()
+    assert not rollouter.futures[2].done()
+
+
+def test_whole_sets_are_taken_back_and_not_played_again() -> None:
+    cursor = _cursor()
+    ahead, rollouter = _ahead(cursor)
+    rollouter._held = (3,)
+    ahead.play(_ctx(1))
+    whole, saved = ahead.whole(), cursor.state_dict()
+    assert list(whole) == [2], "set 3 is not whole yet"
+    resumed_cursor = _cursor()
+    resumed_cursor.load_state_dict(saved)
+    resumed, again = _ahead(resumed_cursor)
+    resumed.take_back(whole)
+    positions, groups = resumed.play(_ctx(2))
+    assert positions == [2, 3] and groups == whole[2]
+    assert again.begun == [(3, ["prompt-4", "prompt-5"]), (4, ["prompt-6", "prompt-7"])]
+    assert resumed_cursor.begun(3) == [make_prompt("4"), make_prompt("5")]
+
+
+def test_a_set_that_failed_is_not_whole() -> None:
+    ahead, rollouter = _ahead(_cursor(), max_lag=1)
+    rollouter._held = (2,)
+    ahead.play(_ctx(1))
+    rollouter.futures[2].set_exception(EngineError("all servers are out"))
+    assert ahead.whole() == {}
 
 
 def test_progress_counts_the_present_step_and_hears_of_all() -> None:

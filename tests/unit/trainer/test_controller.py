@@ -112,7 +112,9 @@ def test_collect_takes_the_next_prompts_and_keys_the_draws_by_seed_and_step() ->
     rollouter = _Rollouter([_group("a", [True, False], failed=1)])
     controller = _controller(rollouter=rollouter)
     seen: list[int] = []
-    groups, _, metrics = controller.collect(CTX, seen.append)
+    collected = controller.collect(CTX, seen.append)
+    groups, metrics = collected.groups, collected.metrics
+    assert collected.positions == (0, 1)
     assert groups == _scored(controller, *rollouter.groups)
     assert metrics["rollout/success"] == 0.5 and metrics["rollout/failed"] == 1
     assert not {name for name in metrics if name.startswith("filter")}
@@ -131,7 +133,8 @@ def test_collect_takes_the_next_prompts_and_keys_the_draws_by_seed_and_step() ->
 
 def test_failures_are_never_scored() -> None:
     controller = _controller(rollouter=_Rollouter([_group("a", [True, False], failed=2)]))
-    groups, _, metrics = controller.collect(CTX)
+    collected = controller.collect(CTX)
+    groups, metrics = collected.groups, collected.metrics
     samples, _ = controller.samples(CTX, groups)
     assert [str(s.trajectory_id) for s in samples] == ["a/0", "a/1"]
     assert [s.advantages.tolist() for s in samples] == [[0, 0.5, 0.5], [0, -0.5, -0.5]]

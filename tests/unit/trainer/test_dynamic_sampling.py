@@ -104,6 +104,13 @@ def _controller(
     return controller, rollouter
 
 
+def _collect(
+    controller: Controller, ctx: StepContext
+) -> tuple[tuple[ScoredGroup, ...], dict[str, float]]:
+    collected = controller.collect(ctx)
+    return collected.groups, collected.metrics
+
+
 def _prompts(groups: Sequence[ScoredGroup]) -> list[str]:
     return [group.prompt.prompt_id.removeprefix("prompt-") for group in groups]
 
@@ -115,7 +122,7 @@ def _filter(metrics: Mapping[str, float]) -> tuple[float, float]:
 
 def test_equal_groups_are_replaced_round_by_round() -> None:
     controller, rollouter = _controller([WON, MIXED, LOST, MIXED])
-    groups, _, metrics = controller.collect(_ctx(3))
+    groups, metrics = _collect(controller, _ctx(3))
     # 0 (all won) makes room for 2 (all lost), which makes room for 3.
     assert _prompts(groups) == ["3", "1"]
     assert rollouter.calls == [
@@ -134,7 +141,7 @@ def test_equal_groups_are_replaced_round_by_round() -> None:
 )
 def test_rounds_are_bounded_and_the_last_one_stays(rounds: int, kept: str, consumed: int) -> None:
     controller, rollouter = _controller([WON, LOST, WON, MIXED, LOST], rounds)
-    groups, _, metrics = controller.collect(_ctx(1))
+    groups, metrics = _collect(controller, _ctx(1))
     assert _prompts(groups) == list(kept) and controller.cursor.consumed == consumed
     further = len(rollouter.calls) - 1
     assert further == min(rounds, 3)
@@ -146,7 +153,7 @@ def test_rounds_are_bounded_and_the_last_one_stays(rounds: int, kept: str, consu
 
 def test_where_nothing_is_equal_one_round_is_enough() -> None:
     controller, rollouter = _controller()
-    _, _, metrics = controller.collect(_ctx(1))
+    _, metrics = _collect(controller, _ctx(1))
     assert len(rollouter.calls) == 1 and _filter(metrics) == (0, 0)
 
 
@@ -155,7 +162,7 @@ def test_hooks_see_the_groups_that_stay_and_group_ids_are_unique() -> None:
     controller, _ = _controller([WON] * 4, hook=hook)
     names: list[str] = []
     for step in (1, 2):
-        groups, _, _ = controller.collect(_ctx(step))
+        groups, _ = _collect(controller, _ctx(step))
         controller.samples(_ctx(step), groups)
         names += [group.group_id for group in groups]
     assert hook.seen == names and len(set(names)) == 4
@@ -172,12 +179,12 @@ def test_progress_counts_up_over_the_rounds() -> None:
 def test_a_resumed_run_takes_the_same_prompts() -> None:
     plays = [WON, MIXED, MIXED, LOST, LOST, MIXED, MIXED]
     whole, played = _controller(plays)
-    groups = [whole.collect(_ctx(step))[0] for step in (1, 2, 3)]
+    groups = [_collect(whole, _ctx(step))[0] for step in (1, 2, 3)]
     parted, _ = _controller(plays)
     parted.collect(_ctx(1))
     resumed, again = _controller(plays)
     resumed.cursor.load_state_dict(parted.cursor.state_dict())
-    rest = [resumed.collect(_ctx(step))[0] for step in (2, 3)]
+    rest = [_collect(resumed, _ctx(step))[0] for step in (2, 3)]
     assert [_prompts(g) for g in rest] == [_prompts(g) for g in groups[1:]]
     assert again.calls == played.calls[-len(again.calls) :]
     taken = [name for names, _, _ in played.calls for name in names]
@@ -189,16 +196,30 @@ def test_marked_members_count_as_in_the_statistics(in_statistics: bool, kept: st
     """One win beside a void loss has nothing to be compared with."""
     filters = {"in_group_statistics": in_statistics}
     controller, _ = _controller([VOID], row_filters=filters)
-    groups, _, _ = controller.collect(_ctx(1))
+    groups, _ = _collect(controller, _ctx(1))
     assert _prompts(groups) == [kept, "1"]
 
 
 def test_a_round_in_which_everything_failed_is_like_one_of_equal_rewards() -> None:
     controller, _ = _controller([WON, MIXED, FAILED])
-    groups, _, metrics = controller.collect(_ctx(1))
+    groups, metrics = _collect(controller, _ctx(1))
     assert _prompts(groups) == ["3", "1"] and metrics["rollout/failed"] == 2
     controller, _ = _controller([WON, MIXED, FAILED], rounds=1)
-    groups, _, metrics = controller.collect(_ctx(1))
+    groups, metrics = _collect(controller, _ctx(1))
     assert _prompts(groups) == ["2", "1"] and groups[0].members == ()
     samples, _ = controller.samples(_ctx(1), groups)
     assert {s.prompt_id for s in samples} == {"prompt-7.1/prompt-1"}
+
+
+def test_each_prompt_has_one_fate_whatever_round_it_was_played_in() -> None:
+    controller, _ = _controller([WON, MIXED, FAILED, LOST])
+    collected = controller.collect(_ctx(1))
+    samples, _ = controller.samples(_ctx(1), collected.groups)
+    trained = {s.trajectory_id.group for s in samples if s.advantages.any()}
+    consumed = collected.consumed(trained)
+    assert [(c.position, c.prompt_id, str(c.fate)) for c in consumed] == [
+        (0, "prompt-0", "filtered"),
+        (1, "prompt-1", "trained"),
+        (2, "prompt-2", "failed"),
+        (3, "prompt-3", "filtered"),
+    ]

@@ -187,7 +187,7 @@ def _step(
         cursor=PromptCursor(FreshPrompts(lambda i: make_prompt(str(i)))),
         rollouter=world.rollouter,
         hooks=HookCalls({"mine": world.hook}),
-        rollout=RolloutSection(prompts_per_step=2, group_size=2),
+        rollout=RolloutSection(prompts_per_step=max(1, len(world.groups)), group_size=2),
         reward=RewardSection(),
         algorithm=section,
     )

@@ -69,7 +69,7 @@ class _Step:
         self.policy = _Policy()
         self.weight_sync = InProcess(source=self.policy, receiver=None)
         cursor = PromptCursor(FreshPrompts(lambda i: make_prompt(str(i))))
-        self.controller = SimpleNamespace(cursor=cursor, hooks=HookCalls({}))
+        self.controller = SimpleNamespace(cursor=cursor, hooks=HookCalls({}), ahead=None)
         self._events, self._at = events, at
 
     def run(self, ctx: StepContext, progress: Any) -> StepReport:
@@ -162,7 +162,7 @@ def test_a_kill_in_an_evaluation_costs_no_evaluation(every: int, tmp_path: Path)
         launch.run.run()
     assert launch.events[-1] == "step 3"
     resumed = _Launch(tmp_path, *settings)
-    assert resumed.run.resume() == (3 if every else 2)
+    assert resumed.run.resume().step == (3 if every else 2)
     resumed.run.run()
     again = [] if every else ["step 3"]
     assert resumed.events == [*again, "evaluation 3", "step 4", "evaluation 4"]
@@ -179,7 +179,7 @@ def test_a_stop_at_an_evaluated_step_puts_the_evaluation_off(tmp_path: Path) -> 
         launch.run.run()
     assert launch.events == ["evaluation 0", "step 1", "step 2"]
     resumed = _Launch(tmp_path, "evaluation.every=2", "checkpoint.every=0")
-    assert resumed.run.resume() == 2
+    assert resumed.run.resume().step == 2
     resumed.run.run()
     assert resumed.events == ["evaluation 2", "step 3", "step 4", "evaluation 4"]
 
@@ -197,7 +197,7 @@ def test_a_stop_in_an_evaluation_saves_the_steps_before_it(tmp_path: Path) -> No
     with pytest.raises(StopRequested, match="SIGINT during an evaluation"):
         launch.run.run()
     resumed = _Launch(tmp_path, *settings)
-    assert resumed.run.resume() == 2
+    assert resumed.run.resume().step == 2
     resumed.run.run()
     assert resumed.events == ["evaluation 2", "step 3", "step 4", "evaluation 4"]
 
@@ -233,7 +233,7 @@ def test_a_save_in_the_background_is_committed_at_the_end(ends: str, tmp_path: P
         launch.run.run()
     step = 4 if ends == "the end" else 3
     assert _committed(tmp_path) == [f"step_{step}"]
-    assert _Launch(tmp_path, *settings).run.resume() == step
+    assert _Launch(tmp_path, *settings).run.resume().step == step
 
 
 def test_a_second_ctrl_c_gives_up_the_save_in_the_background(tmp_path: Path) -> None:

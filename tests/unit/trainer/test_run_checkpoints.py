@@ -101,7 +101,9 @@ class _Run:
         self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         self.policy, self.hook = _Policy(refused), _Hook(path / "rows")
         self.cursor = PromptCursor(FreshPrompts(lambda i: make_prompt(str(i))))
-        controller = SimpleNamespace(cursor=self.cursor, hooks=HookCalls({name: self.hook}))
+        controller = SimpleNamespace(
+            cursor=self.cursor, hooks=HookCalls({name: self.hook}), ahead=None
+        )
         step: Any = SimpleNamespace(policy=self.policy, controller=controller)
         self.checkpoints = RunCheckpoints(config, step, self.directory, panel)
 

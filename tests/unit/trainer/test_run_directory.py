@@ -104,3 +104,28 @@ def test_two_processes_cannot_run_one_run(tmp_path: Path) -> None:
         pass
     with RunDirectory(tmp_path / "absent").alone():
         pass
+
+
+def test_models_of_finished_runs_are_kept_and_those_of_killed_ones_are_not(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for text in ("first", "second"):
+        model = run.place_for_model()
+        model.mkdir()
+        (model / "weights").write_text(text)
+        run.summary_file.write_text("{}")
+    unfinished = tmp_path / ".model.writing-7"
+    unfinished.mkdir()
+    assert run.place_for_model() == tmp_path / "model" and not (tmp_path / "model").exists()
+    kept = [(tmp_path / f"model.before-{n}" / "weights").read_text() for n in (1, 2)]
+    assert kept == ["first", "second"] and not unfinished.exists()
+    run.summary_file.unlink()
+    (tmp_path / "model").mkdir()
+    run.place_for_model()
+    assert not (tmp_path / "model").exists() and not (tmp_path / "model.before-3").exists()
+
+
+def test_what_a_kill_left_of_the_making_is_taken_again(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml.tmp").write_text("run: {na")
+    RunDirectory.create(tmp_path, load_config())
+    assert RunDirectory(tmp_path).config_file.is_file()
