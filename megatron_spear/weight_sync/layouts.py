@@ -15,8 +15,8 @@ from megatron_spear.conversion.mapping import (
     WeightMap,
     place_of,
 )
-from megatron_spear.conversion.sizes import padded_vocab
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.sizes import padded_vocab
 from megatron_spear.errors import ConfigError
 
 

@@ -5,7 +5,6 @@ second optimizer step counts (``testing.live_bytes``). The first step, which mak
 few tokens; the second has two micro-batches a rank, as long as they may be.
 """
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -16,15 +15,13 @@ from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.testing.ranks import run_ranks
 
-TOKENS, MICRO_BATCHES = 384, 2
+TOKENS, MICRO_BATCHES = 256, 2
 QWEN3 = ModelShape(
     family="qwen3", num_layers=8, hidden_size=512, ffn_size=1408, num_heads=8, num_groups=4,
     head_dim=64, vocab_size=32000, norm_eps=1e-6, rope_theta=1e4, qk_norm=True,
 )  # fmt: skip
-LLAMA = dataclasses.replace(QWEN3, family="llama", qk_norm=False)
 CASES: dict[str, tuple[int, ModelShape, dict[str, Any]]] = {
     "1 rank": (1, QWEN3, {}),
-    "1 rank, Llama": (1, LLAMA, {}),
     "recompute full": (1, QWEN3, {"recompute": "full"}),
     "TP2": (2, QWEN3, {"tensor_parallel": 2}),
     "TP2+SP": (2, QWEN3, {"tensor_parallel": 2, "sequence_parallel": True}),
@@ -113,6 +110,4 @@ def planned(name: str, rank: int) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_planned_memory_is_what_ranks_use(name: str, measured: dict[str, list[int]]) -> None:
     for rank, peak in enumerate(measured[name]):
-        print(f"{name}, rank {rank}: planned {planned(name, rank) / 1e6:.1f} MB, measured "
-              f"{peak / 1e6:.1f} MB, {planned(name, rank) / peak - 1:+.1%}")  # fmt: skip
         assert planned(name, rank) == pytest.approx(peak, rel=TOLERANCE)
