@@ -61,8 +61,9 @@ trap - TERM INT
 @ONE_NODE@ launch end --attempt "$attempt" --phase "$phase" --status "$status" --told "$told"
 verdict=$?
 [ "$verdict" -eq @AGAIN@ ] || exit "$verdict"
+# Not if it is cancelled; nor if this node was lost to Slurm, which has begun the job elsewhere.
 case $(scontrol show job -o "$SLURM_JOB_ID") in
-*JobState=RUNNING*) ;;
+*" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;;
 *) echo "job: Slurm is ending it, so it is not requeued from here"; exit 0 ;;
 esac
 trap '' TERM # slurmctld sends it to the script of a job that it requeues
