@@ -101,6 +101,8 @@ class Supervisor:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._stop.at_once:
+                await end_descendants(0.0)
             await asyncio.gather(*tasks, return_exceptions=True)
             await end_descendants(self._times.grace_s)
 
@@ -204,7 +206,7 @@ class Supervisor:
                 site.say_end("trainer", child.fate, child)
             return status if status >= 0 else 128 - status
         finally:
-            await child.end(0.0 if self._stop.at_once else self._times.grace_s)
+            await child.end(self._times.grace_s)
 
     def _pass_on(self, torchrun: Child, *, first: bool) -> None:
         """Ask each rank to save and stop, once more if it has been asked: a rank that was still
