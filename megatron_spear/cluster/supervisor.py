@@ -122,7 +122,7 @@ class Supervisor:
             )
             work.append(keep(engine, self._site))
         for index in roles.environments:
-            file = self._attempt.path / "addresses" / f"environment_{index}"
+            file = self._attempt.address_file(index)
             worker = EnvironmentProcess(
                 index,
                 self._starts.environment(index, file),
