@@ -37,6 +37,7 @@ TWO_NODES = (
     "cluster.network.address=127.0.0.1",
     "cluster.network.interface=lo",
     "cluster.slurm.time_limit=10",
+    "cluster.preflight.enabled=false",
     "cluster.slurm.signal_before_s=60",
     "checkpoint.every=1",
     f"run.steps={STEPS}",
@@ -64,8 +65,7 @@ class _Job:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert "Submitted batch job" in done.stdout
-        self.number = int(done.stdout.split()[3])
+        self.number = int((run / "job_id").read_text())
 
     @property
     def log(self) -> str:
@@ -80,12 +80,7 @@ class _Job:
     def until_again(self, restarts: int) -> None:
         """Wait until it has been requeued for the given time, and let it begin."""
         with self._telling():
-            self.slurm.wait_until(
-                lambda: int(self.slurm.job(self.number)["Restarts"]) == restarts,
-                60,
-                f"restart {restarts}",
-            )
-            self.slurm.start_now(self.number)
+            self.slurm.start_again(self.number, restart=restarts, within_s=60)
 
     def until_completed(self) -> None:
         """Wait for its end."""
