@@ -9,6 +9,7 @@
         model.json                   the Hugging Face folder that engine servers start with
         done/trainer_<i>             one for each trainer node that has ended well
         failed/<role>_<i>            why the attempt is to end: a trainer node has failed
+        exclude                      nodes to leave out from now on: the run did not begin on these
         stopped.json                 the run was stopped, saved, and wants to go on
         hopeless.json                it failed in a way that no restart mends
         begun.json, ended.json       where it began, and how it was judged (restarts.py)
@@ -70,6 +71,12 @@ class Attempt:
     def stopped_file(self) -> Path:
         """There if the run was stopped by a signal, has saved, and is to go on later."""
         return self.path / "stopped.json"
+
+    @property
+    def exclude_file(self) -> Path:
+        """There if the attempt did not begin because of bad nodes: all that are to be left out from
+        now on, as Slurm writes them (``n3,n7``)."""
+        return self.path / "exclude"
 
     @property
     def secret_file(self) -> Path:

@@ -111,7 +111,8 @@ def engine_command(config: RunConfig, model: Path, place: EnginePlace) -> Comman
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     if servers.program != "serve":
         # An environment of its own, which must see this package and none of its neighbours.
-        environment["PYTHONPATH"] = str(place.package)
+        given = config.cluster.network.environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = ":".join(filter(None, (str(place.package), given)))
     return Command(line=(*line, *servers.arguments), environment=environment)
 
 

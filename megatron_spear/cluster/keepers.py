@@ -74,7 +74,10 @@ class Site:
         log = self.attempt.log(self.node.name, role, index)
         environment = {**self.environment, **command.environment}
         child = Child(command.line, environment, log, dies_by=dies_by)
-        child.note(self.attempt.pid_file(self.node.name, role, index))
+        try:
+            child.note(self.attempt.pid_file(self.node.name, role, index))
+        except OSError as error:
+            self.say(f"{role} {index}: a later attempt will not know of it: {error}")
         return child
 
     def say_end(self, name: str, why: str, child: Child) -> None:

@@ -95,7 +95,8 @@ class Supervisor:
         try:
             return await self._until_over(tasks)
         except Exception as error:
-            self._attempt.mark_failed("node", self._node.index, describe(error))
+            with suppress(OSError):
+                self._attempt.mark_failed("node", self._node.index, describe(error))
             raise
         finally:
             for task in tasks:

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_spear.config.load import load_config
 from megatron_spear.deadlines import install_stop_signals
-from megatron_spear.testing.ranks import fork_context
+from megatron_spear.testing.ranks import fork_context, run_ranks
 from megatron_spear.trainer.consumption import read_consumed
 
 MODES = {
@@ -109,6 +109,15 @@ class Killed:
         times = [record["time"] for record in _records(run / "metrics.jsonl")]
         self._start_s = times[0] - began
         self._step_s = (times[-1] - times[0]) / max(1, len(times) - 1)
+        return run
+
+    def left_alone_on(self, ranks: int) -> Path:
+        """The run directory of the job that nobody disturbs, on several ranks."""
+        run = self._folder / "alone"
+        self._wait_well(self._process("sft", *self.arguments))
+        run_ranks(
+            _job, ranks, "train", [*self.arguments, f"run.dir={run}"], self._log, timeout_s=RUN_S
+        )
         return run
 
     def killed(self) -> tuple[Path, Report]:

@@ -25,8 +25,6 @@ from typing import Any
 
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinfo")
 _START_S, _STOP_S, _CALL_S = 30.0, 10.0, 30.0
-_SETTLE_S = 3.0
-"""A job that begins again before its nodes have cleaned up fails at once."""
 
 _CONF = """\
 ClusterName=local
@@ -147,16 +145,29 @@ class LocalSlurm:
             time.sleep(0.1)
         raise TimeoutError(f"{what}: not within {within_s:g} s; jobs: {self.call('squeue', '-a')}")
 
-    def start_now(self, number: int, *, within_s: float = 60.0) -> None:
-        """Let a requeued job begin, which Slurm would hold back for two minutes."""
-        time.sleep(_SETTLE_S)
+    def start_again(self, number: int, *, restart: int = 1, within_s: float = 40.0) -> None:
+        """Let a job that is or will be requeued for the ``restart``-th time begin; Slurm would
+        hold it back for two minutes. Raises TimeoutError."""
+        self.wait_until(
+            lambda: self._restarts(number) >= restart and self.job(number)["JobState"] == "PENDING",
+            within_s,
+            f"job {number} is requeued",
+        )
+        # Nodes refuse a job in the second in which they ended it.
+        self.call("scontrol", "update", f"jobid={number}", "StartTime=now+2")
+        self.wait_until(
+            lambda: self.job(number)["JobState"] != "PENDING",
+            within_s,
+            f"job {number} begins again",
+        )
 
-        def begun() -> bool:
-            if self.job(number)["JobState"] == "PENDING":
-                self.call("scontrol", "update", f"jobid={number}", "StartTime=now", check=False)
-            return self.job(number)["JobState"] == "RUNNING"
+    def _restarts(self, number: int) -> int:
+        return int(self.job(number)["Restarts"])
 
-        self.wait_until(begun, within_s, f"job {number} begins")
+    def clear(self) -> None:
+        """End all jobs and wait until the nodes are idle."""
+        self.call("scancel", f"--user={getpass.getuser()}", check=False)
+        self.wait_until(self._all_idle, _START_S, "all nodes are idle")
 
     def lose_node(self, name: str) -> None:
         """Let Slurm take a node for lost, with the job on it."""

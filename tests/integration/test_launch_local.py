@@ -152,6 +152,21 @@ def test_an_environment_worker_that_is_killed_comes_back(
     assert_gone(alive)
 
 
+def test_a_stop_before_the_servers_are_there_is_a_stop_of_all_ranks(
+    launched: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The servers cannot start: their Python is missing."""
+    run_dir = tmp_path / "run"
+    job = launched(f"run.dir={run_dir}", *ENGINES, "cluster.servers.python=/no/such/python")
+    until(lambda: "engine 0 cannot be started" in job.out, job)
+    os.kill(job.process.pid, signal.SIGTERM)
+    done = job.wait(60)
+    assert done.status == 130, done.out + done.err
+    told = json.loads(attempt_of(run_dir).stopped_file.read_text())
+    assert told["step"] == 0
+    assert "while engine servers were starting" in told["reason"]
+
+
 def test_nothing_is_left_when_the_launch_itself_is_killed(
     launched: Callable[..., Any], tmp_path: Path
 ) -> None:

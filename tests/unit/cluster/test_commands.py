@@ -149,6 +149,11 @@ def test_sglang_sharded_colocated_in_fp8_with_experts():
     assert override["quantization_config"]["weight_block_size"] == [128, 128]
 
 
+def test_a_path_of_the_users_comes_after_this_package():
+    command = engine(*SGLANG, "cluster.network.environment={PYTHONPATH: /mine}")
+    assert command.environment["PYTHONPATH"] == "/alone:/mine"
+
+
 def test_servers_on_trainer_nodes_have_the_gpus_after_the_ranks():
     settings = ("cluster.gpus_per_node=8", "cluster.ranks_per_node=4", "rollout.engine=sglang")
     command = engine(*settings, "cluster.servers.count=4", local=1)

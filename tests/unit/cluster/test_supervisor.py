@@ -84,7 +84,7 @@ class Scene:
 
 
 async def ended(task: "asyncio.Task[int]") -> int:
-    return await asyncio.wait_for(asyncio.shield(task), 10)
+    return await asyncio.wait_for(asyncio.shield(task), 60)
 
 
 def test_a_node_ends_well_when_its_ranks_do_and_servers_stay_until_then(tmp_path: Path) -> None:
