@@ -303,7 +303,7 @@ def _starts(config: RunConfig, attempt: Attempt, node: Node, roles: NodeRoles) -
         ),
         engine=engine,
         environment=lambda index, file: commands.environment_command(
-            host, file, attempt.secret_file
+            node.address, file, attempt.secret_file
         ),
     )
 
