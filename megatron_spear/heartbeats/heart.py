@@ -159,13 +159,18 @@ class Heart:
         folder = self._folder
         if folder is None or self._world_size == 1:
             return []
-        if self._hang is None:
-            own = Hang(rank=self._rank, host=self._host, pid=os.getpid())
+        own = Hang(rank=self._rank, host=self._host, pid=os.getpid())
+        first = self._hang is None
+        if first:
+            self._hang = own
             _within(_LOOK_S, lambda: folder.announce(own))
         if self._rank >= _FIRST_RANKS and int(os.environ.get("LOCAL_RANK", "0")):
-            time.sleep(2 * self.period_s + 1.0)
+            time.sleep(self._gap_s)
             return ["the first rank of this node tells who is behind"]
-        return who_is_behind(self._two_looks()) or ["no heartbeat of the others can be read"]
+        lines = who_is_behind(self._two_looks()) or ["no heartbeat of the others can be read"]
+        if first:
+            time.sleep(self._gap_s)  # the others are to find this process, and say their own
+        return lines
 
     def knows_of_a_hang(self) -> bool:
         """Whether a watchdog has expired: this rank's, or that of another that said so."""
@@ -184,11 +189,22 @@ class Heart:
         """End the process now, as the watchdog does it."""
         self._watchdog.expire()
 
+    @property
+    def _gap_s(self) -> float:
+        """Every rank that lives has written once more after this."""
+        return 2 * self.period_s + 1.0
+
     def _two_looks(self) -> Looks:
         first = self._look()
-        time.sleep(2 * self.period_s + 1.0)
+        time.sleep(self._gap_s)
         second = self._look()
-        return Looks(world_size=self._world_size, host=self._host, first=first, second=second)
+        return Looks(
+            world_size=self._world_size,
+            host=self._host,
+            first=first,
+            second=second,
+            expired=self._hang.rank if self._hang is not None else None,
+        )
 
     def _look(self) -> dict[int, Heartbeat]:
         folder, found = self._folder, dict[int, Heartbeat]()

@@ -17,13 +17,15 @@ _MAX_NAMED = 8
 class Looks:
     """What one rank saw of all: ``first`` and, some beats later, ``second``.
 
-    ``host`` is the reader's, whose processes it can look for.
+    ``host`` is the reader's, whose processes it can look for; ``expired`` the rank whose watchdog
+    expired first, if one has.
     """
 
     world_size: int
     host: str
     first: Mapping[int, Heartbeat]
     second: Mapping[int, Heartbeat]
+    expired: int | None = None
 
     @property
     def missing(self) -> list[int]:
@@ -113,7 +115,8 @@ def _answering(looks: Looks) -> list[Heartbeat]:
 
 def _end(looks: Looks, rank: int) -> str:
     beat = looks.second[rank]
-    return beat.ended or f"its process is gone (killed, or a crash); last seen in: {beat.where}"
+    why = "its watchdog expired" if rank == looks.expired else "killed, or a crash"
+    return beat.ended or f"its process is gone ({why}); last seen in: {beat.where}"
 
 
 def _silence(looks: Looks, rank: int) -> str:
@@ -151,6 +154,9 @@ def _ranks(ranks: Iterable[int]) -> str:
             runs.append([rank])
     parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
     single = len(runs) == 1 and len(runs[0]) == 1
+    if len(parts) > _MAX_NAMED:
+        count = sum(map(len, runs))
+        return f"{count} ranks ({', '.join(parts[:_MAX_NAMED])} and so on)"
     return f"{'rank' if single else 'ranks'} {', '.join(parts)}"
 
 

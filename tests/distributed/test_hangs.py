@@ -3,14 +3,18 @@
 import os
 import re
 import signal
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_spear.deadlines import HANG_EXIT_CODE
+from megatron_spear.heartbeats.place import place_of
 from megatron_spear.testing.faults import KILLED, Rank, ranks_that_may_fail, sleep_for_ever
+from megatron_spear.testing.ranks import run_ranks
 
 LIMIT_S = 3.0
 OVER_S = 60.0
@@ -169,3 +173,49 @@ def test_a_collectives_own_timeout_is_told_as_the_hang_it_is(tmp_path: Path) -> 
         assert ranks[0].wait(STARTED_S) == HANG_EXIT_CODE, ranks[0].err
     assert "Timed out waiting" in ranks[0].err
     assert re.search(r"watchdog: rank 1 on \S+ \(pid \d+\) .*: step 1, at test_hangs", ranks[0].err)
+
+
+def waits() -> list[tuple[str, str]]:
+    """Rank 0's places while rank 1 lets it wait in one collective after the other."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    places, main = [], threading.get_ident()
+
+    def look() -> None:
+        time.sleep(0.5)
+        found = place_of(main)
+        places.append((found.waits_in, found.at.partition(" in ")[2]))
+
+    def all_reduce() -> None:
+        dist.all_reduce(torch.ones(1))
+
+    def broadcast_object() -> None:
+        dist.broadcast_object_list([None], src=1)
+
+    def handle() -> None:
+        work: Any = dist.all_reduce(torch.ones(1), async_op=True)
+        work.wait()
+
+    for collective in (all_reduce, broadcast_object, handle):
+        if dist.get_rank() == 0:
+            watcher = threading.Thread(target=look)
+            watcher.start()
+            collective()
+            watcher.join()
+        else:
+            time.sleep(1.0)
+            collective()
+    dist.destroy_process_group()
+    return places
+
+
+def test_collectives_are_known_by_name() -> None:
+    places, others = run_ranks(waits, 2)
+    assert others == []
+    assert places[:2] == [
+        ("all_reduce", "all_reduce"), ("broadcast_object_list", "broadcast_object")
+    ]  # fmt: skip
+    # In a user's own line nothing tells a transfer; in torch's and Megatron's the text does.
+    assert places[2] == ("", "handle")
