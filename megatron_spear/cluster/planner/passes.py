@@ -100,18 +100,14 @@ def _bytes_a_token(model: ModelShape, tensor: int, fp8: bool) -> float:
     return (2 * numbers + 3 * quantized) / tensor
 
 
-def _tensor_s(
-    model: ModelShape, layout: Ranks, machines: Machines, tokens: float
-) -> float:
+def _tensor_s(model: ModelShape, layout: Ranks, machines: Machines, tokens: float) -> float:
     """Gather and scatter around attention and MLP; around experts there is none."""
     part = 2 * tokens / layout.tensor * model.hidden_size
     pairs = 1 if model.num_experts else 2
     return 2 * pairs * machines.gather_s(part, layout.tensor)
 
 
-def _experts_s(
-    model: ModelShape, layout: Ranks, machines: Machines, tokens: float
-) -> float:
+def _experts_s(model: ModelShape, layout: Ranks, machines: Machines, tokens: float) -> float:
     """Each token's copies to their experts and back, in bf16."""
     if not model.num_experts:
         return 0.0

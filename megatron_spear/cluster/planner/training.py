@@ -114,9 +114,7 @@ def _stage(trainer: Trainer) -> _Stage:
         fp8=trainer.fp8,
         hidden_exchange=trainer.hidden_exchange,
     )
-    head = head_time(
-        trainer.model, trainer.ranks, trainer.machines, trainer.microbatch_tokens
-    )
+    head = head_time(trainer.model, trainer.ranks, trainer.machines, trainer.microbatch_tokens)
     again = one.forward_s if trainer.recompute else 0.0
     exchange = one.exchange_s * (4 / 3 if trainer.recompute else 1)
     return _Stage(
@@ -136,8 +134,11 @@ def _pipelined(trainer: Trainer, count: int, stage_s: float, head_s: float) -> P
     hidden_bytes = 2 * trainer.microbatch_tokens * trainer.model.hidden_size
     hidden_bytes /= trainer.ranks.tensor * trainer.ranks.context
     chip = trainer.machines.chip
-    send_s = sends * virtual * hidden_bytes / (
-        chip.nic_bytes_per_s * trainer.machines.constants.between_nodes
+    send_s = (
+        sends
+        * virtual
+        * hidden_bytes
+        / (chip.nic_bytes_per_s * trainer.machines.constants.between_nodes)
     )
     slowest = stage_s + head_s + send_s
     mean = stage_s + head_s / pipeline + send_s
