@@ -82,13 +82,13 @@ def test_all_that_it_started_is_ended(tmp_path: Path, how: str) -> None:
         if how == "dies":
             await child.wait()
         assert runs(grandchild)
-        await child.end(5.0)
+        await child.end(60.0)
         assert not runs(child.pid)
         return grandchild
 
     began = time.monotonic()
     wait_until_gone(asyncio.run(live()))
-    assert time.monotonic() - began < 4.0, "SIGTERM was enough"
+    assert time.monotonic() - began < 50.0, "SIGTERM was enough"
 
 
 def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
