@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.cluster.processes import end_with_parent
+
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinfo")
 _START_S, _STOP_S, _CALL_S = 30.0, 10.0, 30.0
 
@@ -251,6 +253,7 @@ class LocalSlurm:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
+                    preexec_fn=lambda: end_with_parent(signal.SIGTERM),
                 )
             )
 

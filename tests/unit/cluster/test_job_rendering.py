@@ -217,7 +217,7 @@ def test_a_container_of_pyxis(cluster: Cluster) -> None:
         "--container-mounts=/shared/run:/shared/run,/a b:/c",
     ]
     assert ran.calls[0] == [
-        *["srun", *container, "--nodes=1", "--ntasks=1"],
+        *["srun", *container, "--ntasks-per-node=1", "--cpu-bind=none", "--nodes=1", "--ntasks=1"],
         *["megatron-spear", "launch", "begin", "/shared/run"],
     ]
     assert ran.of("node")[:3] == ["srun", *container]
