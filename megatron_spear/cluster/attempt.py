@@ -5,6 +5,7 @@
         registry/<role>_<i>.json     servers and workers that can be reached (registry.py)
         heartbeats/rank_<i>.json     what each trainer rank does, and since when
         pids/<node>/<role>_<i>.json  which processes were started, for the sweep of a later attempt
+        addresses/, preflight/       what environment workers and nodes said at their start
         secret                       the word between the controller and environment workers
         model.json                   the Hugging Face folder that engine servers start with
         done/trainer_<i>             one for each trainer node that has ended well
