@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from megatron_spear.errors import CheckpointError
 from megatron_spear.files import sync_file, sync_folder, write_whole
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
@@ -34,7 +37,10 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def check_manifest(folder: Path, step: int) -> None:
-    """Return if the folder is whole; else raise CheckpointError naming the first thing wrong."""
+    """Return if the folder is whole; else raise CheckpointError naming the first thing wrong.
+
+    A file that the manifest does not name is no damage: it is told, and nobody reads it.
+    """
     path = folder / MANIFEST
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -48,6 +54,9 @@ def check_manifest(folder: Path, step: int) -> None:
         raise CheckpointError(f"{MANIFEST} speaks of step {record['step']}, expected {step}")
     for name, expected in files.items():
         _check_file(folder / name, name, expected)
+    for path in _files(folder):
+        if (name := path.relative_to(folder).as_posix()) not in files:
+            log.warning("%s: %s is not in its manifest, so it is not read", folder, name)
 
 
 def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:

@@ -37,7 +37,6 @@ TWO_NODES = (
     "cluster.network.address=127.0.0.1",
     "cluster.network.interface=lo",
     "cluster.slurm.time_limit=10",
-    "cluster.preflight.enabled=false",
     "cluster.slurm.signal_before_s=60",
     "checkpoint.every=1",
     f"run.steps={STEPS}",
