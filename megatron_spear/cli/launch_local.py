@@ -67,8 +67,6 @@ def run_node(options: argparse.Namespace, settings: Sequence[str]) -> int:
 
     attempt = Attempt(options.attempt.resolve())
     config = load_config(attempt.run / CONFIG_NAME)
-    if settings:
-        raise ConfigError(f"launch node takes no settings, got {' '.join(settings)}")
     if not 0 <= options.node_index < config.cluster.num_nodes:
         raise ConfigError(
             f"--node-index {options.node_index}: the run has {config.cluster.num_nodes} node(s), "

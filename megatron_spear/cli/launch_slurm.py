@@ -1,18 +1,19 @@
 """``megatron-spear launch slurm``, and ``begin`` and ``end`` of an attempt for its job script."""
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_spear.cli.launch_common import CONFIG_HELP, launchable, make_run_directory
+
+if TYPE_CHECKING:
+    from megatron_spear.config.cluster import ClusterSection
 
 _SLURM = "submit a job that runs it on a Slurm cluster, again after stops and crashes"
 _BEGIN = "number the next attempt of a run; the job script calls it"
 _END = "say whether a run goes on after an attempt; the job script calls it"
-_SBATCH_S = 120.0
 
 
 def add_commands(commands: Any) -> None:
@@ -32,7 +33,16 @@ def add_commands(commands: Any) -> None:
     end = commands.add_parser("end", help=_END, description=_END, allow_abbrev=False)
     end.add_argument("--attempt", type=Path, required=True, metavar="DIR", help="its folder")
     end.add_argument(
-        "--status", type=int, required=True, metavar="N", help="exit status of the job step"
+        "--phase",
+        choices=("preflight", "node"),
+        default="node",
+        help="the last job step (default %(default)s)",
+    )
+    end.add_argument(
+        "--status", type=int, required=True, metavar="N", help="exit status of that step"
+    )
+    end.add_argument(
+        "--told", default="", metavar="SIGNAL", help="the last signal that the job was sent"
     )
     end.set_defaults(run=run_end)
 
@@ -40,22 +50,24 @@ def add_commands(commands: Any) -> None:
 def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
     """Prepare the run directory and submit the job, or show what would be submitted."""
     from megatron_spear.cluster.restarts import grant_restarts
-    from megatron_spear.cluster.slurm import SCRIPT_NAME, render
+    from megatron_spear.cluster.slurm import SCRIPT_NAME, render, slurm_problems
+    from megatron_spear.cluster.submission import refuse_second_job, submit
     from megatron_spear.config.load import dump_config
     from megatron_spear.files import write_whole
 
-    config = launchable(options.config, settings)
-    run = (config.resume or config.run.dir).resolve()
+    config = launchable(options.config, settings, slurm_problems)
+    run = config.run.dir.resolve()
     script = render(config, run)
     if options.dry_run:
         print(script)
         print(f"# --- {run / 'config.yaml'}\n{dump_config(config)}", end="")
         return 0
+    refuse_second_job(run)
     make_run_directory(config)
     grant_restarts(run)
     write_whole(run / SCRIPT_NAME, script)
-    print(_submit(run / SCRIPT_NAME))
-    print(f"the job's log: {run}/job-*.log; the run: {run}")
+    job = submit(run)
+    print(f"job {job} is submitted; its log: {run}/job-{job}.log; to stop it: scancel {job}")
     return 0
 
 
@@ -64,10 +76,9 @@ def run_begin(options: argparse.Namespace, settings: Sequence[str]) -> int:
     since the one before was the last."""
     from megatron_spear.cluster.attempt import Attempt
     from megatron_spear.cluster.restarts import Verdict, judge_lost
-    from megatron_spear.config.load import CONFIG_NAME, load_config
 
-    run = _run_directory(options.run_dir)
-    lost = judge_lost(run, load_config(run / CONFIG_NAME).cluster)
+    run, cluster = _run_and_cluster(options.run_dir)
+    lost = judge_lost(run, cluster)
     if lost is not None:
         print(f"the attempt before: {lost.verdict}: {lost.reason}", file=sys.stderr)
         if lost.verdict is Verdict.FAILED:
@@ -78,44 +89,28 @@ def run_begin(options: argparse.Namespace, settings: Sequence[str]) -> int:
 
 def run_end(options: argparse.Namespace, settings: Sequence[str]) -> int:
     """Print what becomes of the run; 0 = it is done, ``AGAIN_EXIT`` = it goes on, 1 = given up."""
-    from megatron_spear.cluster.attempt import Attempt
-    from megatron_spear.cluster.restarts import Verdict, judge
-    from megatron_spear.cluster.slurm import AGAIN_EXIT
-    from megatron_spear.config.load import CONFIG_NAME, load_config
+    from megatron_spear.cluster.attempt import Attempt, newest_checkpoint
+    from megatron_spear.cluster.restarts import BAD_NODES_STATUS, Verdict, judge
+    from megatron_spear.cluster.slurm import AGAIN_EXIT, excluded
+    from megatron_spear.files import write_whole
 
-    attempt = Attempt(options.attempt.resolve())
-    cluster = load_config(_run_directory(attempt.run) / CONFIG_NAME).cluster
-    judgement = judge(attempt, options.status, cluster)
+    attempt, status = Attempt(options.attempt.resolve()), options.status
+    run, cluster = _run_and_cluster(attempt.run)
+    if options.phase == "preflight" and options.told:
+        attempt.mark_stopped(f"{options.told} before it began", newest_checkpoint(run))
+    elif options.phase == "preflight" and status and (nodes := excluded(cluster, run)):
+        write_whole(attempt.exclude_file, nodes)
+        status = BAD_NODES_STATUS  # a node that hung was killed, with another one
+    judgement = judge(attempt, status, cluster)
     print(f"attempt {attempt.number}: {judgement.verdict}: {judgement.reason}")
     return {Verdict.DONE: 0, Verdict.AGAIN: AGAIN_EXIT, Verdict.FAILED: 1}[judgement.verdict]
 
 
-def _run_directory(path: Path) -> Path:
-    from megatron_spear.config.load import CONFIG_NAME
+def _run_and_cluster(path: Path) -> "tuple[Path, ClusterSection]":
+    """The absolute run directory and the settings of its machines."""
+    from megatron_spear.config.load import CONFIG_NAME, load_config
     from megatron_spear.errors import ConfigError
 
     if not (path / CONFIG_NAME).is_file():
         raise ConfigError(f"{path} has no {CONFIG_NAME}, so it is no run directory")
-    return path.resolve()
-
-
-def _submit(script: Path) -> str:
-    """What sbatch says; ConfigError with its complaint where it refuses."""
-    from megatron_spear.errors import ConfigError
-
-    try:
-        done = subprocess.run(
-            ["sbatch", str(script)], capture_output=True, text=True, timeout=_SBATCH_S, check=False
-        )
-    except FileNotFoundError:
-        raise ConfigError(
-            f"sbatch is not on this machine; submit {script} from a login node of the cluster, or "
-            "use `megatron-spear launch local`"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"sbatch did not answer within {_SBATCH_S:g} s; is slurmctld up?"
-        ) from None
-    if done.returncode:
-        raise ConfigError(f"sbatch refused {script}: {done.stderr.strip()}")
-    return done.stdout.strip()
+    return path.resolve(), load_config(path / CONFIG_NAME).cluster

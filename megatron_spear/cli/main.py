@@ -5,6 +5,7 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {message}", file=sys.stderr)
         status = USAGE_EXIT
     sys.stdout.flush()
+    _hear_no_more()
     sys.exit(status)
+
+
+def _hear_no_more() -> None:
+    """A process that ends is not to be ended by one more request to stop: while the interpreter
+    goes down, its handlers are gone and a signal would be its exit status."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _machine_says(error: OSError) -> str | None:

@@ -5,10 +5,12 @@
         registry/<role>_<i>.json     servers and workers that can be reached (registry.py)
         heartbeats/rank_<i>.json     what each trainer rank does, and since when
         pids/<node>/<role>_<i>.json  which processes were started, for the sweep of a later attempt
+        addresses/environment_<i>    what a worker tells its supervisor, which registers it
         secret                       the word between the controller and environment workers
         model.json                   the Hugging Face folder that engine servers start with
         done/trainer_<i>             one for each trainer node that has ended well
         failed/<role>_<i>            why the attempt is to end: a trainer node has failed
+        exclude                      nodes to leave out from now on: the run did not begin on these
         stopped.json                 the run was stopped, saved, and wants to go on
         hopeless.json                it failed in a way that no restart mends
         begun.json, ended.json       where it began, and how it was judged (restarts.py)
@@ -72,6 +74,12 @@ class Attempt:
         return self.path / "stopped.json"
 
     @property
+    def exclude_file(self) -> Path:
+        """There if the attempt did not begin because of bad nodes: all that are to be left out from
+        now on, as Slurm writes them (``n3,n7``)."""
+        return self.path / "exclude"
+
+    @property
     def secret_file(self) -> Path:
         """What environment workers and those who use them know, and nobody else."""
         return self.path / "secret"
@@ -98,6 +106,10 @@ class Attempt:
     def pid_file(self, node: str, role: str, index: int) -> Path:
         """Where it is written which process has this role now."""
         return self.path / "pids" / node / f"{role}_{index}.json"
+
+    def address_file(self, index: int) -> Path:
+        """Where an environment worker writes its address, for its supervisor."""
+        return self.path / "addresses" / f"environment_{index}"
 
     def pid_files(self, node: str) -> list[Path]:
         """Those of a node."""

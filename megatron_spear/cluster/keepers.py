@@ -12,6 +12,7 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,7 +75,10 @@ class Site:
         log = self.attempt.log(self.node.name, role, index)
         environment = {**self.environment, **command.environment}
         child = Child(command.line, environment, log, dies_by=dies_by)
-        child.note(self.attempt.pid_file(self.node.name, role, index))
+        try:
+            child.note(self.attempt.pid_file(self.node.name, role, index))
+        except OSError as error:
+            self.say(f"{role} {index}: a later attempt will not know of it: {error}")
         return child
 
     def say_end(self, name: str, why: str, child: Child) -> None:
@@ -153,5 +157,6 @@ async def _keep_once(kept: Kept, site: Site, launch: int) -> None:
     except (NotReady, OSError) as error:
         site.say_end(name, str(error), child)
     finally:
-        unregister(site.attempt.registry, kept.role, kept.index)
+        with suppress(OSError):
+            unregister(site.attempt.registry, kept.role, kept.index)
         await child.end(site.times.grace_s)

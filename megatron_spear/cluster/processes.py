@@ -12,7 +12,9 @@ same, the next one on the node finds what is left by the files that ``note`` wri
 import asyncio
 import ctypes
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import time
@@ -23,10 +25,16 @@ from pathlib import Path
 
 from megatron_spear.files import write_whole
 
+log = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.1
+_KILL_S = 30.0
+"""Longest wait for what was killed; a process that waits for a device or a disk may stay longer."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_TORCHRUN_FAILED = re.compile(r"E\d.*torch/distributed/elastic/.* failed ")
+_TORCHRUN_WARNS = re.compile(r"W\d.*torch/distributed/elastic/")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -159,13 +167,15 @@ class Child:
         write_whole(file, json.dumps(record) + "\n")
 
     def last_words(self, num_lines: int = 20) -> list[str]:
-        """The last lines of its log, torchrun's account of what its ranks said left out."""
+        """The last lines of its log; of torchrun's account the one with the first failure."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_begin, size - (64 << 10)))
             lines = file.read().decode("utf-8", "replace").splitlines()
-        report = next((i for i, line in enumerate(lines) if _is_torchrun(line)), None)
-        return [line for line in lines[: report or None] if line.strip()][-num_lines:]
+        failure = next((i for i, line in enumerate(lines) if _TORCHRUN_FAILED.match(line)), None)
+        if failure is not None:
+            lines = lines[: failure + 1]
+        return [x for x in lines if x.strip() and not _TORCHRUN_WARNS.match(x)][-num_lines:]
 
     async def wait(self) -> int:
         """Its exit status, once it has ended."""
@@ -202,11 +212,15 @@ async def _end_trees(leaders: Mapping[int, int], grace_s: float) -> None:
         alive = {p for p in there if not table[p].is_zombie}
         if not alive:
             return
-        if time.monotonic() - began >= grace_s:
+        late_s = time.monotonic() - began - grace_s
+        if late_s > _KILL_S:
+            log.warning("processes %s do not end, not even by SIGKILL", sorted(alive))
+            return
+        if late_s >= 0.0:
             _signal(alive, signal.SIGKILL)
         else:
             # Those further down are told by their parents, in the right order, while there are any.
-            heads = (alive & members or alive) - told
+            heads = (alive & lead or alive & members or alive) - told
             _signal(heads, signal.SIGTERM)
             told |= heads
         await asyncio.sleep(_LOOK_S)
@@ -214,10 +228,10 @@ async def _end_trees(leaders: Mapping[int, int], grace_s: float) -> None:
 
 async def end_descendants(grace_s: float) -> None:
     """End everything that this process has started, directly or not."""
-    while pids := children_of(os.getpid()):
+    for patience_s in (grace_s, 0.0):  # what was adopted meanwhile gets no time of its own
         table = process_table()
-        await _end_trees({pid: table[pid].started for pid in pids if pid in table}, grace_s)
-        grace_s = 0.0
+        own = [entry for entry in table.values() if entry.parent == os.getpid()]
+        await _end_trees({entry.pid: entry.started for entry in own}, patience_s)
 
 
 def reap_adopted() -> None:
@@ -267,7 +281,3 @@ def _boot() -> str:
         return _BOOT_ID.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-
-
-def _is_torchrun(line: str) -> bool:
-    return line[:1] in "EW" and "torch/distributed/elastic/" in line

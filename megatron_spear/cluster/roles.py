@@ -61,9 +61,9 @@ def first_server_gpu(cluster: ClusterSection, colocated: bool) -> int:
 def role_problems(config: RunConfig) -> Iterator[str]:
     """One line for each way in which the roles do not fit the machines or the run."""
     cluster, servers = config.cluster, config.cluster.servers
-    if cluster.gpus_per_node and cluster.ranks_on_a_node > cluster.gpus_per_node:
+    if cluster.gpus_per_node and (cluster.ranks_per_node or 0) > cluster.gpus_per_node:
         yield (
-            f"cluster.ranks_per_node={cluster.ranks_on_a_node} is above "
+            f"cluster.ranks_per_node={cluster.ranks_per_node} is above "
             f"cluster.gpus_per_node={cluster.gpus_per_node}: a rank has a GPU of its own"
         )
     if not servers.count:

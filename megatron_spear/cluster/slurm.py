@@ -1,68 +1,109 @@
 """The job script of a run on Slurm, from its settings.
 
-    #SBATCH header        nodes, time, signal before its end, requeue, one job of a name at a time
-    variables             network, caches
-    launch begin          numbers the attempt
-    srun launch node      one supervisor a node, trainer nodes first
-    launch end            says whether the run is done, goes on (scontrol requeue) or has failed
+    #SBATCH header          nodes, time, signal before its end, requeue, one job of a run at a time
+    variables               network, caches
+    launch begin            numbers the attempt
+    srun launch preflight   asks every node; the next attempt is without those found bad
+    srun launch node        one supervisor a node, trainer nodes first
+    launch end              says whether the run is done, goes on (scontrol requeue) or has failed
 
 Slurm tells the script of the coming end by SIGUSR1, of preemption and ``scancel`` by SIGTERM. Each
 is handed on as SIGUSR1, upon which the run saves and stops. A cancelled job is not requeued.
 """
 
+import hashlib
+import math
+import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_spear.cluster.commands import network_environment
 from megatron_spear.config.cluster import ApptainerRuntime, ClusterSection, PyxisRuntime
 from megatron_spear.config.schema import RunConfig
-from megatron_spear.errors import ConfigError
 
 SCRIPT_NAME = "job.sbatch"
+BAD_NODES_NAME = "bad_nodes"
+"""File in a run directory: nodes that a preflight found bad, one a line. Jobs leave them out."""
 AGAIN_EXIT = 10
 """Exit status of ``launch end`` for a run that goes on."""
 
-_BODY = """
-# 1. The attempt. What is decided, is decided in Python: megatron_spear/cluster/restarts.py.
-attempt=$({one_node} launch begin "$RUN") || {{ echo "job: no attempt was begun" >&2; exit 2; }}
-echo "job $SLURM_JOB_ID, restart ${{SLURM_RESTART_COUNT:-0}}: $attempt on $SLURM_JOB_NODELIST"
+_BODY = r"""
+# Signals reach a step as SIGUSR1: save, stop, end well.
+step= told= phase=preflight status=0
+tell() { told=$1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null; }
+for name in USR1 TERM INT; do trap "tell $name" "$name"; done
 
-# 2. One supervisor a node. Signals reach them as SIGUSR1: save, stop, end well.
-step=
-tell() {{ if [ -n "$step" ]; then kill -USR1 "$step" 2>/dev/null; fi; }}
-trap tell USR1 TERM INT
-{all_nodes} launch node --attempt "$attempt" &
-step=$!
-status=1
-# A signal ends `wait` before the step has ended.
-while kill -0 "$step" 2>/dev/null; do wait "$step"; status=$?; done
+# The attempt. What is decided, is decided in Python: megatron_spear/cluster/restarts.py.
+attempt=$("${here[@]}" launch begin "$RUN") || exit 1
+echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $attempt on $SLURM_JOB_NODELIST"
 
-# 3. On or not. slurmctld ends this shell when it requeues the job, so nothing may catch that now.
-trap - USR1 TERM INT
-{one_node} launch end --attempt "$attempt" --status "$status"
-verdict=$?
-if [ "$verdict" -eq {again} ]; then
-    case "$(scontrol show job -o "$SLURM_JOB_ID")" in
-    *JobState=RUNNING*) scontrol requeue "$SLURM_JOB_ID" && sleep 60 ;;
-    *) echo "job: cancelled, so it is not started again" ;;
-    esac
-    exit 0
+on_all_nodes() { # preflight or node, options of srun
+    phase=$1
+    shift
+    "${srun[@]}" --label "$@" "${spear[@]}" launch "$phase" --attempt "$attempt" &
+    step=$!
+    # A signal ends `wait` before the step has ended.
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+    wait "$step"
+    status=$?
+    step=
+}
+@PREFLIGHT@
+if [ -z "$told" ] && [ "$status" -eq 0 ]; then
+    on_all_nodes node --kill-on-bad-exit=1 --wait=0
 fi
-exit "$verdict"
+
+# On or not.
+trap '' USR1
+trap - TERM INT
+"${here[@]}" launch end --attempt "$attempt" --phase "$phase" --status "$status" --told "$told"
+verdict=$?
+[ "$verdict" -eq @AGAIN@ ] || exit "$verdict"
+# Not if it is cancelled; nor if this node was lost to Slurm, which has begun the job elsewhere.
+case $(scontrol show job -o "$SLURM_JOB_ID") in
+*" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;;
+*) echo "job: Slurm is ending it, so it is not requeued from here"; exit 0 ;;
+esac
+trap '' TERM # slurmctld sends it to the script of a job that it requeues
+if ! scontrol requeue "$SLURM_JOB_ID"; then
+    echo "job: it cannot be requeued; to go on: sbatch $(printf %q "$RUN/@SCRIPT@")" >&2
+    exit 1
+fi
+if [ -s "$attempt/exclude" ]; then
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(cat "$attempt/exclude")"
+fi
 """
 
 
-def render(config: RunConfig, run: Path) -> str:
-    """The script for ``sbatch``; ``run`` is the absolute run directory, which all nodes see.
+def slurm_problems(config: RunConfig) -> Iterator[str]:
+    """One line for each setting with which there is no job script, or no job that gets on."""
+    for name, value in (("run.name", config.run.name), ("run.dir", str(config.run.dir))):
+        if "\n" in value:
+            yield f"{name}={value!r} has several lines, and the header of a job script has one"
+    if config.cluster.runtime.type != "venv" and set(str(config.run.dir)) & set(":,"):
+        yield f"run.dir={config.run.dir}: containers cannot mount a path with : or , in it"
 
-    Raises ConfigError where the path cannot stand in a script's header.
-    """
-    if "%" in str(run) or "\n" in str(run) or '"' in str(run):
-        raise ConfigError(
-            f"run.dir={run}: Slurm reads % and quotes in the names of its log files; choose another"
-        )
+
+def bad_nodes(run: Path) -> list[str]:
+    """Nodes that preflights of a run found bad; [] if none was."""
+    file = run / BAD_NODES_NAME
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []
+
+
+def excluded(cluster: ClusterSection, run: Path) -> str:
+    """All nodes that a run's jobs leave out, as Slurm writes them; empty if there is none."""
+    return ",".join(dict.fromkeys([*cluster.slurm.exclude, *bad_nodes(run)]))
+
+
+def render(config: RunConfig, run: Path) -> str:
+    """The script for ``sbatch``; ``run`` is the absolute run directory, which all nodes see."""
+    cluster = config.cluster
+    container, spear = _runtime(cluster, run)
+    # A task starts processes for all cores of its node, so it is bound to none.
+    srun = ["srun", *container, "--ntasks-per-node=1", "--cpu-bind=none"]
+    here = '"${srun[@]}" --nodes=1 --ntasks=1 ' if container else ""
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _header(config, run)),
@@ -70,18 +111,27 @@ def render(config: RunConfig, run: Path) -> str:
         "set -uo pipefail",
         f"RUN={shlex.quote(str(run))}",
         *(f"export {name}={value}" for name, value in _environment(config)),
+        f"srun=({shlex.join(srun)})",
+        f"spear=({shlex.join(spear)})",
+        f'here=({here}"${{spear[@]}}") # on one node',
     ]
-    body = _BODY.format(
-        one_node=_command(config.cluster, run, everywhere=False),
-        all_nodes=_command(config.cluster, run, everywhere=True),
-        again=AGAIN_EXIT,
-    )
+    parts = {
+        "@PREFLIGHT@": _preflight(cluster),
+        "@AGAIN@": str(AGAIN_EXIT),
+        "@SCRIPT@": SCRIPT_NAME,
+    }
+    body = re.sub("@[A-Z_]+@", lambda match: parts[match[0]], _BODY)
     return "\n".join(lines) + "\n" + body
+
+
+def job_name(config: RunConfig, run: Path) -> str:
+    """The run's name, and six digits of its directory, so that no other run waits for its jobs."""
+    return f"{config.run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:6]}"
 
 
 def _header(config: RunConfig, run: Path) -> Iterator[str]:
     cluster, slurm = config.cluster, config.cluster.slurm
-    yield f"--job-name={_quoted(config.run.name)}"
+    yield f"--job-name={_quoted(job_name(config, run))}"
     yield f"--nodes={cluster.num_nodes}"
     yield "--ntasks-per-node=1"
     yield "--exclusive"
@@ -93,17 +143,23 @@ def _header(config: RunConfig, run: Path) -> Iterator[str]:
     yield "--requeue"
     yield "--open-mode=append"
     yield "--dependency=singleton"
-    yield f"--output={_quoted(f'{run}/job-%j.log')}"
-    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+    log = str(run / "job-").replace("%", "%%") + "%j.log"
+    yield f"--output={_quoted(log)}"
+    named = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "exclude": excluded(cluster, run),
+    }
     yield from (f"--{name}={_quoted(value)}" for name, value in named.items() if value)
-    if slurm.exclude:
-        yield f"--exclude={_quoted(','.join(slurm.exclude))}"
     yield from slurm.options
 
 
 def _quoted(value: str) -> str:
-    """A value in a header, whose quotes are double ones."""
-    return value if shlex.quote(value) == value else '"' + value.replace('"', "'") + '"'
+    """A value in a header: as it is, or in double quotes."""
+    if re.fullmatch(r"[\w%+,./:=@-]+", value, re.ASCII):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _environment(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -113,29 +169,33 @@ def _environment(config: RunConfig) -> Iterator[tuple[str, str]]:
         # Kernels then start in the order that overlapping them with messages needs.
         yield "CUDA_DEVICE_MAX_CONNECTIONS", "1"
     # Kernels are compiled on each node: a shared file system would serve them slowly, or wrongly.
-    yield "TRITON_CACHE_DIR", '"/tmp/triton-${USER:-$(id -u)}-$SLURM_JOB_ID"'
+    yield "TRITON_CACHE_DIR", '"/tmp/triton-$(id -u)"'
     for name, value in network_environment(config.cluster.network).items():
         yield name, shlex.quote(value)
 
 
-def _command(cluster: ClusterSection, run: Path, *, everywhere: bool) -> str:
-    """What comes before ``launch ...``: on every node of the job, or on one."""
+def _preflight(cluster: ClusterSection) -> str:
+    """The call of the preflight; empty if there is none.
+
+    A node that is found bad ends no other's. One that hangs is waited for as long as the preflight
+    may last, once the others have ended.
+    """
+    if not cluster.preflight.enabled:
+        return ""
+    wait_s = math.ceil(cluster.preflight.deadline_s)
+    return f"on_all_nodes preflight --kill-on-bad-exit=0 --wait={wait_s}"
+
+
+def _runtime(cluster: ClusterSection, run: Path) -> tuple[list[str], list[str]]:
+    """Options of ``srun`` for a container, if it makes one; the words before ``launch ...``."""
     runtime = cluster.runtime
-    srun = ["srun", "--kill-on-bad-exit=1", "--ntasks-per-node=1", "--label"]
     if isinstance(runtime, PyxisRuntime):
         mounts = ",".join((f"{run}:{run}", *runtime.mounts))
         container = [f"--container-image={runtime.image}", f"--container-mounts={mounts}"]
-        first = srun if everywhere else ["srun", "--nodes=1", "--ntasks=1"]
-        return _shell([*first, *container, "megatron-spear"])
+        return container, ["megatron-spear"]
     if isinstance(runtime, ApptainerRuntime):
         binds = [word for mount in (f"{run}:{run}", *runtime.mounts) for word in ("--bind", mount)]
         gpus = ["--nv"] if cluster.gpus_per_node else []
-        inside = ["apptainer", "exec", *gpus, *binds, str(runtime.image), "megatron-spear"]
-    else:
-        python = runtime.path / "bin" / "python" if runtime.path else Path(sys.executable)
-        inside = [str(python), "-m", "megatron_spear.cli.main"]
-    return _shell([*srun, *inside] if everywhere else inside)
-
-
-def _shell(words: Sequence[str]) -> str:
-    return " ".join(shlex.quote(word) for word in words)
+        return [], ["apptainer", "exec", *gpus, *binds, str(runtime.image), "megatron-spear"]
+    python = runtime.path / "bin" / "python" if runtime.path else Path(sys.executable)
+    return [], [str(python), "-m", "megatron_spear.cli.main"]

@@ -95,11 +95,14 @@ class Supervisor:
         try:
             return await self._until_over(tasks)
         except Exception as error:
-            self._attempt.mark_failed("node", self._node.index, describe(error))
+            with suppress(OSError):
+                self._attempt.mark_failed("node", self._node.index, describe(error))
             raise
         finally:
             for task in tasks:
                 task.cancel()
+            if self._stop.at_once:
+                await end_descendants(0.0)
             await asyncio.gather(*tasks, return_exceptions=True)
             await end_descendants(self._times.grace_s)
 
@@ -119,7 +122,7 @@ class Supervisor:
             )
             work.append(keep(engine, self._site))
         for index in roles.environments:
-            file = self._attempt.path / "addresses" / f"environment_{index}"
+            file = self._attempt.address_file(index)
             worker = EnvironmentProcess(
                 index,
                 self._starts.environment(index, file),
@@ -203,7 +206,7 @@ class Supervisor:
                 site.say_end("trainer", child.fate, child)
             return status if status >= 0 else 128 - status
         finally:
-            await child.end(0.0 if self._stop.at_once else self._times.grace_s)
+            await child.end(self._times.grace_s)
 
     def _pass_on(self, torchrun: Child, *, first: bool) -> None:
         """Ask each rank to save and stop, once more if it has been asked: a rank that was still
@@ -299,7 +302,7 @@ def _starts(config: RunConfig, attempt: Attempt, node: Node, roles: NodeRoles) -
         ),
         engine=engine,
         environment=lambda index, file: commands.environment_command(
-            host, file, attempt.secret_file
+            node.address, file, attempt.secret_file
         ),
     )
 

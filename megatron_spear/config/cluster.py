@@ -2,13 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_spear.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
-_TIME = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}|(\d+-)?\d+(:\d{2})?")
+_TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 ChipName = Literal["a100", "h100", "h200", "b200", "gb200"]
@@ -25,7 +25,8 @@ class SlurmSection(Section):
     qos: str | None = None
     """Quality of service; None = the default."""
     time_limit: str = "24:00:00"
-    """Longest attempt, as Slurm writes it (``D-HH:MM:SS``); the job is requeued after it."""
+    """Longest attempt, as Slurm writes it: ``D-HH:MM:SS``, ``HH:MM:SS`` or minutes. The run is
+    stopped before and requeued."""
     signal_before_s: PositiveInt = 600
     """Seconds before the time limit at which the run is told to save and stop."""
     exclude: tuple[str, ...] = ()
@@ -33,12 +34,43 @@ class SlurmSection(Section):
     options: tuple[str, ...] = ()
     """Further ``#SBATCH`` options, ``--constraint=h100`` say."""
 
+    @field_validator("time_limit", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(
+                f"got the number {value}; write it in quotes, '24:00:00' say, since YAML takes "
+                "24:00:00 for a number"
+            )
+        return value
+
     @field_validator("time_limit")
     @classmethod
     def _is_a_time(cls, value: str) -> str:
         if not _TIME.fullmatch(value):
             raise ValueError(f"got {value!r}, expected Slurm's D-HH:MM:SS, HH:MM:SS or minutes")
         return value
+
+    @property
+    def time_limit_s(self) -> int:
+        """The time limit in seconds."""
+        days, _, rest = self.time_limit.rpartition("-")
+        numbers = [int(word) for word in rest.split(":")]
+        if days:  # days-hours, days-hours:minutes, ...
+            hours, minutes, seconds = [*numbers, 0, 0][:3]
+        else:  # minutes, minutes:seconds, hours:minutes:seconds
+            hours, minutes, seconds = [[0, *numbers, 0], [0, *numbers], numbers][len(numbers) - 1]
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    @model_validator(mode="after")
+    def _has_time_before_the_signal(self) -> "SlurmSection":
+        if self.signal_before_s >= self.time_limit_s:
+            raise ValueError(
+                f"signal_before_s={self.signal_before_s} is not below time_limit="
+                f"{self.time_limit} ({self.time_limit_s} s): every attempt would be stopped at its "
+                "start; lower the first or raise the second"
+            )
+        return self
 
     @field_validator("options")
     @classmethod
@@ -115,15 +147,18 @@ class PreflightSection(Section):
     enabled: bool = True
     """False = start at once."""
     deadline_s: PositiveFloat = 180.0
-    """Longest wait for all nodes' answers."""
+    """Longest wait for all nodes' answers, and once more for the all-reduce."""
     min_free_gpu_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
     """Least share of each GPU's memory that must be free."""
     min_shm_bytes: NonNegativeInt = 1 << 30
     """Least free bytes of /dev/shm."""
+    min_disk_bytes: NonNegativeInt = 1 << 30
+    """Least free bytes where the run directory is."""
     max_clock_skew_s: PositiveFloat = 10.0
-    """Largest difference between two nodes' clocks."""
+    """Largest difference of a node's clock from the middle one of all nodes'."""
     min_allreduce_bytes_per_s: NonNegativeInt = 0
-    """Least bandwidth of a short all-reduce over all trainer ranks; 0 = none is measured."""
+    """Least bandwidth of a short all-reduce over all trainer ranks, 2 (n - 1) / n x bytes / seconds
+    for n ranks; 0 = none is measured."""
 
 
 class EngineServersSection(Section):

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_spear.config.load import load_config
 from megatron_spear.deadlines import install_stop_signals
-from megatron_spear.testing.ranks import fork_context
+from megatron_spear.testing.ranks import fork_context, run_ranks
 from megatron_spear.trainer.consumption import read_consumed
 
 MODES = {
@@ -91,9 +91,9 @@ class Killed:
 
     def __init__(self, settings: Sequence[str], folder: Path, *, cache: Path, seed: int) -> None:
         own = (f"model.cache_dir={cache}", f"run.seed={seed}")
-        self._arguments = [*_JOB, *own, *settings]
+        self.arguments = [*_JOB, *own, *settings]
         self._folder = folder
-        self._random = random.Random(f"kills/{seed}")
+        self._random = random.Random(f"kills of seed {seed}")
         self._start_s = self._step_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -103,12 +103,21 @@ class Killed:
         Raises RuntimeError where it does not end well.
         """
         run = self._folder / "alone"
-        self._wait_well(self._process("sft", *self._arguments))  # so that it is in the cache
+        self._wait_well(self._process("sft", *self.arguments))  # so that it is in the cache
         began = time.time()
         self._wait_well(self._start(run))
         times = [record["time"] for record in _records(run / "metrics.jsonl")]
         self._start_s = times[0] - began
         self._step_s = (times[-1] - times[0]) / max(1, len(times) - 1)
+        return run
+
+    def left_alone_on(self, ranks: int) -> Path:
+        """The run directory of the job that nobody disturbs, on several ranks."""
+        run = self._folder / "alone"
+        self._wait_well(self._process("sft", *self.arguments))
+        run_ranks(
+            _job, ranks, "train", [*self.arguments, f"run.dir={run}"], self._log, timeout_s=RUN_S
+        )
         return run
 
     def killed(self) -> tuple[Path, Report]:
@@ -136,7 +145,7 @@ class Killed:
     def _start(self, run: Path) -> Any:
         if (run / "config.yaml").is_file():
             return self._process("train", f"resume={run}")
-        return self._process("train", *self._arguments, f"run.dir={run}")
+        return self._process("train", *self.arguments, f"run.dir={run}")
 
     def _process(self, work: str, *arguments: str) -> Any:
         process = fork_context().Process(target=_job, args=(work, arguments, self._log))

@@ -63,7 +63,7 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
             attempt.tell_model(model)
         config, list_urls = find_servers(config, attempt, controller, stop, console)
         console.phase("Policy and engine")
-        rollout = build.make_rollout(config, model, list_urls) if controller else None
+        rollout = build.make_rollout(config, model, list_urls, attempt) if controller else None
         tracker = consumption = step = None
         try:
             policy = build.make_policy(config, model, context)

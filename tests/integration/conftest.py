@@ -91,15 +91,11 @@ class Launched:
 
 
 @pytest.fixture
-def launch(cache: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """``launch("run.dir=...", ranks=2)``: start ``train``, killed at the end of the test."""
+def launch_command(tmp_path: Path) -> Iterator[Callable[[list[str]], Launched]]:
+    """``launch_command(["python", ...])``: start a command, killed at the end of the test."""
     started: list[Launched] = []
 
-    def start(*settings: str, ranks: int = 1, cache_dir: Path = cache) -> Launched:
-        line = [sys.executable, "-m"]
-        if ranks > 1:
-            line += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        line += ["megatron_spear.cli.train", *arguments("train", cache_dir, settings)[1:]]
+    def start(line: list[str]) -> Launched:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         started.append(Launched(line, tmp_path / f"launch-{len(started)}", env))
         return started[-1]
@@ -107,6 +103,20 @@ def launch(cache: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     yield start
     for launched in started:
         launched.kill()
+
+
+@pytest.fixture
+def launch(cache: Path, launch_command: Callable[[list[str]], Launched]) -> Callable[..., Launched]:
+    """``launch("run.dir=...", ranks=2)``: start ``train``, killed at the end of the test."""
+
+    def start(*settings: str, ranks: int = 1, cache_dir: Path = cache) -> Launched:
+        line = [sys.executable, "-m"]
+        if ranks > 1:
+            line += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        line += ["megatron_spear.cli.train", *arguments("train", cache_dir, settings)[1:]]
+        return launch_command(line)
+
+    return start
 
 
 @pytest.fixture(scope="session")

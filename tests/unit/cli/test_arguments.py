@@ -67,6 +67,23 @@ def test_the_file_is_the_one_word_that_is_no_setting(
     assert (config.run.stop_after, config.run.name) == (2, "x")
 
 
+def test_a_rank_of_a_launch_knows_its_attempt_and_ends_with_torchrun(
+    monkeypatch: pytest.MonkeyPatch, run_dir: Path
+) -> None:
+    from megatron_spear.cluster.attempt import Attempt
+    from megatron_spear.trainer import jobs
+
+    called: list[Any] = []
+    monkeypatch.setattr(jobs, "train", lambda config, stop, attempt: called.append(attempt))
+    monkeypatch.setattr("megatron_spear.deadlines.install_stop_signals", StopFlag)
+    monkeypatch.setattr(
+        "megatron_spear.cluster.processes.end_with_parent", lambda: called.append("with parent")
+    )
+    attempt = run_dir / "attempt_2"
+    assert main.run(["train", f"resume={run_dir}", "--attempt", str(attempt)]) == 0
+    assert called == ["with parent", Attempt(attempt)]
+
+
 def test_no_file_and_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["train"], ["train", "run.seed=1"], ["train", "--run.name", "resume=no"]):
         with pytest.raises(SystemExit, match="2"):

@@ -16,7 +16,7 @@ TIMES = Times(
     look_s=0.02,
     files_s=0.05,
     probe_s=0.05,
-    probe_deadline_s=0.2,
+    probe_deadline_s=0.5,
     max_misses=2,
     pause_s=0.05,
     max_pause_s=0.2,
@@ -63,7 +63,7 @@ ranks = [
 ]
 status = max(rank.wait() for rank in ranks)
 print("last words of a rank", flush=True)
-print("E1127 00:00:00 1 torch/distributed/elastic/api.py:1] failed", flush=True)
+print("E1127 00:00:00 1 torch/distributed/elastic/api.py:1] failed (exitcode: 5)", flush=True)
 print("much more of torchrun", flush=True)
 sys.exit(status)
 """
@@ -83,7 +83,7 @@ def new_attempt(tmp_path: Path) -> Attempt:
     return Attempt.begin(run)
 
 
-async def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     """Wait until the condition holds; TimeoutError after the limit."""
     async with asyncio.timeout(limit_s):
         while not condition():
@@ -96,7 +96,7 @@ def runs(pid: int) -> bool:
     return entry is not None and not entry.is_zombie
 
 
-def wait_until_gone(pid: int, limit_s: float = 5.0) -> None:
+def wait_until_gone(pid: int, limit_s: float = 60.0) -> None:
     """Fails where the process still runs after the limit."""
     end = time.monotonic() + limit_s
     while runs(pid):

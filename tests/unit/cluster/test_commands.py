@@ -149,6 +149,11 @@ def test_sglang_sharded_colocated_in_fp8_with_experts():
     assert override["quantization_config"]["weight_block_size"] == [128, 128]
 
 
+def test_a_path_of_the_users_comes_after_this_package():
+    command = engine(*SGLANG, "cluster.network.environment={PYTHONPATH: /mine}")
+    assert command.environment["PYTHONPATH"] == "/alone:/mine"
+
+
 def test_servers_on_trainer_nodes_have_the_gpus_after_the_ranks():
     settings = ("cluster.gpus_per_node=8", "cluster.ranks_per_node=4", "rollout.engine=sglang")
     command = engine(*settings, "cluster.servers.count=4", local=1)
@@ -175,10 +180,12 @@ def test_vllm():
     assert command.environment["VLLM_SERVER_DEV_MODE"] == "1"
 
 
-def test_an_environment_worker():
-    line = environment_command("0.0.0.0", Path("/a/address"), Path("/a/secret")).line
+@pytest.mark.parametrize(("address", "host"), [("node7", "0.0.0.0"), ("127.0.0.1", "127.0.0.1")])
+def test_an_environment_worker(address, host):
+    line = environment_command(address, Path("/a/address"), Path("/a/secret")).line
     assert line == (
-        *(sys.executable, "-m", "megatron_spear.rollout.env_server", "--host", "0.0.0.0"),
+        *(sys.executable, "-m", "megatron_spear.rollout.env_server"),
+        *("--host", host, "--reached-at", address),
         *("--address-file", "/a/address", "--secret-file", "/a/secret"),
     )
 

@@ -61,14 +61,17 @@ def test_status_fate_and_last_words(tmp_path: Path) -> None:
     asyncio.run(live())
 
 
-def test_what_torchrun_adds_is_left_out(tmp_path: Path) -> None:
+def test_of_what_torchrun_adds_the_first_failure_is_told(tmp_path: Path) -> None:
+    where = "torch/distributed/elastic/x.py:9]"
+    failure = f"E1127 00:00:01.1 7 {where} failed (exitcode: -9) local_rank: 1 (pid: 8)"
+    log = ["cause", f"W1127 00:00:01.0 7 {where} Sending SIGTERM", "peer", failure, "Traceback"]
+
     async def live() -> list[str]:
-        words = "cause", "E1127 1 torch/distributed/elastic/x.py:9] failed", "box", "Traceback"
-        child = start(tmp_path, f"print({chr(10).join(words)!r})")
+        child = start(tmp_path, f"print({chr(10).join(log)!r})")
         await child.wait()
         return child.last_words()
 
-    assert asyncio.run(live()) == ["cause"]
+    assert asyncio.run(live()) == ["cause", "peer", failure]
 
 
 @pytest.mark.parametrize("how", ["stays", "session", "dies"])
@@ -79,13 +82,13 @@ def test_all_that_it_started_is_ended(tmp_path: Path, how: str) -> None:
         if how == "dies":
             await child.wait()
         assert runs(grandchild)
-        await child.end(5.0)
+        await child.end(60.0)
         assert not runs(child.pid)
         return grandchild
 
     began = time.monotonic()
     wait_until_gone(asyncio.run(live()))
-    assert time.monotonic() - began < 4.0, "SIGTERM was enough"
+    assert time.monotonic() - began < 50.0, "SIGTERM was enough"
 
 
 def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:

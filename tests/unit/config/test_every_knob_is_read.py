@@ -19,7 +19,7 @@ from megatron_spear.config.schema import RunConfig
 
 PACKAGE = Path(megatron_spear.__file__).parent
 
-BY_VALUE = {"env.type", "algorithm.loss.type", "replay.loss.type"}
+BY_VALUE = {"env.type", "algorithm.loss.type", "replay.loss.type", "cluster.runtime.type"}
 """Fields that choose a class of the schema: read by pydantic."""
 
 BY_TABLE = {"rollout.engine": "SERVERS"}
