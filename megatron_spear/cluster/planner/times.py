@@ -1,6 +1,6 @@
 """Seconds of a step by phase, and what binds."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -59,6 +59,7 @@ def times_of(step: Step) -> StepTimes:
     trained = train_time(trainer, tokens, step.updates)
     replay_s = _replay_s(step, tokens, trained)
     old_s = step.logprob_passes * logprob_time(trainer, tokens).total_s
+    old_s += step.others_s
     trainer_s, sync_s = old_s + replay_s + trained.total_s, step.update.seconds
     alone = rollout_time(step.engine, step.num_engines, play)
     rollout_s = _rollout_s(step, alone, trainer_s)
