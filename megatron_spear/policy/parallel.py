@@ -103,7 +103,7 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            _meet(backend, timeout)
     cpu.patch_megatron()
     parallel_state.initialize_model_parallel(
         policy.tensor_parallel,
@@ -140,6 +140,18 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
     found = (ctx.context_rank, ctx.data_rank, ctx.expert_rank)
     assert places == found, "Megatron's rank order has changed"
     return ctx
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """The group of all ranks; ConfigError where rank 0 cannot listen for the others."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as error:
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        raise ConfigError(
+            f"the ranks cannot meet at MASTER_ADDR={address}, MASTER_PORT={port}: "
+            f"{str(error).splitlines()[0]}; choose another port, or end the process that has it"
+        ) from error
 
 
 def seed_generators(seed: int) -> None:

@@ -16,6 +16,7 @@ from megatron_spear.conversion.mapping import Shape, WeightMap, place_of
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.conversion.slices import TensorSlice, slices_of
 from megatron_spear.errors import CheckpointError
+from megatron_spear.heartbeats.heart import beat
 from megatron_spear.policy import fp8
 from megatron_spear.policy.parallel import ParallelContext, Place
 
@@ -87,6 +88,7 @@ def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelC
                     f"expects {tuple(parameters[name].shape)}"
                 )
             parameters[name].copy_(part)
+            beat()
             fp8.keep_exact(parameters[name], part)
             unset.discard((number, name))
     if unset:
