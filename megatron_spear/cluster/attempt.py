@@ -6,6 +6,7 @@
         heartbeats/rank_<i>.json     what each trainer rank does, and since when
         pids/<node>/<role>_<i>.json  which processes were started, for the sweep of a later attempt
         addresses/environment_<i>    what a worker tells its supervisor, which registers it
+        preflight/<node>.json        what a node was found to be before the run began on it
         secret                       the word between the controller and environment workers
         model.json                   the Hugging Face folder that engine servers start with
         done/trainer_<i>             one for each trainer node that has ended well

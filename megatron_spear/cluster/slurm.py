@@ -36,7 +36,7 @@ tell() { told=$1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null; }
 for name in USR1 TERM INT; do trap "tell $name" "$name"; done
 
 # The attempt. What is decided, is decided in Python: megatron_spear/cluster/restarts.py.
-attempt=$("${here[@]}" launch begin "$RUN") || exit 1
+attempt=$(trap '' USR1 TERM INT; "${here[@]}" launch begin "$RUN") || exit 1
 echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $attempt on $SLURM_JOB_NODELIST"
 
 on_all_nodes() { # preflight or node, options of srun
@@ -55,9 +55,8 @@ if [ -z "$told" ] && [ "$status" -eq 0 ]; then
     on_all_nodes node --kill-on-bad-exit=1 --wait=0
 fi
 
-# On or not.
-trap '' USR1
-trap - TERM INT
+# On or not. slurmctld sends SIGTERM to a job that it requeues, too.
+trap '' USR1 TERM INT
 "${here[@]}" launch end --attempt "$attempt" --phase "$phase" --status "$status" --told "$told"
 verdict=$?
 [ "$verdict" -eq @AGAIN@ ] || exit "$verdict"
@@ -66,7 +65,6 @@ case $(scontrol show job -o "$SLURM_JOB_ID") in
 *" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;;
 *) echo "job: Slurm is ending it, so it is not requeued from here"; exit 0 ;;
 esac
-trap '' TERM # slurmctld sends it to the script of a job that it requeues
 if ! scontrol requeue "$SLURM_JOB_ID"; then
     echo "job: it cannot be requeued; to go on: sbatch $(printf %q "$RUN/@SCRIPT@")" >&2
     exit 1

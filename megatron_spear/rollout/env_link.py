@@ -149,10 +149,10 @@ class WorkerLink:
         self._writing = False
 
     def _connected(self, opening: "asyncio.Future[socket.socket]") -> None:
-        loop = opening.get_loop()
+        loop, problem = opening.get_loop(), opening.exception()
         if self.broken or loop is not self._loop:
             return
-        if (problem := opening.exception()) is not None:
+        if problem is not None:
             self._break(f"{self._name} was {problem}")
             return
         self._socket = opening.result()

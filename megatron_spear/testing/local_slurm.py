@@ -147,7 +147,7 @@ class LocalSlurm:
             time.sleep(0.1)
         raise TimeoutError(f"{what}: not within {within_s:g} s; jobs: {self.call('squeue', '-a')}")
 
-    def start_again(self, number: int, *, restart: int = 1, within_s: float = 40.0) -> None:
+    def start_again(self, number: int, *, restart: int = 1, within_s: float = 60.0) -> None:
         """Let a job that is or will be requeued for the ``restart``-th time begin; Slurm would hold
         it back for two minutes. Raises TimeoutError."""
 

@@ -61,7 +61,7 @@ def test_an_urgent_job_takes_the_nodes_and_the_run_goes_on_after_it(
     script = tmp_path / "urgent.sh"
     script.write_text("#!/bin/bash\n#SBATCH --output=/dev/null\nsleep 1\n")
     urgent = run.slurm.submit(script, "--partition=urgent", "--nodes=4", "--exclusive")
-    run.slurm.wait_for(urgent, "COMPLETED", within_s=40.0)
+    run.slurm.wait_for(urgent, "COMPLETED", within_s=90.0)
     run.slurm.start_again(run.job)
     run.wait_for("COMPLETED")
     assert re.search(r"attempt 0: again: stopped by SIG(USR1|TERM), saved after step 1", run.log)

@@ -2,7 +2,8 @@
 
 Both kinds take turns in one run, on the same machine, over loopback; so their ratio says what the
 way costs, without a network's latency. The environment is a corridor, which costs next to nothing:
-with real ones the difference is smaller.
+with real ones the difference is smaller. On a machine that others use too, the CPU time that the
+pool's process takes for a call is the steadier figure.
 
     python tools/benchmarks/environment_workers.py --workers 1 --slots 64 --rounds 5
 """
@@ -27,17 +28,20 @@ def make_pool(workers: int, remote: RemoteWorkers | None) -> EnvironmentPool:
     return EnvironmentPool(TOY, workers=workers, deadline_s=60.0, remote=remote)
 
 
-async def calls_a_second(pool: EnvironmentPool, slots: list[Slot], calls: int) -> float:
-    """``calls`` steps of each slot, all slots at once; resets are not timed."""
+async def measure(pool: EnvironmentPool, slots: list[Slot], calls: int) -> tuple[float, float]:
+    """Calls a second and microseconds of our own CPU a call, for ``calls`` steps of each slot, all
+    slots at once; resets are not timed."""
 
     async def play(slot: Slot) -> None:
         for number in range(calls):
             await pool.step(slot, "left" if number % 2 else "right")
 
     await asyncio.gather(*(pool.reset(slot, seed=0, options=OPTIONS) for slot in slots))
-    began = time.perf_counter()
+    began, cpu_s = time.perf_counter(), time.process_time()
     await asyncio.gather(*(play(slot) for slot in slots))
-    return len(slots) * calls / (time.perf_counter() - began)
+    wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_s
+    count = len(slots) * calls
+    return count / wall_s, 1e6 * cpu_s / count
 
 
 async def compare(args: argparse.Namespace, remote: RemoteWorkers) -> None:
@@ -46,18 +50,22 @@ async def compare(args: argparse.Namespace, remote: RemoteWorkers) -> None:
     try:
         for num_slots in args.slots:
             slots = {k: [await p.open() for _ in range(num_slots)] for k, p in pools.items()}
-            rates: dict[str, list[float]] = {kind: [] for kind in pools}
+            found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in pools}
             for number in range(args.rounds + 1):
                 for kind, pool in pools.items():
-                    rate = await calls_a_second(pool, slots[kind], args.calls)
+                    figures = await measure(pool, slots[kind], args.calls)
                     if number:  # the first one warms up
-                        rates[kind].append(rate)
-            ratio = [r / o for r, o in zip(rates["remote"], rates["own"], strict=True)]
+                        found[kind].append(figures)
+            pairs = zip(found["own"], found["remote"], strict=True)
+            ratio = statistics.median(remote[0] / own[0] for own, remote in pairs)
+            own, behind = (
+                [statistics.median(column) for column in zip(*found[kind], strict=True)]
+                for kind in ("own", "remote")
+            )
             print(
-                f"{args.workers} worker(s), {num_slots:4} slots: own processes "
-                f"{statistics.median(rates['own']):8.0f} calls/s, TCP "
-                f"{statistics.median(rates['remote']):8.0f} calls/s, ratio "
-                f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
+                f"{args.workers} worker(s), {num_slots:4} slots: own processes {own[0]:7.0f} "
+                f"calls/s, {own[1]:4.0f} us CPU a call; TCP {behind[0]:7.0f} calls/s, "
+                f"{behind[1]:4.0f} us; ratio of calls/s {ratio:.2f}"
             )
             for kind, pool in pools.items():
                 for slot in slots[kind]:

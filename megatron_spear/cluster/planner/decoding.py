@@ -15,7 +15,8 @@ from megatron_spear.cluster.planner.passes import flops_a_token
 from megatron_spear.conversion.shape import ModelShape
 
 Floats = NDArray[np.float64]
-_SHARES = (np.arange(128) + 0.5) / 128
+_PARTS = 128
+"""Parts that a distribution of lengths, and a rollout's end, are reckoned in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,14 +107,16 @@ class Play:
     @property
     def longest(self) -> float:
         """Sampled tokens of the longest trajectory, as it is expected to be."""
-        return float(self.lengths.quantiles(np.array([1 - 0.5 / self.num_trajectories]))[0])
+        return self.lengths.quantile(1 - 0.5 / self.num_trajectories)
 
     @property
     def mean_context(self) -> float:
         """Tokens a context has on average while it decodes: those of long trajectories count for
         as long as they take."""
         sampled = self.lengths.mean_square / self.lengths.mean / self.contexts
-        return self.prompt + (self.observed / self.contexts + sampled) / 2
+        if self.contexts > 1:
+            return (self.prompt + self.observed) / self.contexts + sampled / 2
+        return self.prompt + (self.observed + sampled) / 2
 
     @property
     def mean_keys(self) -> float:
@@ -162,17 +165,16 @@ def _tail_s(engine: Engine, play: Play, first: float, *, queued: bool) -> float:
     they have been at it for some time, and after n more the share is left of all trajectories'
     tokens that are beyond n.
     """
-    lengths = play.lengths.quantiles(_SHARES)
-    steps = np.linspace(0.0, play.longest, len(_SHARES) + 1)
+    lengths = play.lengths.quantiles(_PARTS)
+    steps = np.linspace(0.0, play.longest, _PARTS + 1)
     middles = (steps[1:] + steps[:-1]) / 2
+    context = np.full_like(middles, play.mean_context)
     if queued:
         left = np.maximum(lengths[None, :] - middles[:, None], 0).mean(axis=1) / play.lengths.mean
-        context = np.full_like(middles, play.mean_context)
     else:
         left = 1 - np.searchsorted(lengths, middles) / len(lengths)
-        context = play.prompt + (play.observed * middles / play.longest + middles) / play.contexts
-        if play.contexts > 1:
-            context = np.full_like(middles, play.mean_context)
+        if play.contexts == 1:
+            context = play.prompt + play.observed * middles / play.longest + middles
     seconds = engine.decode_s(np.maximum(first * left, 1.0), context)
     return float((seconds * np.diff(steps)).sum())
 

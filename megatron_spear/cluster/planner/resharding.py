@@ -59,9 +59,10 @@ def reshard(
     transport: Literal["sharded", "whole"],
     fp8: bool = False,
     same_nodes: bool = False,
+    sends: int | None = None,
 ) -> Resharding:
     """The update of ``replicas`` engines of ``tensor`` ranks; ``same_nodes``: on the nodes that
-    train."""
+    train. ``sends``: times that whole tensors leave the sender; None = once a replica."""
     layer = _needed_of_a_layer(model, tensor, fp8)
     ends = _needed_of_the_ends(model)
     received = (model.num_layers * layer + sum(ends)) / tensor
@@ -71,7 +72,7 @@ def reshard(
     launches_s = model.num_layers * constants.sync_layer_s
     if transport == "whole":
         whole = _whole_bytes(model, fp8)
-        total = whole * replicas
+        total = whole * (replicas if sends is None else sends)
         return Resharding(
             needed_bytes=needed,
             total_bytes=total,

@@ -1,4 +1,4 @@
-"""Asynchronous rollouts in simulated time: how long steps take, who stands idle, how old tokens are.
+"""Asynchronous rollouts in simulated time: length of a step, who stands idle, age of tokens.
 
 The rules are those of ``trainer/ahead.py``: set s begins once version s - 1 - max_lag is published,
 steps take their set whole and in order, and an update pauses the engines. With the schedule
@@ -41,6 +41,8 @@ class Workload:
     """Trainer: everything of a step but rollout and update."""
     update_s: float
     """Engines and trainer: one weight update."""
+    read_s: float = 0.0
+    """Engine: reading what is new in one turn's prompt, while its other contexts wait."""
     reread_s: float = 0.0
     """Engine: reading one context again after an update (``pause_mode: retract``)."""
     num_turns: int = 1
@@ -49,6 +51,10 @@ class Workload:
     """Trajectories played at once; None = all that were begun."""
     max_lag: int = 0
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.num_engines > 0 and len(self.decode_s) > 1, "engines have room for a context"
+        assert self.num_prompts > 0 and self.group_size > 0 and self.num_turns > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +118,30 @@ class _Engine:
     context_s: float = 0.0
 
 
-_LEAVES, _BACK, _TRAINED, _UPDATED = range(4)
+@dataclass(frozen=True, slots=True)
+class _Leaves:
+    """The next context leaves an engine, unless it was touched since (``stamp``)."""
+
+    engine: int
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Back:
+    """An attempt has its environment's answer."""
+
+    attempt: _Attempt
+
+
+class _Trained:
+    """The trainer is through with its set."""
+
+
+class _Updated:
+    """All engines have the new weights."""
+
+
+_Event = _Leaves | _Back | _Trained | _Updated
 
 
 class _Simulation:
@@ -122,7 +151,7 @@ class _Simulation:
         self._decode_s = work.decode_s.tolist()
         self._engines = [_Engine() for _ in range(work.num_engines)]
         self._contexts = np.zeros(work.num_engines, np.int64)
-        self._events: list[tuple[float, int, int, object]] = []
+        self._events: list[tuple[float, int, _Event]] = []
         self._count = 0
         self._fresh: deque[_Attempt] = deque()
         self._ready: deque[_Attempt] = deque()
@@ -174,23 +203,22 @@ class _Simulation:
             self._advance(engine)
         return [(engine.idle_s, engine.context_s) for engine in self._engines]
 
-    def _push(self, time: float, kind: int, what: object = None) -> None:
+    def _push(self, time: float, event: _Event) -> None:
         self._count += 1
-        heapq.heappush(self._events, (time, self._count, kind, what))
+        heapq.heappush(self._events, (time, self._count, event))
 
     def _next(self) -> None:
-        time, _, kind, what = heapq.heappop(self._events)
-        if kind == _LEAVES:
-            number, stamp = what  # type: ignore[misc]
-            if self._engines[number].stamp != stamp:
+        time, _, event = heapq.heappop(self._events)
+        if isinstance(event, _Leaves):
+            if self._engines[event.engine].stamp != event.stamp:
                 return
             self._now = time
-            self._leave(number)
+            self._leave(event.engine)
         else:
             self._now = time
-            if kind == _BACK:
-                self._ready.append(what)  # type: ignore[arg-type]
-            elif kind == _TRAINED:
+            if isinstance(event, _Back):
+                self._ready.append(event.attempt)
+            elif isinstance(event, _Trained):
                 self._training, self._wants_update = False, True
                 self._waits_since = time
             else:
@@ -212,12 +240,12 @@ class _Simulation:
                 engine.stamp += 1
             self._wants_update, self._paused = False, True
             self._waited_s += self._now - self._waits_since
-            self._push(self._now + self._work.update_s, _UPDATED)
+            self._push(self._now + self._work.update_s, _Updated())
         elif self._open.get(self._step) == 0:
             del self._open[self._step]
             self._training = True
             self._waited_s += self._now - self._waits_since
-            self._push(self._now + self._work.train_s, _TRAINED)
+            self._push(self._now + self._work.train_s, _Trained())
 
     def _updated(self) -> None:
         self._ends.append(self._now)
@@ -258,6 +286,7 @@ class _Simulation:
                 break
             engine = self._engines[number]
             self._advance(engine)
+            engine.time += self._work.read_s
             attempt = self._ready.popleft()
             attempt.start = engine.progress
             self._count += 1
@@ -277,7 +306,7 @@ class _Simulation:
         self._expect(number)
         if attempt.left:
             attempt.left -= 1
-            self._push(self._now + self._work.env_s, _BACK, attempt)
+            self._push(self._now + self._work.env_s, _Back(attempt))
             return
         self._playing -= 1
         self._open[attempt.of_set] -= 1
@@ -301,7 +330,7 @@ class _Simulation:
         if engine.leaving:
             tokens = max(0.0, engine.leaving[0][0] - engine.progress)
             at = max(engine.time, self._now) + tokens * self._decode_s[len(engine.leaving)]
-            self._push(at, _LEAVES, (number, engine.stamp))
+            self._push(at, _Leaves(number, engine.stamp))
 
     def _count_lags(self, engine: _Engine, attempt: _Attempt) -> None:
         """Whose version the turn's tokens are; trained on by version ``of_set - 1``."""

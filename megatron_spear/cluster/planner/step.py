@@ -1,6 +1,6 @@
 """A trainer step as the times need it, and how a job gives one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,8 @@ class Step:
     replay_logprobs: bool = False
     max_lag: int = 0
     schedule: Literal["continuous", "deterministic"] = "continuous"
+    others_s: float = 0.0
+    """What else the trainer does in a step."""
     same_gpus: bool = False
     """Engines and trainer take turns whatever ``max_lag`` is."""
 
@@ -44,7 +46,6 @@ def step_of(job: Job, *, env_s: float = 0.0) -> Step:
     fp8 = job.weight_sync.precision == "fp8"
     tensor = job.engine_tensor_parallel
     engine = Engine(model=job.shape, machines=machines, tensor=tensor, slots=1, fp8=fp8)
-    slots = _slots(job, engine, play)
     return Step(
         trainer=Trainer(
             model=job.shape,
@@ -59,7 +60,7 @@ def step_of(job: Job, *, env_s: float = 0.0) -> Step:
             distributed_optimizer=policy.distributed_optimizer,
             offload=policy.optimizer_offload,
         ),
-        engine=Engine(model=job.shape, machines=machines, tensor=tensor, slots=slots, fp8=fp8),
+        engine=replace(engine, slots=_slots(job, engine, play)),
         num_engines=job.num_engines,
         play=play,
         update=resharding(job),

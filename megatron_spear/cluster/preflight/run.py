@@ -47,7 +47,7 @@ class Preflight:
     @property
     def limit_s(self) -> float:
         """Longest time the whole of it may take."""
-        return 2 * (self.cluster.preflight.deadline_s + _SLACK_S)
+        return 2 * self.cluster.preflight.deadline_s + 3 * _SLACK_S
 
     def run(self) -> int:
         """0: all nodes are good. 3 (``BAD_NODES_STATUS``): some are not; node 0 says which."""
@@ -84,7 +84,7 @@ class Preflight:
                     limit_s,
                 )
                 end.write("measured", {"problem": problem})
-            deadline = time.monotonic() + limit_s + _SLACK_S
+            deadline = time.monotonic() + limit_s + 2 * _SLACK_S
             said = wait_for(lambda: end.heard("verdict") or None, deadline)
         if said is None:
             self.say("node 0 has given no verdict")

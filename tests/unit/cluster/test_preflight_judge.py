@@ -99,13 +99,15 @@ def test_a_list_of_slurm_is_expanded(nodelist, names):
 
 def test_the_table_tells_bad_nodes_apart_and_good_ones_together():
     full = Check(name="free /dev/shm", good=False, found="0.1 GiB", expected="1.0 GiB or more")
-    nodes = [_node(i) for i in range(5)] + [_node(5, checks=(full,))]
-    lines = render_table(judge_nodes(nodes, SECTION)).splitlines()
-    assert lines[0].split() == ["node", "check", "found", "expected"]
-    good = [line for line in lines if "n0 n1 n2 and 2 more" in line]
-    assert len(good) == 4
-    bad = [line for line in lines if line.startswith("BAD")]
-    assert len(bad) == 1
-    assert bad[0].split(None, 2)[:2] == ["BAD", "n5"]
-    assert "0.1 GiB" in bad[0]
-    assert sum(line.split()[1] == "n5" for line in lines[1:]) == 4
+    nodes = [_node(i, ahead=i) for i in range(5)] + [_node(5, checks=(full,))]
+    header, *lines = render_table(judge_nodes(nodes, SECTION)).splitlines()
+    assert header.split() == ["node", "check", "found", "expected"]
+    good, bad = lines[:4], lines[4:]
+    assert all(line.startswith("ok   n0 n1 n2 and 2 more  ") for line in good)
+    assert "-1.00 s, to 0.10 s; +0.00 s, to 0.10 s and 3 more" in good[2]
+    assert [line.split()[:2] for line in bad] == [[w, "n5"] for w in ("ok", "BAD", "ok", "ok")]
+    assert "0.1 GiB" in bad[1] and bad[1].endswith("1.0 GiB or more")
+
+
+def test_a_table_without_good_nodes_has_bad_ones():
+    assert "number 0  answer by shared files" in render_table(judge_nodes([Heard()], SECTION))
