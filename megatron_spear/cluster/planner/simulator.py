@@ -41,6 +41,8 @@ class Workload:
     """Trainer: everything of a step but rollout and update."""
     update_s: float
     """Engines and trainer: one weight update."""
+    read_s: float = 0.0
+    """Engine: reading what is new in one turn's prompt, while its other contexts wait."""
     reread_s: float = 0.0
     """Engine: reading one context again after an update (``pause_mode: retract``)."""
     num_turns: int = 1
@@ -49,6 +51,10 @@ class Workload:
     """Trajectories played at once; None = all that were begun."""
     max_lag: int = 0
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.num_engines > 0 and len(self.decode_s) > 1, "engines have room for a context"
+        assert self.num_prompts > 0 and self.group_size > 0 and self.num_turns > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,6 +286,7 @@ class _Simulation:
                 break
             engine = self._engines[number]
             self._advance(engine)
+            engine.time += self._work.read_s
             attempt = self._ready.popleft()
             attempt.start = engine.progress
             self._count += 1

@@ -83,20 +83,24 @@ def times_of(step: Step) -> StepTimes:
 
 def workload_of(step: Step, times: StepTimes) -> Workload:
     """The step as the simulator takes it."""
+    play = step.play
     contexts = np.arange(1, step.engine.slots + 1, dtype=np.float64)
-    decode_s = step.engine.decode_s(contexts, step.play.mean_context)
+    decode_s = step.engine.decode_s(contexts, play.mean_context)
+    read = play.num_prompts * play.prompt + play.num_trajectories * play.observed
+    read /= play.num_trajectories * play.num_turns
     return Workload(
         num_engines=step.num_engines,
         decode_s=np.concatenate(([0.0], decode_s)),
-        num_prompts=step.play.num_prompts,
-        group_size=step.play.group_size,
-        lengths=step.play.lengths,
+        num_prompts=play.num_prompts,
+        group_size=play.group_size,
+        lengths=play.lengths,
         train_s=times.trainer_s,
         update_s=times.weight_sync_s,
-        reread_s=step.engine.prefill_s(step.play.mean_context, step.play.mean_context),
-        num_turns=step.play.num_turns,
-        env_s=step.play.env_s,
-        max_lag=step.max_lag,
+        read_s=step.engine.prefill_s(read, play.mean_context),
+        reread_s=step.engine.prefill_s(play.mean_context, play.mean_context),
+        num_turns=play.num_turns,
+        env_s=play.env_s,
+        max_lag=0 if step.same_gpus else step.max_lag,
         deterministic=step.schedule == "deterministic",
     )
 
@@ -162,6 +166,8 @@ def _what_binds(
         return f"train: {max(inside, key=lambda part: inside[part])}"
     if alone.work_s < 0.5 * rollout_s:
         return "rollout: the longest trajectories, when the others are done"
+    if alone.prefill_s > 0.5 * alone.work_s:
+        return "rollout: reading prompts and observations"
     contexts = np.array([min(step.engine.slots, step.play.num_trajectories / step.num_engines)])
     decode = step.engine.parts_of_decode(np.maximum(contexts, 1), step.play.mean_context)
     return "rollout: " + max(decode, key=lambda part: float(decode[part][0]))

@@ -1,6 +1,6 @@
 """Time of the trainer's part of a step: optimizer steps over all rows, and log-prob passes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from megatron_spear.cluster.planner.machines import Machines, Ranks
@@ -72,11 +72,11 @@ def train_time(trainer: Trainer, tokens: float, updates: int = 1) -> Passes:
 
 def logprob_time(trainer: Trainer, tokens: float) -> Passes:
     """A pass without gradient over ``tokens`` in all."""
-    stage = _stage(trainer)
+    stage = _stage(replace(trainer, recompute=False))
     per_rank = tokens / trainer.ranks.data
     count = max(1, ceil(per_rank / trainer.microbatch_tokens))
     fill = per_rank / (count * trainer.microbatch_tokens)
-    passes = _pipelined(trainer, count, stage.forward_only_s, stage.head_forward_s)
+    passes = _pipelined(trainer, count, stage.forward_s, stage.head_forward_s)
     exchange = count * stage.exchange_s / 3
     return Passes(
         total_s=passes.total_s * fill,
@@ -97,7 +97,6 @@ class _Stage:
 
     forward_s: float
     backward_s: float
-    forward_only_s: float
     head_s: float
     head_forward_s: float
     exchange_s: float
@@ -120,7 +119,6 @@ def _stage(trainer: Trainer) -> _Stage:
     return _Stage(
         forward_s=layers * one.forward_s,
         backward_s=layers * (one.backward_s + again),
-        forward_only_s=layers * one.forward_s,
         head_s=sum(head),
         head_forward_s=head[0],
         exchange_s=layers * exchange,
@@ -129,17 +127,12 @@ def _stage(trainer: Trainer) -> _Stage:
 
 def _pipelined(trainer: Trainer, count: int, stage_s: float, head_s: float) -> Passes:
     """``count`` micro-batches through the pipeline, whose last stage has the head as well."""
-    pipeline, virtual = trainer.ranks.pipeline, trainer.ranks.virtual
-    sends = 2 if pipeline > 1 else 0
-    hidden_bytes = 2 * trainer.microbatch_tokens * trainer.model.hidden_size
-    hidden_bytes /= trainer.ranks.tensor * trainer.ranks.context
-    chip = trainer.machines.chip
-    send_s = (
-        sends
-        * virtual
-        * hidden_bytes
-        / (chip.nic_bytes_per_s * trainer.machines.constants.between_nodes)
-    )
+    ranks, machines = trainer.ranks, trainer.machines
+    pipeline, virtual = ranks.pipeline, ranks.virtual
+    hidden = 2 * trainer.microbatch_tokens * trainer.model.hidden_size
+    hidden /= ranks.tensor * ranks.context
+    sends = 2 * virtual if pipeline > 1 else 0
+    send_s = sends * hidden / machines.rate(pipeline, ranks.stage_size)
     slowest = stage_s + head_s + send_s
     mean = stage_s + head_s / pipeline + send_s
     total = count * slowest + (pipeline - 1) / virtual * mean

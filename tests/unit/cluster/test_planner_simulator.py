@@ -84,6 +84,11 @@ def test_deterministic_updates_wait_for_what_was_begun(lag: int) -> None:
     assert simulated.step_s == pytest.approx(alone.step_s + 0.5, rel=0.2)
 
 
+def test_prompts_are_read_one_after_the_other() -> None:
+    simulated = simulate(replace(WORK, read_s=0.02))
+    assert simulated.step_s == pytest.approx(ROLLOUT_S + 3.5 + 64 * 0.02)
+
+
 def test_an_update_reads_what_is_under_way_again() -> None:
     again = simulate(replace(WORK, max_lag=1, reread_s=0.01))
     assert again.step_s == pytest.approx(ROLLOUT_S + 0.5 + 64 * 0.01)
