@@ -39,8 +39,8 @@ it sends on; the last stage also has the final norm's input and result.
 
 **Work** is what else is there at the worst moment, the largest of
 
-    logits          with their gradient, and where torch computes it (not Triton on a GPU) two
-                    pieces of 16 MiB; then that gradient with the output layer's own
+    logits          with their gradient, and where torch computes it (not Triton on a GPU) up
+                    to two pieces of 16 MiB; then that gradient with the output layer's own
     a layer's backward pass     4 ffn + 2 hidden a token, or less with the gradient of its weight;
                     and the sequence gathered, and its gradient, under sequence parallelism
     the embedding's gradient    vocabulary x hidden, when a micro-batch's activations are gone
@@ -58,7 +58,8 @@ from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.conversion.sizes import padded_vocab, vocabulary_parameters
 
 LOGPROBS_SCRATCH_BYTES = 2 * 2**24
-"""Two pieces of ``algorithms.logprobs.SCRATCH_BYTES`` in its backward pass without Triton."""
+"""Two pieces of ``algorithms.logprobs.SCRATCH_BYTES`` in its backward pass without Triton: the next
+is made before the last is gone. Small logits are one piece."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,10 +114,11 @@ def activations(
     layer = _layer_work(shape, policy, tokens, packed=packed)
     moments = {"a layer's backward pass": layer}
     if last:
-        scratch = 0 if packed else min(LOGPROBS_SCRATCH_BYTES, 2 * logits)
+        scratch = 0 if packed else min(LOGPROBS_SCRATCH_BYTES, 4 * logits // each)
         moments["logits"] = max(2 * logits + scratch, logits + table + each * tokens * width)
     if stage == 0:
-        moments["the embedding's gradient"] = table + each * tokens * width - one
+        gone = units - _units_beside_the_embedding(policy, units, microbatches)
+        moments["the embedding's gradient"] = table + each * tokens * width - gone * one
     binds = max(moments, key=lambda name: moments[name])
     forward = logits + scratch if last else 0
     return Activations(kept=kept, work=moments[binds], binds=binds, forward=max(forward, layer))
@@ -137,6 +139,14 @@ def units_in_flight(policy: PolicySection, stage: int, microbatches: int | None 
     else:
         units = 2 * (pipeline - 1 - stage) + (pieces - 1) * pipeline + 1
     return units if microbatches is None else min(units, microbatches * pieces)
+
+
+def _units_beside_the_embedding(policy: PolicySection, units: int, microbatches: int | None) -> int:
+    """Those that still wait for their backward pass when the first one has come to its end: one
+    less, or where all forward passes come first those of the first piece alone."""
+    if microbatches is not None and units == microbatches * policy.virtual_pipeline:
+        return microbatches - 1
+    return units - 1
 
 
 def kept_a_token(shape: ModelShape, policy: PolicySection, *, packed: bool = True) -> int:

@@ -3,6 +3,7 @@
     lasting     weights, gradients, Adam's state (``states``), and what no tensor is: CUDA's
                 context, NCCL's buffers, and memory that the allocator cannot use
     training    activations and work (``activations``), and a second gradient where asked for
+    reduction   on CPUs a copy of the gradients, which gloo makes for a distributed optimizer
     reference   a reference's weights, which come from the host for its pass (on a CPU they last)
     weights     two buckets for the engines, and one tensor gathered on the rank that sends; with
     update      servers on the same GPUs (``rollout.colocated``) also these
@@ -77,18 +78,36 @@ class RankBytes:
         return self.states + self.activations
 
 
-def fullest_rank(
-    shape: ModelShape, policy: PolicySection, world_size: int, *, packed: bool = True
-) -> RankBytes:
-    """Tensors of training alone: of the pipeline stage that needs most, those of each rank."""
+def fullest_rank(shape: ModelShape, policy: PolicySection, world_size: int) -> RankBytes:
+    """Tensors of training alone on GPUs in bf16: of the stage that needs most, those of a rank."""
     stages = (
-        RankBytes(
-            states=states(shape, policy, world_size, stage).total,
-            activations=activations(shape, policy, stage, packed=packed).total,
-        )
-        for stage in range(policy.pipeline_parallel)
+        stage_bytes(shape, policy, world_size, stage) for stage in range(policy.pipeline_parallel)
     )
     return max(stages, key=lambda stage: stage.total)
+
+
+def stage_bytes(
+    shape: ModelShape,
+    policy: PolicySection,
+    world_size: int,
+    stage: int,
+    *,
+    on_cpu: bool = False,
+    microbatches: int | None = None,
+) -> RankBytes:
+    """Tensors of training alone, of each rank of a pipeline stage; ``activations`` is all that
+    does not last, at its worst moment."""
+    lasting = states(shape, policy, world_size, stage)
+    packed = not on_cpu and policy.precision == "bf16"
+    passing = activations(shape, policy, stage, packed=packed, microbatches=microbatches)
+    copied = _copied_gradients(policy, world_size, lasting) if on_cpu else 0
+    return RankBytes(states=lasting.total, activations=max(passing.total, copied))
+
+
+def _copied_gradients(policy: PolicySection, world_size: int, lasting: States) -> int:
+    """What gloo's reduce-scatter copies for a distributed optimizer; NCCL's works in place."""
+    replicas = world_size // (policy.tensor_parallel * policy.pipeline_parallel)
+    return lasting.gradients if policy.distributed_optimizer and replicas > 1 else 0
 
 
 def training_memory(job: Job) -> RankMemory:
@@ -155,6 +174,9 @@ def _moments(
     second = lasting.gradients if job.replay_keeps_gradient else 0
     own = {"activations": passing.kept, passing.binds: passing.work, "second gradient": second}
     yield "training", own
+    if job.is_cpu:
+        copied = _copied_gradients(job.policy, job.trainer_gpus, lasting)
+        yield "the gradients' reduction", {"copied gradients": copied + second}
     if job.has_reference and not job.is_cpu:
         own = {"reference weights": lasting.weights, "a forward pass": passing.forward}
         yield "the reference's pass", own
