@@ -31,9 +31,10 @@ with NVLink; its maintainers say that beyond two nodes it no longer grows, issue
 ALL_TO_ALL_BYTES = 3300 * 10**6
 """NCCL's buffers once experts' tokens were exchanged: 1.06 GB before and 4.34 GB after (NVIDIA/nccl
 issue 1685, 8 H100)."""
-UNUSABLE = 0.05
+UNUSABLE = 0.075
 """Share of a GPU that the caching allocator holds in pieces of no use. ZeRO (arXiv 1910.02054,
-section 3.2) saw 30 % in extreme cases; with ``expandable_segments`` there is little. A choice."""
+section 3.2) saw 30 % in extreme cases, and ``expandable_segments`` leaves little. A choice: with
+CUDA and NCCL it makes the 8 GB of 80 that presets keep free (``config.presets.layouts``)."""
 PROCESS_BYTES = 400 * 10**6
 """A CPU rank's Python with torch and Megatron, before any tensor (measured: 385 MB)."""
 

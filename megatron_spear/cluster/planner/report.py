@@ -107,7 +107,8 @@ def _memory_lines(own: Choice) -> Iterator[str]:
     for name, size in memory.parts.items():
         yield _row(name, _size(size), _bar(size / whole))
     if memory.host:
-        yield _row("on the host", _size(memory.host), "a GPU")
+        whose = "rank 0's, the engine included" if own.job.is_embedded else "a GPU"
+        yield _row("on the host", _size(memory.host), whose)
 
 
 def _engine_lines(engine: EngineMemory, job: Job) -> Iterator[str]:

@@ -11,11 +11,11 @@ from megatron_spear.cluster.planner.memory import (
     CONTEXT_BYTES,
     GROUP_BYTES,
     PROCESS_BYTES,
-    RankMemory,
     training_memory,
 )
 from megatron_spear.cluster.planner.models import planned_model
 from megatron_spear.cluster.planner.refusal import refusals, require_fits, what_helps
+from megatron_spear.cluster.planner.search import best_layouts
 from megatron_spear.config.load import load_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.sizes import model_parameters
@@ -61,6 +61,12 @@ def test_32b_with_adam_on_a_node_is_refused_by_the_gigabyte() -> None:
     assert "policy.optimizer_offload=1.0 (" in line and "16 GPUs that train (" in line
 
 
+def test_no_layout_of_a_node_holds_32b_with_adam_without_offload() -> None:
+    assert not best_layouts(job_of("qwen2.5-32b-16gpus", 8))
+    assert best_layouts(job_of("qwen2.5-32b-16gpus", 8, "policy.optimizer_offload=1.0"))
+    assert best_layouts(job_of("qwen2.5-32b-16gpus", 16))
+
+
 @pytest.mark.parametrize(
     ("gpus", "settings"), [(8, ("policy.optimizer_offload=1.0",)), (16, ()), (512, ())]
 )
@@ -99,17 +105,13 @@ def test_a_run_on_cpus_is_not_refused_for_memory() -> None:
     require_fits(load_config(None, ["policy.tokens_per_microbatch=100000000"]))
 
 
-def moment(job: Job) -> RankMemory:
-    return training_memory(job)
-
-
 def test_what_is_no_tensor() -> None:
     """Groups of ranks with buffers: tensor, data, and one for the weights' way to the engines."""
     memory = training_memory(job_of("qwen2.5-32b-16gpus", 16))
     assert memory.parts["CUDA and NCCL"] == CONTEXT_BYTES + 3 * GROUP_BYTES
     experts = training_memory(job_of("qwen3-30b-a3b-32gpus", 32))
     assert experts.parts["CUDA and NCCL"] == CONTEXT_BYTES + 3 * GROUP_BYTES + ALL_TO_ALL_BYTES
-    assert memory.parts["lost to the allocator"] == 4 * 10**9
+    assert memory.parts["lost to the allocator"] == 6 * 10**9
 
 
 def test_servers_on_the_gpus_that_train_take_their_share_in_the_update() -> None:
