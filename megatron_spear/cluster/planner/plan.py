@@ -9,14 +9,18 @@ from megatron_spear.cluster.planner.job import Job
 from megatron_spear.cluster.planner.models import planned_model
 from megatron_spear.cluster.planner.refusal import gigabytes, refusals
 from megatron_spear.cluster.planner.resharding import Resharding, resharding
-from megatron_spear.cluster.planner.search import Choice, best_layouts, best_splits, judged
+from megatron_spear.cluster.planner.search import (
+    ROOM,
+    Choice,
+    best_layouts,
+    best_splits,
+    judged,
+)
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.layout_fit import model_problems
 
 GAIN = 0.02
 """Share of a step below which nothing is called better."""
-TIGHT = 0.03
-"""Share of a GPU's memory below which what is left is called little."""
 NUM_SHOWN = 3
 
 
@@ -138,7 +142,7 @@ def _warnings(job: Job, own: Choice | None, mean_length: int | None) -> Iterator
             f"a rank needs {gigabytes(memory.host)} GB of the host's memory, and "
             f"{gigabytes(chip.host_bytes)} GB a GPU are assumed"
         )
-    if not memory.short and memory.limit - memory.total < TIGHT * memory.limit:
+    if not memory.short and memory.limit - memory.total < ROOM * memory.limit:
         yield "little memory is left; policy.tokens_per_microbatch is the first thing to lower"
     if job.data_parallel > job.trained_trajectories / job.mini_batches:
         yield (

@@ -1,4 +1,4 @@
-"""Layouts of the same run that fit its GPUs, the fastest first.
+"""Layouts of the same run that fit its GPUs with some room, the fastest first.
 
     tensor      divides heads, key-value groups, MLP and the GPUs of a node
     pipeline    divides the layers, at most 16 stages; each in 1, 2 or 4 pieces
@@ -25,17 +25,26 @@ LONG_CONTEXT = 16384
 """Tokens of a context from which splitting its tokens over ranks is considered."""
 MAX_TOKENS = 131072
 """Most tokens of a micro-batch that are considered."""
-_SHOWN = (
+ROOM = 0.03
+"""Share of a GPU's memory that a layout has to leave."""
+_CUT = (
     "tensor_parallel",
     "context_parallel",
     "pipeline_parallel",
     "virtual_pipeline",
     "expert_parallel",
+    "sequence_parallel",
+)
+_SETTINGS = (
+    *_CUT,
     "recompute",
     "tokens_per_microbatch",
     "distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
     "optimizer_offload",
 )
+"""Settings of ``policy`` that a layout is made of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +60,7 @@ class Choice:
         mine, others = self.job.policy, other.policy
         return {
             name: getattr(mine, name)
-            for name in _SHOWN
+            for name in _SETTINGS
             if getattr(mine, name) != getattr(others, name)
         }
 
@@ -131,7 +140,8 @@ def _fitting(job: Job) -> Iterator[Job]:
         fits = []
         for size in sizes:
             other = job.with_policy(recompute=recompute, tokens_per_microbatch=size)
-            if training_memory(other).short:
+            memory = training_memory(other)
+            if memory.total > (1 - ROOM) * memory.limit:
                 break
             fits.append(other)
         if fits:
@@ -172,8 +182,7 @@ def _experts(job: Job, stage_ranks: int, node: int) -> list[int]:
 
 
 def _cut_of(policy: PolicySection) -> dict[str, Any]:
-    names = (*_SHOWN[:5], "sequence_parallel")
-    return {name: getattr(policy, name) for name in names}
+    return {name: getattr(policy, name) for name in _CUT}
 
 
 def _model_ranks(policy: PolicySection) -> int:

@@ -1,9 +1,9 @@
 """``megatron-spear plan``: arguments, exit status, and how long it takes."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,13 +81,10 @@ def test_70b_on_1024_gpus_takes_under_two_seconds_with_the_process() -> None:
         "import sys; from megatron_spear.cli import main; "
         f"assert main.run({arguments!r}) == 0; assert 'torch' not in sys.modules"
     )
-    seconds = []
-    for _ in range(3):  # the machine may have other work
-        started = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
-        seconds.append(time.monotonic() - started)
-        assert done.returncode == 0, done.stderr.decode()
-        if seconds[-1] < 2.0:
-            break
-    assert min(seconds) < 2.0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr.decode()
+    # seconds of this process's own work, whatever else the machine does
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
     assert json.loads(done.stdout)["gpus"]["total"] == 1024

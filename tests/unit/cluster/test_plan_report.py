@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from megatron_spear.cluster.planner.plan import make_plan
 from megatron_spear.cluster.planner.report import plan_text, text_of, values_of
 from megatron_spear.config.load import load_config
@@ -74,12 +76,17 @@ def test_values_are_those_of_the_text() -> None:
     assert all(name.startswith("policy.") for name in first["settings"])
 
 
-def test_the_settings_of_a_better_layout_can_be_given_back() -> None:
+@pytest.mark.parametrize(
+    "given", [(), ("policy.tensor_parallel=1", "policy.sequence_parallel=false",
+                   "policy.distributed_optimizer=false", "policy.overlap_grad_reduce=false",
+                   "policy.overlap_param_gather=false", "policy.pipeline_parallel=1")]
+)  # fmt: skip
+def test_the_settings_of_a_better_layout_can_be_given_back(given: tuple[str, ...]) -> None:
     """What a plan shows is what a plan of it gives."""
-    plan = make_plan(config_of())
+    plan = make_plan(config_of(*given))
     first = values_of(plan)["better_layouts"][0]
     settings = [f"{name}={value}" for name, value in first["settings"].items()]
-    other = make_plan(config_of(*settings))
+    other = make_plan(config_of(*given, *settings))
     assert other.fits and other.own
     assert other.own.times.total_s == first["step_s"]
     assert other.own.memory.total == first["memory"]

@@ -44,7 +44,7 @@ def test_all_found_are_possible_and_fit_in_order(preset: str) -> None:
     for choice in found:
         policy = choice.job.policy
         assert not list(model_problems(policy, job.shape, 64))
-        assert training_memory(choice.job).short == 0
+        assert training_memory(choice.job).total <= 0.97 * 80e9
         assert policy.tokens_per_microbatch >= 8192 and 8 % policy.tensor_parallel == 0
         assert policy.sequence_parallel == (policy.tensor_parallel > 1)
     seconds = [choice.times.total_s for choice in found]
@@ -65,7 +65,7 @@ def test_recomputation_only_where_it_does_not_fit_otherwise() -> None:
     for choice in best_layouts(job_of("qwen2.5-32b-32gpus")):
         if choice.job.policy.recompute == "full":
             least = choice.job.with_policy(recompute="none", tokens_per_microbatch=8192)
-            assert training_memory(least).short
+            assert training_memory(least).total > 0.97 * training_memory(least).limit
 
 
 def test_long_contexts_may_be_split() -> None:
