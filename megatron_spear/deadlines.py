@@ -9,15 +9,39 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Protocol
 
 HANG_EXIT_CODE = 70
 """Exit status of a process that a watchdog ended."""
 
 _GRACE_S = 5.0
+_LAST_WORDS_S = 45.0
+"""Longest that an expired watchdog may take to say who is behind."""
+_LOOK_S = 1.0
 _AT_ONCE_S = 10.0
 _ERROR_FD = 2
+
+
+class Others(Protocol):
+    """What a watchdog asks about the other ranks of a run; ``heartbeats.heart.Heart`` is one."""
+
+    def deadline(self, own: float) -> float:
+        """Until when, in ``time.monotonic``, this process may wait; ``own`` by its own beats."""
+        ...
+
+    def expired(self) -> str:
+        """Told that the watchdog has expired; gives why."""
+        ...
+
+    def standing(self) -> str:
+        """What this process does."""
+        ...
+
+    def last_words(self) -> Sequence[str]:
+        """Lines that say which ranks are behind; takes a while, but not for ever."""
+        ...
 
 
 class Watchdog:
@@ -26,6 +50,8 @@ class Watchdog:
     On expiry it writes who was waited for and the stacks of all threads to stderr and exits with
     ``HANG_EXIT_CODE``, without cleaning up: a hung process cannot. ``beat`` starts the time anew.
     Should a C call hold the interpreter, faulthandler's own thread ends the process 5 s later.
+    ``others`` know more than the process itself: whether the ranks it waits for move, and which of
+    them does not.
 
     Example::
 
@@ -35,12 +61,21 @@ class Watchdog:
                 dog.beat("micro-batch of the next rank")
     """
 
-    def __init__(self, limit_s: float, name: str, *, end: Callable[[int], None] = os._exit) -> None:
+    def __init__(
+        self,
+        limit_s: float,
+        name: str,
+        *,
+        end: Callable[[int], None] = os._exit,
+        others: Others | None = None,
+    ) -> None:
         assert limit_s > 0.0, "a deadline is positive"
         self._limit_s = limit_s
         self._waiting_for = name
-        self._end = end
-        self._deadline = 0.0
+        self._end, self._others = end, others
+        self._own_deadline = 0.0
+        self._last_words_until: float | None = None
+        self._expiring = threading.Lock()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -61,33 +96,51 @@ class Watchdog:
     @property
     def deadline(self) -> float:
         """``time.monotonic`` at which the wait is over."""
-        return self._deadline
+        if self._last_words_until is not None:
+            return self._last_words_until
+        if self._others is not None:
+            return self._others.deadline(self._own_deadline)
+        return self._own_deadline
 
     def beat(self, waiting_for: str | None = None) -> None:
         """Something moved: the limit counts from now, for what is waited for next."""
         if waiting_for is not None:
             self._waiting_for = waiting_for
-        self._deadline = time.monotonic() + self._limit_s
+        self._own_deadline = time.monotonic() + self._limit_s
 
     def _watch(self) -> None:
-        while not self._done.wait(min(self._left(), self._limit_s / 4)):
+        while not self._done.wait(min(self._left(), self._limit_s / 4, _LOOK_S)):
             if self._left() == 0.0:
-                self._expire()
+                self.expire()
                 return
             _backstop.arm()
 
     def _left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic())
+        return max(0.0, self.deadline - time.monotonic())
 
-    def _expire(self) -> None:
-        text = (
-            f"\nwatchdog: nothing moved for {self._limit_s:g} s; pid {os.getpid()} was "
-            f"waiting for: {self._waiting_for}\nwatchdog: stacks of all threads follow; "
-            f"exit status {HANG_EXIT_CODE}\n"
+    def expire(self) -> None:
+        """End the process now, and say why; a second caller waits for that."""
+        if not self._expiring.acquire(blocking=False):
+            time.sleep(_LAST_WORDS_S)
+        self._last_words_until = time.monotonic() + _LAST_WORDS_S
+        _backstop.arm()
+        why, doing = f"nothing moved for {self._limit_s:g} s", f"waiting for: {self._waiting_for}"
+        if self._others is not None:
+            why, doing = self._others.expired(), f"in: {self._others.standing()}"
+        _say(
+            f"\nwatchdog: {why}; pid {os.getpid()} was {doing}",
+            f"watchdog: stacks of all threads follow; exit status {HANG_EXIT_CODE}",
         )
-        os.write(_ERROR_FD, text.encode())
         faulthandler.dump_traceback(file=_ERROR_FD, all_threads=True)
+        if self._others is not None:
+            _say(*(f"watchdog: {line}" for line in self._others.last_words()))
         self._end(HANG_EXIT_CODE)
+
+
+def _say(*lines: str) -> None:
+    """Write past Python's own streams, whose locks may be held."""
+    for line in lines:
+        os.write(_ERROR_FD, f"{line}\n".encode())
 
 
 class _Backstop:

@@ -38,6 +38,11 @@ class HookError(SpearError, RuntimeError):
     """A hook that raised, or gave what its point does not take; ends the run."""
 
 
+class PeerLost(SpearError, RuntimeError):
+    """Another trainer rank is gone, so this one cannot go on; says which and what is known of
+    it."""
+
+
 class StopRequested(SpearError):
     """A clean stop was asked for (Ctrl-C, SIGTERM, SIGUSR1); the run can be resumed."""
 

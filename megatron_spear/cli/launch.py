@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from megatron_spear.cli import launch_local, launch_slurm
+from megatron_spear.cli import launch_local, launch_preflight, launch_slurm
 from megatron_spear.cli.settings import split_settings
 
 _WITH_SETTINGS = ("local", "slurm")
@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="WHERE")
     launch_local.add_commands(commands)
     launch_slurm.add_commands(commands)
+    launch_preflight.add_commands(commands)
     return parser
 
 

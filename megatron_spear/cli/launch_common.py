@@ -23,6 +23,8 @@ def launchable(
     from megatron_spear.errors import ConfigError
 
     config = load_config(config_file, settings)
+    if config_file is None and config.resume is None:
+        raise ConfigError("no YAML file, and no resume=DIR that would have one")
     problems = [
         *check_config(config, config.cluster.world_size),
         *(line for check in (role_problems, *checks) for line in check(config)),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_spear.cli.settings import split_settings
-from megatron_spear.errors import SpearError, StopRequested
+from megatron_spear.errors import PeerLost, SpearError, StopRequested
 
 if TYPE_CHECKING:
     from megatron_spear.cluster.attempt import Attempt
@@ -23,7 +23,6 @@ PEER_GONE_EXIT = 71
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 _COMMANDS = {
     "train": "run the whole job: model, warm start, SPEAR steps, evaluation, export",
@@ -34,6 +33,7 @@ _COMMANDS = {
 _WITH_PARSERS = {
     "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
     "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
+    "plan": "memory, step time and better layouts of a run, before it is started",
     "serve": "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract",
 }
 """Commands in modules of their own, which parse what comes after the name."""
@@ -123,6 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except StopRequested as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         status = STOPPED_EXIT
+    except PeerLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        status = PEER_GONE_EXIT
     except SpearError as error:
         print(f"error: {error}", file=sys.stderr)
         status = USAGE_EXIT
@@ -139,12 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         status = USAGE_EXIT
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _PEER_GONE):
-            raise
-        rank = os.environ.get("RANK", "0")
-        print(f"rank {rank} ends because another rank did; that one says why", file=sys.stderr)
-        status = PEER_GONE_EXIT
     sys.stdout.flush()
     _hear_no_more()
     sys.exit(status)

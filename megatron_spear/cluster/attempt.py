@@ -5,6 +5,8 @@
         registry/<role>_<i>.json     servers and workers that can be reached (registry.py)
         heartbeats/rank_<i>.json     what each trainer rank does, and since when
         pids/<node>/<role>_<i>.json  which processes were started, for the sweep of a later attempt
+        addresses/environment_<i>    what a worker tells its supervisor, which registers it
+        preflight/<node>.json        what a node was found to be before the run began on it
         secret                       the word between the controller and environment workers
         model.json                   the Hugging Face folder that engine servers start with
         done/trainer_<i>             one for each trainer node that has ended well
@@ -105,6 +107,10 @@ class Attempt:
     def pid_file(self, node: str, role: str, index: int) -> Path:
         """Where it is written which process has this role now."""
         return self.path / "pids" / node / f"{role}_{index}.json"
+
+    def address_file(self, index: int) -> Path:
+        """Where an environment worker writes its address, for its supervisor."""
+        return self.path / "addresses" / f"environment_{index}"
 
     def pid_files(self, node: str) -> list[Path]:
         """Those of a node."""

@@ -86,12 +86,13 @@ def network_environment(network: NetworkSection) -> dict[str, str]:
     return given | network.environment
 
 
-def environment_command(host: str, address_file: Path, secret_file: Path) -> Command:
-    """An environment worker, which writes its ``host:port`` into ``address_file`` once it
-    listens."""
+def environment_command(address: str, address_file: Path, secret_file: Path) -> Command:
+    """An environment worker to be reached at ``address``, which writes that with its port into
+    ``address_file`` once it listens."""
     return Command(
         line=(
-            *(sys.executable, "-m", "megatron_spear.rollout.env_server", "--host", host),
+            *(sys.executable, "-m", "megatron_spear.rollout.env_server"),
+            *("--host", listen_host(address), "--reached-at", address),
             *("--address-file", str(address_file), "--secret-file", str(secret_file)),
         )
     )

@@ -12,6 +12,7 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -156,5 +157,6 @@ async def _keep_once(kept: Kept, site: Site, launch: int) -> None:
     except (NotReady, OSError) as error:
         site.say_end(name, str(error), child)
     finally:
-        unregister(site.attempt.registry, kept.role, kept.index)
+        with suppress(OSError):
+            unregister(site.attempt.registry, kept.role, kept.index)
         await child.end(site.times.grace_s)

@@ -51,6 +51,12 @@ def registrations(folder: Path, role: str) -> list[Registration]:
     return sorted((r for r in found if r is not None and r.role == role), key=lambda r: r.index)
 
 
+def registration(folder: Path, role: str, index: int) -> Registration | None:
+    """That of one process; None while there is none, or none that can be read."""
+    found = _read(_file(folder, role, index))
+    return found if found is not None and (found.role, found.index) == (role, index) else None
+
+
 def _file(folder: Path, role: str, index: int) -> Path:
     return folder / f"{role}_{index}.json"
 

@@ -16,7 +16,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_spear.cluster.commands import network_environment
@@ -36,13 +36,13 @@ tell() { told=$1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null; }
 for name in USR1 TERM INT; do trap "tell $name" "$name"; done
 
 # The attempt. What is decided, is decided in Python: megatron_spear/cluster/restarts.py.
-attempt=$(@ONE_NODE@ launch begin "$RUN") || exit 1
+attempt=$(trap '' USR1 TERM INT; "${here[@]}" launch begin "$RUN") || exit 1
 echo "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $attempt on $SLURM_JOB_NODELIST"
 
 on_all_nodes() { # preflight or node, options of srun
     phase=$1
     shift
-    @SRUN@ "$@" @INSIDE@ launch "$phase" --attempt "$attempt" &
+    "${srun[@]}" --label "$@" "${spear[@]}" launch "$phase" --attempt "$attempt" &
     step=$!
     # A signal ends `wait` before the step has ended.
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done
@@ -55,17 +55,16 @@ if [ -z "$told" ] && [ "$status" -eq 0 ]; then
     on_all_nodes node --kill-on-bad-exit=1 --wait=0
 fi
 
-# On or not.
-trap '' USR1
-trap - TERM INT
-@ONE_NODE@ launch end --attempt "$attempt" --phase "$phase" --status "$status" --told "$told"
+# On or not. slurmctld sends SIGTERM to a job that it requeues, too.
+trap '' USR1 TERM INT
+"${here[@]}" launch end --attempt "$attempt" --phase "$phase" --status "$status" --told "$told"
 verdict=$?
 [ "$verdict" -eq @AGAIN@ ] || exit "$verdict"
+# Not if it is cancelled; nor if this node was lost to Slurm, which has begun the job elsewhere.
 case $(scontrol show job -o "$SLURM_JOB_ID") in
-*JobState=RUNNING*) ;;
+*" JobState=RUNNING "*" Restarts=${SLURM_RESTART_COUNT:-0} "*) ;;
 *) echo "job: Slurm is ending it, so it is not requeued from here"; exit 0 ;;
 esac
-trap '' TERM # slurmctld sends it to the script of a job that it requeues
 if ! scontrol requeue "$SLURM_JOB_ID"; then
     echo "job: it cannot be requeued; to go on: sbatch $(printf %q "$RUN/@SCRIPT@")" >&2
     exit 1
@@ -99,6 +98,10 @@ def excluded(cluster: ClusterSection, run: Path) -> str:
 def render(config: RunConfig, run: Path) -> str:
     """The script for ``sbatch``; ``run`` is the absolute run directory, which all nodes see."""
     cluster = config.cluster
+    container, spear = _runtime(cluster, run)
+    # A task starts processes for all cores of its node, so it is bound to none.
+    srun = ["srun", *container, "--ntasks-per-node=1", "--cpu-bind=none"]
+    here = '"${srun[@]}" --nodes=1 --ntasks=1 ' if container else ""
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {option}" for option in _header(config, run)),
@@ -106,15 +109,11 @@ def render(config: RunConfig, run: Path) -> str:
         "set -uo pipefail",
         f"RUN={shlex.quote(str(run))}",
         *(f"export {name}={value}" for name, value in _environment(config)),
+        f"srun=({shlex.join(srun)})",
+        f"spear=({shlex.join(spear)})",
+        f'here=({here}"${{spear[@]}}") # on one node',
     ]
-    container, inside = _runtime(cluster, run)
-    # A task starts processes for all cores of its node, so it is bound to none.
-    srun = ["srun", *container, "--ntasks-per-node=1", "--cpu-bind=none", "--label"]
-    one_node = ["srun", *container, "--nodes=1", "--ntasks=1"] if container else []
     parts = {
-        "@SRUN@": _shell(srun),
-        "@INSIDE@": _shell(inside),
-        "@ONE_NODE@": _shell([*one_node, *inside]),
         "@PREFLIGHT@": _preflight(cluster),
         "@AGAIN@": str(AGAIN_EXIT),
         "@SCRIPT@": SCRIPT_NAME,
@@ -198,7 +197,3 @@ def _runtime(cluster: ClusterSection, run: Path) -> tuple[list[str], list[str]]:
         return [], ["apptainer", "exec", *gpus, *binds, str(runtime.image), "megatron-spear"]
     python = runtime.path / "bin" / "python" if runtime.path else Path(sys.executable)
     return [], [str(python), "-m", "megatron_spear.cli.main"]
-
-
-def _shell(words: Sequence[str]) -> str:
-    return " ".join(shlex.quote(word) for word in words)

@@ -101,6 +101,8 @@ class Supervisor:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._stop.at_once:
+                await end_descendants(0.0)
             await asyncio.gather(*tasks, return_exceptions=True)
             await end_descendants(self._times.grace_s)
 
@@ -120,7 +122,7 @@ class Supervisor:
             )
             work.append(keep(engine, self._site))
         for index in roles.environments:
-            file = self._attempt.path / "addresses" / f"environment_{index}"
+            file = self._attempt.address_file(index)
             worker = EnvironmentProcess(
                 index,
                 self._starts.environment(index, file),
@@ -204,7 +206,7 @@ class Supervisor:
                 site.say_end("trainer", child.fate, child)
             return status if status >= 0 else 128 - status
         finally:
-            await child.end(0.0 if self._stop.at_once else self._times.grace_s)
+            await child.end(self._times.grace_s)
 
     def _pass_on(self, torchrun: Child, *, first: bool) -> None:
         """Ask each rank to save and stop, once more if it has been asked: a rank that was still
@@ -253,11 +255,10 @@ class Supervisor:
         ``run.hang_limit_s`` end the attempt.
         """
         limit_s = self._config.run.hang_limit_s
-        sign, since = 0.0, time.monotonic()
+        signs, since = _signs_of_life(self._attempt), time.monotonic()
         while (model := self._attempt.model()) is None:
-            newest = _newest(self._attempt)
-            if newest != sign:
-                sign, since = newest, time.monotonic()
+            if (now := _signs_of_life(self._attempt)) != signs:
+                signs, since = now, time.monotonic()
             if time.monotonic() - since > limit_s:
                 why = f"the trainers gave no model and no sign of life for {limit_s:g} s"
                 self._attempt.mark_failed("engine_node", self._node.index, why)
@@ -266,14 +267,14 @@ class Supervisor:
         return model
 
 
-def _newest(attempt: Attempt) -> float:
-    """When trainers last wrote a heartbeat or a line."""
-    files = [*attempt.heartbeats.glob("*"), *attempt.path.glob("log/*/trainer_*.log")]
-    times = [0.0]
-    for file in files:
+def _signs_of_life(attempt: Attempt) -> set[tuple[str, int, int]]:
+    """What changes when a trainer writes a heartbeat or a line, whichever way its clock jumps."""
+    found = set()
+    for file in [*attempt.heartbeats.glob("*"), *attempt.path.glob("log/*/trainer_*.log")]:
         with suppress(OSError):
-            times.append(file.stat().st_mtime)
-    return max(times)
+            stat = file.stat()
+            found.add((str(file), stat.st_mtime_ns, stat.st_size))
+    return found
 
 
 def _starts(config: RunConfig, attempt: Attempt, node: Node, roles: NodeRoles) -> Starts:
@@ -301,7 +302,7 @@ def _starts(config: RunConfig, attempt: Attempt, node: Node, roles: NodeRoles) -
         ),
         engine=engine,
         environment=lambda index, file: commands.environment_command(
-            host, file, attempt.secret_file
+            node.address, file, attempt.secret_file
         ),
     )
 

@@ -40,7 +40,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
             _length(config),
         ]
     if use == "train":
-        checks += [_games(config), _hooks(config)]
+        checks += [_games(config), _hooks(config), _deadlines(config)]
     return [line for check in checks for line in check]
 
 
@@ -163,12 +163,6 @@ def _servers(config: RunConfig) -> Iterator[str]:
             "machine: megatron-spear serve MODEL --port 30000, then "
             "rollout.servers=[http://127.0.0.1:30000]"
         )
-    if (servers or started) and config.weight_sync.deadline_s >= config.run.hang_limit_s:
-        yield (
-            f"weight_sync.deadline_s={config.weight_sync.deadline_s:g} is not below "
-            f"run.hang_limit_s={config.run.hang_limit_s:g}, for which other ranks wait meanwhile; "
-            "lower the first or raise the second"
-        )
     if config.rollout.colocated and (embedded or config.rollout.max_lag):
         yield (
             "rollout.colocated=true is for servers that generate while nothing trains; use "
@@ -194,6 +188,23 @@ def _servers(config: RunConfig) -> Iterator[str]:
             f"weight_sync.precision={config.weight_sync.precision} is for servers that hold FP8 "
             "weights; the embedded engine computes in the model's own (weight_sync.precision=model)"
         )
+
+
+def _deadlines(config: RunConfig) -> Iterator[str]:
+    """The deadline of a single wait has to come before the watchdog, which ends the whole run."""
+    rollout, limit_s = config.rollout, config.run.hang_limit_s
+    deadlines = {
+        "rollout.engine_deadline_s": rollout.engine_deadline_s,
+        "rollout.env_deadline_s": rollout.env_deadline_s,
+    }
+    if rollout.engine != "embedded":
+        deadlines["weight_sync.deadline_s"] = config.weight_sync.deadline_s
+    for name, deadline_s in deadlines.items():
+        if deadline_s >= limit_s:
+            yield (
+                f"{name}={deadline_s:g} is not below run.hang_limit_s={limit_s:g}, after which a "
+                "wait ends the run; lower the first or raise the second"
+            )
 
 
 def _replay(config: RunConfig) -> Iterator[str]:

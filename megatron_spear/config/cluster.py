@@ -147,15 +147,18 @@ class PreflightSection(Section):
     enabled: bool = True
     """False = start at once."""
     deadline_s: PositiveFloat = 180.0
-    """Longest wait for all nodes' answers."""
+    """Longest wait for all nodes' answers, and once more for the all-reduce."""
     min_free_gpu_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
     """Least share of each GPU's memory that must be free."""
     min_shm_bytes: NonNegativeInt = 1 << 30
     """Least free bytes of /dev/shm."""
+    min_disk_bytes: NonNegativeInt = 1 << 30
+    """Least free bytes where the run directory is."""
     max_clock_skew_s: PositiveFloat = 10.0
-    """Largest difference between two nodes' clocks."""
+    """Largest difference of a node's clock from the middle one of all nodes'."""
     min_allreduce_bytes_per_s: NonNegativeInt = 0
-    """Least bandwidth of a short all-reduce over all trainer ranks; 0 = none is measured."""
+    """Least bandwidth of a short all-reduce over all trainer ranks, 2 (n - 1) / n x bytes / seconds
+    for n ranks; 0 = none is measured."""
 
 
 class EngineServersSection(Section):

@@ -43,9 +43,13 @@ class RunSection(Section):
     """Trainer steps in total; a resumed run continues up to the same number."""
     stop_after: PositiveInt | None = None
     """Stop cleanly after this many steps in total (a partial run, to be resumed); None = never."""
-    hang_limit_s: PositiveFloat = 3600.0
-    """Longest wait without progress; then the process prints who was waited for and all stacks, and
-    exits with status 70. Must be above the longest rollout stage, for which other ranks wait."""
+    hang_limit_s: PositiveFloat = 1800.0
+    """Longest that a rank may stand still, in seconds; then it prints which ranks are behind and
+    all stacks, and exits with status 70. A turn, a micro-batch, a tensor that is loaded or sent
+    and the end of each stage are movements; a rank that waits for others waits on while the
+    controller moves, so rollouts may take longer. Must be above the longest single piece: an
+    optimizer step's last part, the files of a checkpoint, and the deadlines of engines,
+    environments and weight updates."""
     threads: NonNegativeInt = 0
     """torch threads a process; 0 = the cores of the machine shared out among its ranks."""
 

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_spear.conversion.sizes import padded_vocab
+
 Shape = tuple[int, ...]
 Stage = Literal["first", "layer", "last"]
 Piece = tuple[Shape, Tensor]
@@ -219,8 +221,3 @@ def place_of(
         return (0, 0) if item.stage == "first" else (num_stages - 1, num_chunks - 1)
     chunk, stage = divmod(item.layer * num_stages * num_chunks // num_layers, num_stages)
     return stage, chunk
-
-
-def padded_vocab(vocab_size: int, tensor_parallel: int) -> int:
-    """The smallest multiple of ``tensor_parallel`` that holds the vocabulary."""
-    return -(-vocab_size // tensor_parallel) * tensor_parallel

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_spear.conversion.mapping import VocabMap, WeightMap, padded_vocab
+from megatron_spear.conversion.mapping import VocabMap, WeightMap
+from megatron_spear.conversion.sizes import padded_vocab
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

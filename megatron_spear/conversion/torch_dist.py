@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_spear.conversion.mapping import Shape, WeightMap, padded_vocab
+from megatron_spear.conversion.mapping import Shape, WeightMap
 from megatron_spear.conversion.saved_tensors import mapped, saved_tensor
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.sizes import padded_vocab
 from megatron_spear.errors import CheckpointError
 
 METADATA = ".metadata"

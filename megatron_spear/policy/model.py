@@ -25,8 +25,8 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_spear.config.schema import PolicySection
-from megatron_spear.conversion.mapping import padded_vocab
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.sizes import padded_vocab
 from megatron_spear.data.packing import TrainBatch
 from megatron_spear.policy import fp8
 from megatron_spear.policy.attention import (

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_spear.algorithms.logprobs import token_logprobs
 from megatron_spear.algorithms.policy_loss import TokenLoss
 from megatron_spear.data.packing import TrainBatch
+from megatron_spear.heartbeats.heart import beat
 from megatron_spear.policy.parallel import ParallelContext
 
 
@@ -105,6 +106,7 @@ def _run(
 ) -> list[Any]:
     def forward_step(data: Iterator[TrainBatch], module: Any) -> tuple[Tensor, Any]:
         batch = next(data)
+        beat()
         return module(batch), partial(on_logits, batch)
 
     split = model[0].module.config.context_parallel_size

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.hf_io import HfReader, check_complete
-from megatron_spear.conversion.mapping import WeightMap, place_of
+from megatron_spear.conversion.mapping import Shape, WeightMap, place_of
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.conversion.slices import TensorSlice, slices_of
 from megatron_spear.errors import CheckpointError
+from megatron_spear.heartbeats.heart import beat
 from megatron_spear.policy import fp8
 from megatron_spear.policy.parallel import ParallelContext, Place
 
@@ -87,6 +88,7 @@ def load_hf(chunks: Sequence[Any], path: Path, shape: ModelShape, ctx: ParallelC
                     f"expects {tuple(parameters[name].shape)}"
                 )
             parameters[name].copy_(part)
+            beat()
             fp8.keep_exact(parameters[name], part)
             unset.discard((number, name))
     if unset:
@@ -158,6 +160,26 @@ def is_here(item: WeightMap, stage: int, shape: ModelShape, ctx: ParallelContext
     if stage != ctx.pipeline_rank:
         return False
     return item.expert is None or _expert_rank_of(item, shape, ctx) == ctx.expert_rank
+
+
+def local_shapes(shape: ModelShape, place: Place) -> dict[str, Shape]:
+    """Shape of every Megatron parameter that a rank there holds, by its name there.
+
+    Example: ``output_layer.weight`` of 50,257 x 8 on the last stage, tensor parallel 2: (25129, 8).
+    """
+    first_layer = shape.num_layers // place.pipeline_size * place.pipeline_rank
+    first_expert = shape.num_experts // place.expert_size * place.expert_rank
+    found: dict[str, Shape] = {}
+    for item in weight_table(shape):
+        copied = item.tied and place.pipeline_size == 1  # one stage has the embedding itself
+        stage, _ = place_of(item, shape.num_layers, place.pipeline_size)
+        if copied or not is_here(item, stage, shape, place):
+            continue
+        sources = [torch.empty(size, device="meta") for size in item.shapes]
+        split = place.tensor_size if item.expert is None else 1  # experts are whole
+        part = item.part(sources, place.tensor_rank % split, split)
+        found[item.local_name(first_layer, first_expert)] = tuple(part.shape)
+    return found
 
 
 def _first_holder(item: WeightMap, stage: int, shape: ModelShape, ctx: ParallelContext) -> int:

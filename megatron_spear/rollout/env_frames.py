@@ -1,7 +1,8 @@
 """Frames on the socket between the pool and a worker: many calls travel in one write.
 
 A frame is a header (payload length and call id, little endian) and a pickled payload. Frames are
-only ever exchanged between a process and the workers it started itself.
+only ever exchanged between a process and the workers it started itself, or with a server after both
+have shown that they know the attempt's secret (``env_handshake``).
 """
 
 import pickle
@@ -10,6 +11,9 @@ from typing import Any
 
 _HEADER = struct.Struct("<IQ")
 READ_BYTES = 1 << 18
+ENDED = (1 << 64) - 1
+"""Call id of a server's last frame: ``(True, (how its worker ended, the call it was busy with))``.
+"""
 
 
 def pack(call_id: int, payload: Any) -> bytes:

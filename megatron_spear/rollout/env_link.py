@@ -1,36 +1,56 @@
-"""One worker process as the pool sees it: start, send, receive, deadline, kill, blame.
+"""One worker as the pool sees it: send, receive, deadline, kill, blame.
 
 Everything here is driven by the caller's event loop; nothing blocks on the socket. The loop
 watches the socket only while calls are pending, so the link may move to another loop between two
-rollouts. The worker notes which call it serves in a memory file that outlives it; so the call that
-killed it, or in which it hung, is known.
+rollouts. Where the worker is, is its far end's business: a process of our own (``env_local``) or
+one behind a server, on another machine (``env_remote``).
+
+The worker notes which call it serves in a memory file of its own machine that outlives it; so the
+call that killed it, or in which it hung, is known. Of a machine that does not answer any more it is
+not: then the call that has waited longest is blamed, since calls are served in order.
 """
 
 import asyncio
-import contextlib
-import os
 import pickle
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, Protocol
 
 from megatron_spear.errors import EnvironmentFault
-from megatron_spear.rollout.env_frames import READ_BYTES, FrameReader, pack
-from megatron_spear.rollout.env_worker import HELLO, read_note
+from megatron_spear.rollout.env_frames import ENDED, READ_BYTES, FrameReader, pack
+from megatron_spear.rollout.env_local import Ending
+from megatron_spear.rollout.env_worker import HELLO
 
 START_DEADLINE_S = 60.0
-_PROGRAM = "from megatron_spear.rollout.env_worker import main; main()"
-_THREAD_LIMITS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_LAST_WORD_S = 5.0
 
 
 class WorkerLost(Exception):
     """The worker ended in somebody else's call: this one is to be made again in a new worker."""
 
 
+class FarEnd(Protocol):
+    """The worker behind a link; ``channel`` is its socket, not blocking, once there is one."""
+
+    channel: "Future[socket.socket]"
+
+    def gone(self) -> bool:
+        """Whether it has ended, as far as can be told without a call."""
+        ...
+
+    def kill(self) -> Ending | None:
+        """End it at once. None: how it ended comes as a frame ``ENDED``, if at all."""
+        ...
+
+    def close(self, wait_s: float) -> None:
+        """Close the channel; a worker that is still there may close its environments for
+        ``wait_s``."""
+        ...
+
+
 class WorkerLink:
-    """A worker process, its socket and its pending calls.
+    """A worker, its socket and its pending calls.
 
     ``deadline_s`` bounds the time without any reply while calls are pending; calls of one worker
     run one after the other, so that is the deadline of the call it is busy with. A link that
@@ -39,27 +59,32 @@ class WorkerLink:
     """
 
     def __init__(
-        self, name: str, factory: str, options: Mapping[str, Any], deadline_s: float
+        self,
+        name: str,
+        worker: FarEnd,
+        factory: str,
+        options: Mapping[str, Any],
+        deadline_s: float,
     ) -> None:
         self.broken = ""
         self.unusable = False
         self._name = name
+        self._worker = worker
         self._deadline_s = deadline_s
-        self._ready = False
+        self._ready = self._over = False
         self._next_id = HELLO + 1
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._reader = FrameReader()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._progress_at = 0.0
-        self._outgoing = bytearray()
+        self._socket = worker.channel.result() if worker.channel.done() else None
+        self._outgoing = bytearray(pack(HELLO, (factory, dict(options))))
         self._flush_due = self._writing = False
-        self._note = os.memfd_create("environment-worker-note")
-        self._start(pack(HELLO, (factory, dict(options))))
 
     def alive(self) -> bool:
-        """False once the process is gone, whether noticed by a call or not."""
-        if not self.broken and self._process.poll() is not None:
+        """False once the worker is gone, whether noticed by a call or not."""
+        if not self.broken and self._worker.gone():
             self._break(f"{self._name} died")
         return not self.broken
 
@@ -83,32 +108,13 @@ class WorkerLink:
             self._watch(loop)
         self._pending[self._next_id] = future
         self._next_id += 1
-        self._send(frame)
+        self._send(loop, frame)
         return future
 
     def close(self, wait_s: float = 1.0) -> None:
-        """End the process: it may close its environments for ``wait_s``, then it is killed."""
-        self._fail("the environment pool was closed", blamed=None)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=wait_s)
-        self._kill()
-
-    def _start(self, hello: bytes) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            paths = [os.path.abspath(p) for p in sys.path if p]
-            files = [theirs.fileno(), self._note]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, *map(str, [*files, os.getpid()])],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                pass_fds=files,
-                env={**os.environ, **_THREAD_LIMITS, "PYTHONPATH": os.pathsep.join(paths)},
-                start_new_session=True,
-            )
-        ours.setblocking(False)
-        self._socket = ours
-        self._outgoing += hello
+        """End the worker: it may close its environments for ``wait_s``, then it is killed."""
+        self._end("the environment pool was closed", blamed=None)
+        self._worker.close(wait_s)
 
     def _attach(self) -> asyncio.AbstractEventLoop:
         loop = asyncio.get_running_loop()
@@ -126,17 +132,33 @@ class WorkerLink:
         return loop
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.add_reader(self._socket.fileno(), self._receive)
         self._timer = loop.call_later(self._limit_s, self._check_deadline)
+        if self._socket is not None:
+            loop.add_reader(self._socket.fileno(), self._receive)
+        else:
+            opening = asyncio.wrap_future(self._worker.channel, loop=loop)
+            opening.add_done_callback(self._connected)
 
     def _unwatch(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not loop.is_closed():
+        if self._socket is not None and not loop.is_closed():
             loop.remove_reader(self._socket.fileno())
             loop.remove_writer(self._socket.fileno())
         self._writing = False
+
+    def _connected(self, opening: "asyncio.Future[socket.socket]") -> None:
+        loop, problem = opening.get_loop(), opening.exception()
+        if self.broken or loop is not self._loop:
+            return
+        if problem is not None:
+            self._break(f"{self._name} was {problem}")
+            return
+        self._socket = opening.result()
+        self._progress_at = loop.time()
+        loop.add_reader(self._socket.fileno(), self._receive)
+        self._flush()
 
     @property
     def _limit_s(self) -> float:
@@ -151,16 +173,15 @@ class WorkerLink:
         doing = "answer a call" if self._ready else "start"
         self._break(f"{self._name} did not {doing} within {self._limit_s:g} s and was killed")
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, loop: asyncio.AbstractEventLoop, frame: bytes) -> None:
         self._outgoing += frame
-        if not (self._flush_due or self._writing):
-            assert self._loop is not None
+        if self._socket is not None and not (self._flush_due or self._writing):
             self._flush_due = True
-            self._loop.call_soon(self._flush)
+            loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self.broken or self._loop is None:
+        if self.broken or self._loop is None or self._socket is None:
             return
         try:
             sent = self._socket.send(self._outgoing)
@@ -177,7 +198,7 @@ class WorkerLink:
         self._writing = bool(self._outgoing)
 
     def _receive(self) -> None:
-        assert self._loop is not None
+        assert self._loop is not None and self._socket is not None
         try:
             data = self._socket.recv(READ_BYTES)
         except BlockingIOError:
@@ -185,7 +206,7 @@ class WorkerLink:
         except OSError:
             data = b""
         if not data:
-            self._break(f"{self._name} died")
+            self._break(f"{self._name} died", last_word=False)
             return
         self._progress_at = self._loop.time()
         for call_id, payload in self._reader.feed(data):
@@ -194,12 +215,17 @@ class WorkerLink:
             self._unwatch(self._loop)
 
     def _settle(self, call_id: int, payload: bytes) -> None:
+        if self.broken and call_id != ENDED:
+            return  # an answer that comes too late
         try:
             good, value = pickle.loads(payload)
         except Exception as error:  # noqa: BLE001 - a reply that cannot be read costs its own call
             good, value = False, f"its reply cannot be unpickled: {error}"
         future = self._pending.pop(call_id, None)
-        if call_id == HELLO:
+        if call_id == ENDED:
+            self.broken = self.broken or f"{self._name} died"
+            self._lost(Ending(*value) if good else None)
+        elif call_id == HELLO:
             self._ready = good
             if not good:
                 self.unusable = True
@@ -210,28 +236,37 @@ class WorkerLink:
             else:
                 future.set_exception(EnvironmentFault(f"in {self._name}: {value}"))
 
-    def _break(self, reason: str) -> None:
-        if self.broken:
-            return
-        self._kill()
-        blamed = read_note(self._note)
-        self._fail(f"{reason} (exit status {self._process.returncode})", blamed=blamed)
+    def _break(self, reason: str, *, last_word: bool = True) -> None:
+        """The worker is of no use any more: end it, and blame the call it was busy with.
 
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1.0)
+        ``last_word`` False: nothing more comes on the socket that could say which that was.
+        """
+        ending = None
+        if not self.broken:
+            self.broken = reason
+            ending = self._worker.kill()
+            if ending is None and last_word and self._pending and self._loop is not None:
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = self._loop.call_later(_LAST_WORD_S, self._lost)
+                return
+        self._lost(ending)
 
-    def _fail(self, reason: str, *, blamed: int | None) -> None:
+    def _lost(self, ending: Ending | None = None) -> None:
+        """The worker has ended, or nothing more is heard of it (None)."""
+        if ending is None:
+            oldest = min(self._pending, default=HELLO) if self._ready else HELLO
+            ending = Ending("nothing more is known", oldest)
+        self._end(f"{self.broken} ({ending.fate})", blamed=ending.blamed)
+        self._worker.close(0.0)
+
+    def _end(self, reason: str, *, blamed: int | None) -> None:
         """End all pending calls: the ``blamed`` one (None: all) with a fault, others as lost."""
-        if self.broken:
+        if self._over:
             return
-        self.broken = reason
+        self._over, self.broken = True, reason
         if self._loop is not None:
             self._unwatch(self._loop)
-        self._socket.close()
-        os.close(self._note)
         pending, self._pending = self._pending, {}
         for call_id, future in pending.items():
             error = EnvironmentFault if blamed in (None, call_id) else WorkerLost

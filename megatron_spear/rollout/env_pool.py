@@ -1,4 +1,4 @@
-"""A pool of environment worker processes behind an asyncio interface.
+"""A pool of environment worker processes behind an asyncio interface, here or on other machines.
 
 One process holds many environments (slots) and serves them one after the other; calls made in the
 same turn of the event loop share one write. What can go wrong, and what it costs:
@@ -7,8 +7,10 @@ same turn of the event loop share one write. What can go wrong, and what it cost
 - a worker dies, or hangs past the deadline and is killed: EnvironmentFault for the call it was busy
   with. A new worker is started, and every other slot is brought to where it was when it is next
   used: same reset, same actions, and the answers must be the same again.
-- a worker dies time and again before it has answered anything, or cannot load the environment:
-  EnvironmentsLost for every call from then on.
+- a connection to a worker on another machine is lost: EnvironmentFault for the call that has waited
+  longest; the others go on in another worker, as above.
+- a worker dies time and again before it has answered anything, cannot be reached, or cannot load
+  the environment: EnvironmentsLost for every call from then on.
 """
 
 import contextlib
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 from megatron_spear.envs.protocol import StepResult
 from megatron_spear.errors import EnvironmentFault, EnvironmentsLost
 from megatron_spear.rollout.env_link import WorkerLink, WorkerLost
+from megatron_spear.rollout.env_local import LocalWorker
+from megatron_spear.rollout.env_remote import RemoteWorker, RemoteWorkers
 
 _LOG = logging.getLogger(__name__)
 _ANSWERS = {"reset": ("observation", "info"), "step": StepResult._fields}
@@ -54,6 +58,7 @@ class EnvironmentPool:
     Args:
         factory: ``package.module:callable`` giving a TextEnvironment; imported in the workers only.
         workers: number of processes; they start with their first slot.
+        remote: how to reach workers on other machines; None = processes of our own.
         deadline_s: longest time one reset or step may take before its worker is killed.
         options: keyword arguments of the factory (picklable).
         max_restarts: restarts of one worker in a row, without an answer in between, before the
@@ -77,11 +82,13 @@ class EnvironmentPool:
         deadline_s: float,
         options: Mapping[str, Any] | None = None,
         max_restarts: int = 20,
+        remote: RemoteWorkers | None = None,
     ) -> None:
         self._factory = factory
         self._options = dict(options or {})
         self._deadline_s = deadline_s
         self._max_restarts = max_restarts
+        self._remote = remote
         self._links: list[WorkerLink | None] = [None] * workers
         self._deaths = [0] * workers
         self._free: list[list[Slot]] = [[] for _ in range(workers)]
@@ -198,6 +205,7 @@ class EnvironmentPool:
                     "machine's memory; a run that has a checkpoint can then be resumed"
                 )
             _LOG.warning("%s is restarted (%d in a row): %s", name, deaths, link.broken)
-        link = WorkerLink(name, self._factory, self._options, self._deadline_s)
+        far_end = LocalWorker() if self._remote is None else RemoteWorker(self._remote, worker)
+        link = WorkerLink(name, far_end, self._factory, self._options, self._deadline_s)
         self._links[worker] = link
         return link

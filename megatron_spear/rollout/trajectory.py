@@ -11,6 +11,7 @@ from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.config.schema import WindowHistory
 from megatron_spear.envs.views import AgentView, HistoryStep
 from megatron_spear.errors import EngineError, EnvironmentFault
+from megatron_spear.heartbeats.heart import beat
 from megatron_spear.rollout.chat import ChatRenderer, next_tokens
 from megatron_spear.rollout.engine import (
     Generation,
@@ -131,6 +132,7 @@ class _Player:
         else:
             status = await self._step(action, turn)
             valid = valid and bool(self._info.get("valid", True))
+        beat()
         self._turns.append(
             Turn(
                 observation_tokens=new_tokens,

@@ -93,7 +93,7 @@ class Killed:
         own = (f"model.cache_dir={cache}", f"run.seed={seed}")
         self.arguments = [*_JOB, *own, *settings]
         self._folder = folder
-        self._random = random.Random(f"kills/{seed}")
+        self._random = random.Random(f"kills of seed {seed}")
         self._start_s = self._step_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
 

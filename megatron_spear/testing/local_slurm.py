@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_spear.cluster.processes import end_with_parent
+
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinfo")
 _START_S, _STOP_S, _CALL_S = 30.0, 10.0, 30.0
 
@@ -145,24 +147,23 @@ class LocalSlurm:
             time.sleep(0.1)
         raise TimeoutError(f"{what}: not within {within_s:g} s; jobs: {self.call('squeue', '-a')}")
 
-    def start_again(self, number: int, *, restart: int = 1, within_s: float = 40.0) -> None:
-        """Let a job that is or will be requeued for the ``restart``-th time begin; Slurm would
-        hold it back for two minutes. Raises TimeoutError."""
-        self.wait_until(
-            lambda: self._restarts(number) >= restart and self.job(number)["JobState"] == "PENDING",
-            within_s,
-            f"job {number} is requeued",
-        )
-        # Nodes refuse a job in the second in which they ended it.
+    def start_again(self, number: int, *, restart: int = 1, within_s: float = 60.0) -> None:
+        """Let a job that is or will be requeued for the ``restart``-th time begin; Slurm would hold
+        it back for two minutes. Raises TimeoutError."""
+
+        def is_requeued() -> bool:
+            job = self.job(number)
+            waits = job["JobState"] == "PENDING" and int(job["Restarts"]) >= restart
+            return waits and not list(self.home.glob(f"spool.*/n[0-9]*_{number}.*"))  # no step
+
+        self.wait_until(is_requeued, within_s, f"job {number} is requeued")
+        # A node refuses a job in the second in which it ended it.
         self.call("scontrol", "update", f"jobid={number}", "StartTime=now+2")
         self.wait_until(
             lambda: self.job(number)["JobState"] != "PENDING",
             within_s,
             f"job {number} begins again",
         )
-
-    def _restarts(self, number: int) -> int:
-        return int(self.job(number)["Restarts"])
 
     def clear(self) -> None:
         """End all jobs and wait until the nodes are idle."""
@@ -252,6 +253,7 @@ class LocalSlurm:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
+                    preexec_fn=lambda: end_with_parent(signal.SIGTERM),
                 )
             )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_spear.algorithms.policy_loss import PolicyLoss
+from megatron_spear.cluster.attempt import Attempt
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.curriculum.task_sampling import TaskSampler
 from megatron_spear.data.buckets import BucketCursor
@@ -37,6 +38,7 @@ from megatron_spear.trainer.hooks.curriculum import CurriculumHook
 from megatron_spear.trainer.hooks.official_replay import OfficialReplayHook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.trainer.loop import SpearStep
+from megatron_spear.trainer.registered import environment_workers
 from megatron_spear.trainer.transports import make_transport
 from megatron_spear.types import TaskType
 
@@ -86,17 +88,25 @@ def make_renderer(model: Path) -> ChatRenderer:
 
 
 def make_rollout(
-    config: RunConfig, model: Path, list_urls: Callable[[], Sequence[str]] | None = None
+    config: RunConfig,
+    model: Path,
+    list_urls: Callable[[], Sequence[str]] | None = None,
+    attempt: Attempt | None = None,
 ) -> RolloutStack:
     """Engine, pool and rollouter over the weights of a Hugging Face folder.
 
-    ``list_urls`` names the engine servers that there are when it is called.
+    ``list_urls`` names the engine servers that there are when it is called. In an attempt of
+    ``launch`` the environment workers are those of ``cluster.env_workers``, if there are any.
     """
     rollout, env = config.rollout, config.env
     loop = EventLoop("rollout", lambda: use_threads(config.run.threads))
     made = make_engine(rollout, config.weight_sync, model, loop, list_urls)
+    num_remote = config.cluster.env_workers if attempt is not None else 0
     pool = EnvironmentPool(
-        ENVIRONMENT, workers=rollout.env_workers, deadline_s=rollout.env_deadline_s
+        ENVIRONMENT,
+        workers=num_remote or rollout.env_workers,
+        deadline_s=rollout.env_deadline_s,
+        remote=environment_workers(attempt) if attempt is not None and num_remote else None,
     )
     rollouter = Rollouter(
         made.engine,

@@ -20,6 +20,7 @@ from megatron_spear.trainer.consumption import ConsumptionLog
 from megatron_spear.trainer.hooks.user import user_hooks
 from megatron_spear.trainer.registered import find_servers
 from megatron_spear.trainer.run_directory import RunDirectory
+from megatron_spear.trainer.watch import COLLECTIVE_LIMIT_S, watched
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
     with (
         console,
         _run_directory(config, controller) as directory,
-        _ranks(config, console) as context,
+        _ranks(config, console, _heartbeats(directory, attempt)) as context,
     ):
         from megatron_spear.trainer import build
         from megatron_spear.trainer.run import SpearRun
@@ -62,7 +63,7 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
             attempt.tell_model(model)
         config, list_urls = find_servers(config, attempt, controller, stop, console)
         console.phase("Policy and engine")
-        rollout = build.make_rollout(config, model, list_urls) if controller else None
+        rollout = build.make_rollout(config, model, list_urls, attempt) if controller else None
         tracker = consumption = step = None
         try:
             policy = build.make_policy(config, model, context)
@@ -134,7 +135,7 @@ def _loss_text(section: LossSection) -> str:
 def warm_start(config: RunConfig, stop: Any) -> Path:
     """Make the warm start, or find it in the cache; returns its Hugging Face folder."""
     console, _ = _start(config, "sft")
-    with console, _ranks(config, console) as context:
+    with console, _ranks(config, console, None) as context:
         folder = _warm_model(config, context, console, stop)
         console.line(f"warm start: {folder}")
         return folder
@@ -228,8 +229,24 @@ def _run_directory(config: RunConfig, controller: bool) -> Iterator[RunDirectory
 
 
 @contextlib.contextmanager
-def _ranks(config: RunConfig, console: Console) -> Iterator[Any]:
-    """torch, Megatron and the process groups, for the length of the block."""
+def _ranks(config: RunConfig, console: Console, heartbeats: Path | None) -> Iterator[Any]:
+    """torch, Megatron and the process groups, for the length of the block, under a watchdog.
+
+    ``heartbeats`` is the folder in which ranks say what they do.
+    """
+    with watched(config.run.hang_limit_s, heartbeats), _process_groups(config, console) as context:
+        yield context
+
+
+def _heartbeats(directory: RunDirectory, attempt: Attempt | None) -> Path | None:
+    """The attempt's folder; without one, a folder of the run if there are several ranks."""
+    if attempt is not None:
+        return attempt.heartbeats
+    return directory.heartbeats if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+@contextlib.contextmanager
+def _process_groups(config: RunConfig, console: Console) -> Iterator[Any]:
     console.phase("Starting torch and Megatron-Core")
     from megatron_spear.policy import cpu
 
@@ -238,9 +255,7 @@ def _ranks(config: RunConfig, console: Console) -> Iterator[Any]:
     from megatron_spear.trainer.build import use_threads
 
     threads = use_threads(config.run.threads)
-    context = parallel.initialize(
-        config.policy, seed=config.run.seed, timeout_s=config.run.hang_limit_s
-    )
+    context = parallel.initialize(config.policy, seed=config.run.seed, timeout_s=COLLECTIVE_LIMIT_S)
     console.line(
         f"{context.world_size} rank(s): tensor {context.tensor_size} x context "
         f"{context.context_size} x pipeline {context.pipeline_size} x data {context.data_size}, "

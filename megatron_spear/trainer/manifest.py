@@ -2,15 +2,23 @@
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_spear.errors import CheckpointError
 from megatron_spear.files import sync_file, sync_folder, write_whole
 
+log = logging.getLogger(__name__)
+
+S = TypeVar("S")
+T = TypeVar("T")
+
 MANIFEST = "manifest.json"
+_MAX_THREADS = 16
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -19,13 +27,10 @@ def write_manifest(folder: Path, step: int) -> None:
     It is ``{"step", "files": {name: {"bytes", "sha256"}}, "sha256"}``; the last is the hash of the
     rest, so that a flipped bit in the manifest shows too. Raises OSError (a full disk).
     """
-    files = {}
-    for path in _files(folder):
-        sync_file(path)
-        files[path.relative_to(folder).as_posix()] = {
-            "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-        }
+    paths = _files(folder)
+    entries = _side_by_side(_synced_entry, paths)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    files = dict(zip(names, entries, strict=True))
     record: dict[str, Any] = {"step": step, "files": files}
     record["sha256"] = _own_hash(record)
     write_whole(folder / MANIFEST, json.dumps(record, indent=1))
@@ -34,7 +39,10 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def check_manifest(folder: Path, step: int) -> None:
-    """Return if the folder is whole; else raise CheckpointError naming the first thing wrong."""
+    """Return if the folder is whole; else raise CheckpointError naming the first thing wrong.
+
+    A file that the manifest does not name is no damage: it is told, and nobody reads it.
+    """
     path = folder / MANIFEST
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -47,21 +55,47 @@ def check_manifest(folder: Path, step: int) -> None:
     if record["step"] != step:
         raise CheckpointError(f"{MANIFEST} speaks of step {record['step']}, expected {step}")
     for name, expected in files.items():
-        _check_file(folder / name, name, expected)
+        _check_size(folder / name, name, expected["bytes"])
+    _side_by_side(lambda name: _check_hash(folder / name, name, files[name]["sha256"]), files)
+    for path in _files(folder):
+        if (name := path.relative_to(folder).as_posix()) not in files:
+            log.warning("%s: %s is not in its manifest, so it is not read", folder, name)
 
 
-def _check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+def _check_size(path: Path, name: str, expected: int) -> None:
+    """All sizes before the first hash: what is missing or cut off is found at once."""
     try:
         size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{name} has {size} bytes, expected {expected['bytes']}")
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read ({error.strerror})") from error
+    if size != expected:
+        raise CheckpointError(f"{name} has {size} bytes, expected {expected}")
+
+
+def _check_hash(path: Path, name: str, expected: str) -> None:
+    try:
         found = _sha256(path)
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read ({error.strerror})") from error
-    if found != expected["sha256"]:
-        raise CheckpointError(
-            f"{name} has sha256 {found[:12]}..., expected {expected['sha256'][:12]}..."
-        )
+    if found != expected:
+        raise CheckpointError(f"{name} has sha256 {found[:12]}..., expected {expected[:12]}...")
+
+
+def _synced_entry(path: Path) -> dict[str, Any]:
+    sync_file(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _side_by_side(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """The results in order, or the error of the first in order that fails; each rank has files of
+    its own, and hashing one file after the other would take minutes for a large model."""
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "manifest") as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_spear.heartbeats.heart import waiting_for
+
 T = TypeVar("T")
 
 
@@ -13,7 +15,8 @@ def broadcast(value: T) -> T:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=_device())
+    with waiting_for("the controller's word"):
+        dist.broadcast_object_list(box, src=0, device=_device())
     return box[0]
 
 
@@ -22,8 +25,9 @@ def all_true(value: bool) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     flag = torch.tensor([int(value)], device=_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
+    with waiting_for("the agreement of all ranks"):
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
 
 
 def _device() -> torch.device:

@@ -1,4 +1,4 @@
-"""The engine servers of a launch, as the trainer finds them."""
+"""The engine servers and environment workers of a launch, as the trainer finds them."""
 
 import logging
 import time
@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_spear.cluster.attempt import Attempt
-from megatron_spear.cluster.registry import registrations
+from megatron_spear.cluster.registry import registration, registrations
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.deadlines import StopFlag
 from megatron_spear.errors import EngineError, SpearError, StopRequested
+from megatron_spear.rollout.env_handshake import read_secret
+from megatron_spear.rollout.env_remote import RemoteWorkers
 from megatron_spear.tracking.progress import Console
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,16 @@ def find_servers(
     if isinstance(found, SpearError):
         raise found
     return _with_servers(config, *found), engines.urls
+
+
+def environment_workers(attempt: Attempt) -> RemoteWorkers:
+    """How to reach the environment workers of an attempt, wherever they are at the time."""
+
+    def address(index: int) -> str | None:
+        found = registration(attempt.registry, "environment", index)
+        return found.address if found is not None else None
+
+    return RemoteWorkers(address=address, secret=read_secret(attempt.secret_file))
 
 
 def _with_servers(config: RunConfig, urls: list[str], host: str | None) -> RunConfig:

@@ -9,9 +9,10 @@ from typing import Any
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.hf_io import write_hf_folder
 from megatron_spear.curriculum.coefficients import coefficients
-from megatron_spear.deadlines import StopFlag, Watchdog
+from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.alfworld.task import Panel
 from megatron_spear.errors import StopRequested
+from megatron_spear.heartbeats.heart import beat, begin
 from megatron_spear.tracking.progress import Bar, Console
 from megatron_spear.tracking.sinks import Tracker
 from megatron_spear.trainer.build import RolloutStack
@@ -55,7 +56,6 @@ class SpearRun:
         self._progress = Progress()
         self._saved = 0
         self._wall_s_before = 0.0
-        self._watchdog = Watchdog(config.run.hang_limit_s, "the start of the run")
         self._is_controller = rollout is not None
 
     def resume(self) -> Progress:
@@ -69,15 +69,11 @@ class SpearRun:
         return self._progress
 
     def run(self) -> dict[str, Any]:
-        """From where the run stands to its end; returns the summary (empty on other ranks).
-
-        A step or evaluation that stands still for ``run.hang_limit_s`` ends the process loudly.
-        """
-        with self._watchdog:
-            try:
-                return self._run()
-            finally:
-                self._checkpoints.abandon()
+        """From where the run stands to its end; returns the summary (empty on other ranks)."""
+        try:
+            return self._run()
+        finally:
+            self._checkpoints.abandon()
 
     def _run(self) -> dict[str, Any]:
         section = self._config.run
@@ -125,7 +121,7 @@ class SpearRun:
         with self._console.bar("step", last, done=self._progress.step) as bar:
             while self._progress.step < last:
                 self._evaluate_if_due()
-                self._watchdog.beat(f"step {self._progress.step + 1}")
+                begin(f"step {self._progress.step + 1}")
                 report = self._step.run(self._context(), self._check_stop)
                 self._progress.add(report)
                 self._track(report)
@@ -172,7 +168,7 @@ class SpearRun:
 
     def _check_stop(self, finished: int) -> None:
         """A clean stop waits for the end of the step; here only screen and watchdog hear of it."""
-        self._watchdog.beat(f"step {self._progress.step + 1}, {finished} trajectories are done")
+        beat()
         self._console.beat(f"rollout: {finished} trajectories")
 
     def _track(self, report: StepReport) -> None:
@@ -186,7 +182,7 @@ class SpearRun:
 
         A clean stop ends it, on every rank, with StopRequested.
         """
-        self._watchdog.beat(title)
+        begin(title)
         self._console.phase(title)
         result: PanelResult | None = None
         stopped = ""
@@ -207,7 +203,7 @@ class SpearRun:
             shown = advance(bar, self._stop)
 
             def progress(finished: int) -> None:
-                self._watchdog.beat(f"the evaluation, {finished} games are done")
+                beat()
                 shown(finished)
 
             result = evaluate(
@@ -230,12 +226,13 @@ class SpearRun:
         return result
 
     def _save(self) -> None:
+        begin(f"checkpoint of step {self._progress.step}")
         self._progress.wall_s = self._wall_s()
         self._checkpoints.save(self._progress)
         self._saved = self._progress.step
 
     def _finish_saving(self) -> None:
-        self._watchdog.beat(f"the files of the checkpoint of step {self._saved}")
+        begin(f"the files of the checkpoint of step {self._saved}")
         self._checkpoints.finish()
 
     def _wall_s(self) -> float:

@@ -84,6 +84,11 @@ class RunDirectory:
         """Folder of the run's checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def heartbeats(self) -> Path:
+        """Where the ranks of a run without ``launch`` say what they do; there for several ranks."""
+        return self.path / "heartbeats"
+
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunDirectory":
         """Start a new run in ``path``; writes ``config.yaml`` and ``versions.json``.
@@ -178,8 +183,9 @@ class RunDirectory:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""
         own = (self.config_file, self.versions_file, self.metrics_file, self.consumed_file)
         used = self.metrics_file.is_file() and self.metrics_file.stat().st_size
-        if used or set(self.path.iterdir()) - {*own, self.checkpoints}:
+        if used or set(self.path.iterdir()) - {*own, self.checkpoints, self.heartbeats}:
             return
+        shutil.rmtree(self.heartbeats, ignore_errors=True)
         with contextlib.suppress(OSError):  # a checkpoint inside keeps its folder
             self.checkpoints.rmdir()
             for file in own:

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megatron_spear.heartbeats import heart as heartbeats
+
 PRODUCTIVE = (
     "rollout",
     "rollouts_ahead",
@@ -29,7 +31,8 @@ class PhaseTimer:
         """Time the body under this name (phases may repeat, and must not nest)."""
         started = time.perf_counter()
         try:
-            yield
+            with heartbeats.phase(name):
+                yield
         finally:
             seconds = time.perf_counter() - started
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear.errors import EngineError, SpearError
+from megatron_spear.heartbeats.heart import beat
 from megatron_spear.weight_sync.transport import WeightSource
 
 Exported = tuple[str, torch.Tensor | None]
@@ -27,6 +28,7 @@ class Export:
         return self
 
     def __next__(self) -> Exported:
+        beat()
         try:
             return next(self._stream)
         except StopIteration:

@@ -13,10 +13,10 @@ from megatron_spear.conversion.mapping import (
     QkvMap,
     VocabMap,
     WeightMap,
-    padded_vocab,
     place_of,
 )
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.sizes import padded_vocab
 from megatron_spear.errors import ConfigError
 
 

@@ -1,5 +1,8 @@
-"""Every environment of the package keeps to the contract, and the contract finds what breaks it."""
+"""Every environment of the package keeps to the contract, also in a worker process, here or behind
+a server; and the contract finds what breaks it."""
 
+import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,8 @@ import pytest
 from megatron_spear.envs.alfworld.environment import AlfworldEnvironment
 from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.protocol import StepResult
+from megatron_spear.rollout.env_pool import EnvironmentPool
+from megatron_spear.testing.environment_servers import environment_server
 from megatron_spear.testing.environments import (
     ContractViolation,
     check_determinism,
@@ -22,7 +27,62 @@ def test_corridor_keeps_the_contract():
     check_environment(CorridorEnvironment, options={"length": 5}, actions=["left", "right"] * 4)
 
 
+CORRIDOR = "megatron_spear.testing.toy_environment:CorridorEnvironment"
+ALFWORLD = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
+
+
+class _InAWorker:
+    """A slot of a pool as an environment."""
+
+    def __init__(self, pool, runner):
+        self._pool, self._run = pool, runner.run
+        self._slot = self._run(pool.open())
+
+    def reset(self, *, seed, options):
+        return self._run(self._pool.reset(self._slot, seed=seed, options=options))
+
+    def step(self, action):
+        return self._run(self._pool.step(self._slot, action))
+
+    def close(self):
+        self._pool.close_slot(self._slot)
+
+
+@pytest.fixture(params=["own", "remote"])
+def workers_of(request, tmp_path):
+    """Makes environments of a factory in worker processes."""
+    with asyncio.Runner() as runner, contextlib.ExitStack() as servers:
+        remote = None
+        if request.param == "remote":
+            remote = servers.enter_context(environment_server(tmp_path))
+        pools = []
+
+        def make(factory):
+            pools.append(EnvironmentPool(factory, workers=1, deadline_s=20.0, remote=remote))
+            return lambda: _InAWorker(pools[-1], runner)
+
+        yield make
+        for pool in pools:
+            pool.close()
+
+
+def test_corridor_keeps_the_contract_in_a_worker(workers_of):
+    make = workers_of(CORRIDOR)
+    check_environment(make, options={"length": 5}, actions=["left", "right"] * 4)
+
+
+def test_alfworld_keeps_the_contract_in_a_worker(workers_of):
+    options, actions = _small_game()
+    check_environment(workers_of(ALFWORLD), options=options, actions=actions)
+
+
 def test_alfworld_keeps_the_contract():
+    options, actions = _small_game()
+    check_environment(AlfworldEnvironment, options=options, actions=actions)
+
+
+def _small_game():
+    """Options and actions of a game that is won."""
     problem = Path(__file__).parents[1] / "unit" / "envs" / "alfworld" / "small_game.pddl"
     walkthrough = [
         "go to countertop 1",
@@ -39,8 +99,7 @@ def test_alfworld_keeps_the_contract():
         solvable=True,
         problem=problem.read_text(encoding="utf-8"),
     )
-    options = {"game": game.to_fields(), "admissible": True}
-    check_environment(AlfworldEnvironment, options=options, actions=["look", *walkthrough])
+    return {"game": game.to_fields(), "admissible": True}, ["look", *walkthrough]
 
 
 class _Raises(CorridorEnvironment):

@@ -50,7 +50,9 @@ def _save_and_resume(path: Path, refused: tuple[int, ...]) -> tuple[list[str], i
     policy, hook = _Policy(), _Refusing(refused)
     cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
     hooks = HookCalls({"refusing": hook})
-    controller = SimpleNamespace(cursor=cursor, hooks=hooks) if dist.get_rank() == 0 else None
+    controller = (
+        SimpleNamespace(cursor=cursor, hooks=hooks, ahead=None) if dist.get_rank() == 0 else None
+    )
     step: Any = SimpleNamespace(policy=policy, controller=controller)
     run = RunCheckpoints(load_config(), step, RunDirectory(path), "ab" if controller else None)
     for number in (1, 2):
@@ -85,7 +87,9 @@ def _save_with_a_faulty_hook(path: Path, beside: bool = False) -> str:
     hook = _Refusing(())
     cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
     hooks = HookCalls({"faulty": hook})
-    controller = SimpleNamespace(cursor=cursor, hooks=hooks) if dist.get_rank() == 0 else None
+    controller = (
+        SimpleNamespace(cursor=cursor, hooks=hooks, ahead=None) if dist.get_rank() == 0 else None
+    )
     policy = _Beside() if beside else _Policy()
     step: Any = SimpleNamespace(policy=policy, controller=controller)
     config = load_config(None, [f"checkpoint.async_save={str(beside).lower()}"])
@@ -133,7 +137,7 @@ def _save_beside(path: Path) -> list[Any]:
     dist.init_process_group("gloo")
     policy, last = _Beside(), dist.get_rank() == 1
     cursor = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
-    controller = None if last else SimpleNamespace(cursor=cursor, hooks=HookCalls({}))
+    controller = None if last else SimpleNamespace(cursor=cursor, hooks=HookCalls({}), ahead=None)
     step: Any = SimpleNamespace(policy=policy, controller=controller)
     config = load_config(None, ["checkpoint.async_save=true"])
     run = RunCheckpoints(config, step, RunDirectory(path), None if last else "ab")

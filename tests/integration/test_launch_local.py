@@ -124,6 +124,34 @@ def test_a_rank_that_is_killed_costs_an_attempt_and_changes_no_number(
     same_run(whole, run_dir)
 
 
+def test_an_environment_worker_that_is_killed_comes_back(
+    launched: Callable[..., Any], tmp_path: Path, training_records: Records
+) -> None:
+    """Worker 0 is lost in the middle of the run: at most one trajectory failed by that, and none
+    where it was between two calls."""
+
+    def workers() -> dict[int, Registration]:
+        found = registrations(attempt_of(run_dir).registry, "environment")
+        return {registration.index: registration for registration in found}
+
+    run_dir = tmp_path / "run"
+    job = launched(f"run.dir={run_dir}", "cluster.env_workers=2", "run.steps=12")
+    until(lambda: num_steps(run_dir) >= 1, job)
+    before = workers()
+    assert sorted(before) == [0, 1]
+    alive = started_by(job.process.pid)
+    os.kill(before[0].pid, signal.SIGKILL)
+    until(lambda: 0 in workers() and workers()[0].launch == 1, job)
+    done = job.wait(150)
+    assert done.status == 0, done.out + done.err
+    records = training_records(run_dir)
+    assert sum(record["rollout/failed"] for record in records.values()) <= 1
+    assert sorted(records) == list(range(1, 13))
+    log = attempt_of(run_dir).log(before[0].node, "environment", 0).read_text()
+    assert log.count("worker ") >= 2, "a worker for the run, another after the restart"
+    assert_gone(alive)
+
+
 def test_a_stop_before_the_servers_are_there_is_a_stop_of_all_ranks(
     launched: Callable[..., Any], tmp_path: Path
 ) -> None:

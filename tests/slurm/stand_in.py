@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -61,22 +62,21 @@ def _preflight(attempt: Attempt, word: str, index: int, heard: list[str]) -> int
 
 
 def _node(attempt: Attempt, word: str, index: int, heard: list[str]) -> int:
-    """``wait``: until a signal comes, then save and stop; ``deaf``: whatever comes; ``crash``: the
-    second node dies; ``save, crash``: after a new checkpoint."""
-    if "save" in word and index == 0:
+    """``wait``: until a signal comes, then save and stop; ``lose``: the same without saving;
+    ``crash``: the second node dies; ``save, crash``: after a new checkpoint."""
+    if word == "save, crash" and index == 0:
         _save(attempt)
-    if "crash" in word:
-        if index == 1:
-            _wait(lambda: "save" not in word or newest_checkpoint(attempt.run) > 0)
-            os.kill(os.getpid(), signal.SIGKILL)
-        _wait(lambda: False)
-    if word == "deaf":
-        _wait(lambda: False)
-    if word == "wait":
+    if "crash" in word and index == 1:
+        _wait(lambda: word == "crash" or newest_checkpoint(attempt.run) > attempt.number)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word:
         _wait(lambda: bool(heard))
+    if word == "wait":
         if index == 0:
             attempt.mark_stopped(heard[0], _save(attempt))
         return 0
+    if word:
+        return 1
     attempt.mark_done(index)
     _wait(lambda: attempt.num_done() == int(os.environ["SLURM_NNODES"]))
     return 0
@@ -88,8 +88,7 @@ def _save(attempt: Attempt) -> int:
     return step
 
 
-def _wait(condition: object) -> None:
-    assert callable(condition)
+def _wait(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + TOO_LONG_S
     while not condition():
         if time.monotonic() > end:

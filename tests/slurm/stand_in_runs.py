@@ -52,14 +52,14 @@ class StandInRun:
         """The names of the two nodes, once both are in this phase of an attempt."""
         self.slurm.wait_until(
             lambda: len(self.seen(phase, attempt)) == 2,
-            30.0,
+            60.0,
             f"attempt {attempt}: {phase} on two nodes; {self.path}",
         )
         return [line["node"] for line in self.seen(phase, attempt)]
 
     def wait_for(self, state: str) -> dict[str, str]:
         """The job once it is in this state."""
-        job: dict[str, str] = self.slurm.wait_for(self.job, state, within_s=40.0)
+        job: dict[str, str] = self.slurm.wait_for(self.job, state, within_s=90.0)
         return job
 
 

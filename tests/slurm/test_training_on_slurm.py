@@ -26,7 +26,7 @@ from megatron_spear.testing.local_slurm import LocalSlurm, missing_programs
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
         bool(missing_programs()), reason=f"Slurm is not installed: {', '.join(missing_programs())}"
     ),
@@ -37,7 +37,6 @@ TWO_NODES = (
     "cluster.network.address=127.0.0.1",
     "cluster.network.interface=lo",
     "cluster.slurm.time_limit=10",
-    "cluster.preflight.enabled=false",
     "cluster.slurm.signal_before_s=60",
     "checkpoint.every=1",
     f"run.steps={STEPS}",
@@ -75,7 +74,7 @@ class _Job:
     def until_step(self, step: int) -> None:
         """Wait until the run has recorded this step."""
         with self._telling():
-            self.slurm.wait_until(lambda: newest_step(self.run) >= step, 60, f"step {step}")
+            self.slurm.wait_until(lambda: newest_step(self.run) >= step, 150, f"step {step}")
 
     def until_again(self, restarts: int) -> None:
         """Wait until it has been requeued for the given time, and let it begin."""
@@ -85,7 +84,7 @@ class _Job:
     def until_completed(self) -> None:
         """Wait for its end."""
         with self._telling():
-            self.slurm.wait_for(self.number, "COMPLETED", within_s=90)
+            self.slurm.wait_for(self.number, "COMPLETED", within_s=180)
 
     def pids(self, attempt: int, node: str) -> dict[str, int]:
         """Processes that a supervisor started, by role and number."""

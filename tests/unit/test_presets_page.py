@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from megatron_spear.cluster.planner.memory import fullest_rank
 from transformers import AutoConfig
 
 from megatron_spear.config.presets.layouts import MAX_RANK_BYTES, PRESETS, Preset
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.shape import model_shape
-from megatron_spear.policy.memory import fullest_rank
 
 PAGE = Path(__file__).parents[2] / "docs" / "presets.md"
 

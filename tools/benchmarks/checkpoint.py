@@ -3,12 +3,14 @@
 Rounds of training steps of one policy, in turn: without a save, with a checkpoint of
 ``checkpoint.async_save=false`` after the first step, and with one of ``true`` that is polled after
 each step as in a run. Told are the seconds until the step with the save goes on, and what the
-whole round took longer than one without a save (the writing takes cores from the training here).
+whole round took longer than one without a save (the writing takes cores from the training here);
+then how long a raw write of the same bytes into one file takes, flushed to disk.
 
     python tools/benchmarks/checkpoint.py --threads 1 --rounds 5
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -44,7 +46,7 @@ def make_policy(folder: Path, hidden: int, layers: int) -> MegatronPolicy:
 
 def make_checkpoints(folder: Path, policy: MegatronPolicy, how: str) -> RunCheckpoints:
     cursor = SimpleNamespace(state_dict=dict)
-    controller = SimpleNamespace(cursor=cursor, hooks=HookCalls({}))
+    controller = SimpleNamespace(cursor=cursor, hooks=HookCalls({}), ahead=None)
     step: Any = SimpleNamespace(policy=policy, controller=controller)
     config = load_config(None, [f"checkpoint.async_save={how}", "checkpoint.keep=1"])
     return RunCheckpoints(config, step, RunDirectory(folder / how), "")
@@ -75,7 +77,27 @@ def main() -> None:
                 held[kind].append(times[0])
                 whole[kind].append(times[1])
         size = sum(f.stat().st_size for f in (folder / "true").rglob("*") if f.is_file())
+        raw = [raw_write(folder / "raw", size) for _ in range(args.rounds)]
     report(held, whole, size, args.steps)
+    commit, written = statistics.median(held["false"][1:]), statistics.median(raw)
+    print(f"{'commit, s':32}{commit:12.3f}{size / commit / 2**20:9.0f} MiB/s")
+    print(f"{'raw write and fsync, s':32}{written:12.3f}{size / written / 2**20:9.0f} MiB/s")
+    print(f"{'commit / raw write':32}{commit / written:12.2f}")
+
+
+def raw_write(file: Path, size: int) -> float:
+    """Seconds to write this many bytes and flush them; the file goes again."""
+    block = os.urandom(1 << 20)
+    started = time.perf_counter()
+    with file.open("wb") as stream:
+        for _ in range(size // len(block)):
+            stream.write(block)
+        stream.write(block[: size % len(block)])
+        stream.flush()
+        os.fsync(stream.fileno())
+    took = time.perf_counter() - started
+    file.unlink()
+    return took
 
 
 def play_round(

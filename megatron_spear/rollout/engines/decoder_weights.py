@@ -11,8 +11,9 @@ from itertools import chain
 
 import torch
 
-from megatron_spear.conversion.mapping import ENGINE_VOCAB_MULTIPLE, padded_vocab
+from megatron_spear.conversion.mapping import ENGINE_VOCAB_MULTIPLE
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.sizes import padded_vocab
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engines.linear import Linear
 

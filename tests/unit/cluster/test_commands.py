@@ -180,10 +180,12 @@ def test_vllm():
     assert command.environment["VLLM_SERVER_DEV_MODE"] == "1"
 
 
-def test_an_environment_worker():
-    line = environment_command("0.0.0.0", Path("/a/address"), Path("/a/secret")).line
+@pytest.mark.parametrize(("address", "host"), [("node7", "0.0.0.0"), ("127.0.0.1", "127.0.0.1")])
+def test_an_environment_worker(address, host):
+    line = environment_command(address, Path("/a/address"), Path("/a/secret")).line
     assert line == (
-        *(sys.executable, "-m", "megatron_spear.rollout.env_server", "--host", "0.0.0.0"),
+        *(sys.executable, "-m", "megatron_spear.rollout.env_server"),
+        *("--host", host, "--reached-at", address),
         *("--address-file", "/a/address", "--secret-file", "/a/secret"),
     )
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -26,7 +28,9 @@ SERVERS = ("rollout.engine=sglang", "cluster.servers.count=1")
 class Scene:
     """A run with one supervisor a node, all in this process."""
 
-    def __init__(self, tmp_path: Path, *settings: str, deaf_s: float = 0.0) -> None:
+    def __init__(
+        self, tmp_path: Path, *settings: str, deaf_s: float = 0.0, grace_s: float = TIMES.grace_s
+    ) -> None:
         self.folder = tmp_path / "ranks"
         self.folder.mkdir()
         self.attempt = new_attempt(tmp_path)
@@ -34,6 +38,7 @@ class Scene:
         self.stop = StopSignals()
         self.said: list[str] = []
         self.deaf_s = deaf_s
+        self.times = dataclasses.replace(TIMES, grace_s=grace_s)
         self.meetings: list[tuple[str, int]] = []
 
     def supervisor(self, index: int = 0, attempt: Attempt | None = None) -> Supervisor:
@@ -43,10 +48,10 @@ class Scene:
             Node(index=index, name=f"n{index}", address="127.0.0.1"),
             stop=self.stop,
             say=self.said.append,
-            times=TIMES,
+            times=self.times,
             starts=Starts(
                 trainer=self._trainer,
-                engine=lambda number, model, port: python(SERVER, port, model),
+                engine=lambda number, model, port: python(SERVER, port, "stubborn"),
                 environment=lambda number, file: python("import time; time.sleep(60)"),
             ),
         )
@@ -162,17 +167,22 @@ def test_a_signal_before_the_ranks_can_hear_it_is_repeated(tmp_path: Path) -> No
 
 
 def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path) -> None:
-    async def live() -> None:
-        scene = Scene(tmp_path, *SERVERS, deaf_s=60)
+    """Also what would take its time: a server that ignores SIGTERM."""
+
+    async def live() -> float:
+        scene = Scene(tmp_path, *SERVERS, deaf_s=600, grace_s=60.0)
+        scene.attempt.tell_model(tmp_path)
         async with scene.running(0) as (task,):
-            await until(lambda: children_of(os.getpid()))
+            await until(lambda: registrations(scene.attempt.registry, "engine"))
             scene.stop.request(signal.SIGINT)
             await asyncio.sleep(0.1)
             assert not task.done()
             scene.stop.request(signal.SIGINT)
+            began = time.monotonic()
             assert await ended(task) == 130
+            return time.monotonic() - began
 
-    asyncio.run(live())
+    assert asyncio.run(live()) < 30.0
 
 
 def test_all_nodes_end_well_together_and_the_second_meets_at_the_first(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ import torch
 import transformers
 
 from megatron_spear.conversion.families import weight_table
-from megatron_spear.conversion.mapping import GatedMap, QkvMap, VocabMap, padded_vocab
+from megatron_spear.conversion.mapping import GatedMap, QkvMap, VocabMap
 from megatron_spear.conversion.shape import model_shape
+from megatron_spear.conversion.sizes import padded_vocab
 from megatron_spear.errors import ConfigError
 
 SMALL = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_spear.cluster.planner.memory import fullest_rank
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_spear.config.presets.layouts import GPUS_PER_NODE, MAX_RANK_BYTES, PRESETS, Preset
@@ -18,8 +19,8 @@ from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.mapping import Shape, place_of
 from megatron_spear.conversion.shape import ModelShape, model_shape
-from megatron_spear.policy.memory import fullest_rank, local_shapes
 from megatron_spear.policy.parallel import Place, check_layout
+from megatron_spear.policy.weights import local_shapes
 from megatron_spear.testing.ranks import run_ranks
 
 each_preset = pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda p: p.name)

@@ -1,4 +1,5 @@
-"""The environment pool: batching, faults, deadlines, restarts, loops, light workers."""
+"""The environment pool, over processes of its own and over a server by TCP: batching, faults,
+deadlines, restarts, loops, light workers."""
 
 import asyncio
 import os
@@ -13,18 +14,29 @@ import pytest
 
 from megatron_spear.errors import EnvironmentFault, EnvironmentsLost
 from megatron_spear.rollout.env_pool import EnvironmentPool
+from megatron_spear.testing.environment_servers import environment_server
 
 TOY = "megatron_spear.testing.toy_environment:FaultyCorridor"
 LONG = {"length": 1000, "start": 500}
 
 
-@pytest.fixture
-def make_pool():
+@pytest.fixture(scope="module")
+def remote_workers(tmp_path_factory):
+    with environment_server(tmp_path_factory.mktemp("server")) as remote:
+        yield remote
+
+
+@pytest.fixture(params=["own", "remote"])
+def make_pool(request):
     pools = []
+    remote = request.getfixturevalue("remote_workers") if request.param == "remote" else None
 
     def make(workers=1, deadline_s=10.0, factory=TOY, **settings):
-        pools.append(EnvironmentPool(factory, workers=workers, deadline_s=deadline_s, **settings))
-        return pools[-1]
+        pool = EnvironmentPool(
+            factory, workers=workers, deadline_s=deadline_s, remote=remote, **settings
+        )
+        pools.append(pool)
+        return pool
 
     yield make
     for pool in pools:

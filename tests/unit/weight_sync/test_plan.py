@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 
 from megatron_spear.conversion.families import weight_table
-from megatron_spear.conversion.mapping import padded_vocab
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.sizes import padded_vocab
 from megatron_spear.errors import ConfigError
 from megatron_spear.weight_sync.layouts import (
     EngineLayout,

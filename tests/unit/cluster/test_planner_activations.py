@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from megatron_spear.policy.memory import fullest_rank, kept_a_token
 
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.shape import ModelShape
-from megatron_spear.policy.memory import fullest_rank, kept_a_token
 from megatron_spear.testing.ranks import run_ranks
 from megatron_spear.testing.tiny import random_samples
 

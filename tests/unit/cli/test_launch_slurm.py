@@ -1,0 +1,152 @@
+"""``launch slurm``, ``begin`` and ``end`` without a Slurm."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_spear.cli import launch
+from megatron_spear.cluster.attempt import Attempt
+from megatron_spear.cluster.restarts import grant_restarts
+from megatron_spear.cluster.slurm import AGAIN_EXIT
+from megatron_spear.config.load import dump_config, load_config
+from megatron_spear.errors import ConfigError
+
+QUICKSTART = str(Path(__file__).parents[3] / "examples" / "alfworld" / "quickstart.yaml")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory of two trainer nodes, with two restarts."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = (f"run.dir={folder}", "cluster.trainer_nodes=2", "cluster.max_restarts=2")
+    (folder / "config.yaml").write_text(dump_config(load_config(None, settings)))
+    return folder
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of all programs that can be found."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def _program(place: Path, text: str) -> None:
+    place.write_text(f"#!/bin/bash\n{text}\n")
+    place.chmod(0o755)
+
+
+def _begin(run: Path, capsys: pytest.CaptureFixture[str]) -> Attempt:
+    assert launch.run(["begin", str(run)]) == 0
+    return Attempt(Path(capsys.readouterr().out.strip()))
+
+
+def _end(attempt: Attempt, status: int, *more: str) -> int:
+    return launch.run(["end", "--attempt", str(attempt.path), "--status", str(status), *more])
+
+
+def test_a_dry_run_shows_script_and_settings_and_changes_nothing(
+    tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["slurm", QUICKSTART, "--dry-run", "--run.seed", "5", f"run.dir={run}"]
+    assert launch.run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("#!/bin/bash\n#SBATCH --job-name=alfworld-quickstart-")
+    script, _, settings = shown.partition(f"# --- {run}/config.yaml\n")
+    assert "scontrol requeue" in script and "  seed: 5\n" in settings
+    assert not run.exists()
+
+
+def test_a_launch_needs_settings_or_a_run() -> None:
+    with pytest.raises(ConfigError, match="no YAML file, and no resume=DIR"):
+        launch.run(["slurm"])
+
+
+def test_the_script_is_submitted_and_its_job_noted(
+    tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _program(programs / "sbatch", f'[ "$*" = "--parsable {run}/job.sbatch" ] && echo "12;big"')
+    assert launch.run(["slurm", QUICKSTART, f"run.dir={run}"]) == 0
+    assert capsys.readouterr().out.startswith(f"job 12 is submitted; its log: {run}/job-12.log")
+    assert (run / "config.yaml").is_file() and (run / "job_id").read_text() == "12\n"
+
+    _program(programs / "squeue", '[ "${@: -1}" = --jobs=12 ] && echo PENDING')
+    with pytest.raises(ConfigError, match="its job 12 is PENDING"):
+        launch.run(["slurm", f"resume={run}"])
+    _program(
+        programs / "squeue", 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1'
+    )
+    assert launch.run(["slurm", f"resume={run}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "words"),
+    [(None, "sbatch is not on this machine"), ("echo no such partition >&2; exit 1", "no such")],
+)
+def test_what_sbatch_says_is_told(
+    tmp_path: Path, programs: Path, sbatch: str | None, words: str
+) -> None:
+    if sbatch is not None:
+        _program(programs / "sbatch", sbatch)
+    with pytest.raises(ConfigError, match=words):
+        launch.run(["slurm", QUICKSTART, f"run.dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / "job_id").exists()
+
+
+def test_the_ends_of_an_attempt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt = _begin(run, capsys)
+    assert attempt.path == run / "attempt_0"
+    assert _end(attempt, 1) == AGAIN_EXIT
+    assert "attempt 0: again: crashed with status 1" in capsys.readouterr().out
+    attempt = _begin(run, capsys)
+    assert _end(attempt, 1) == 1
+    assert "attempt 1: failed" in capsys.readouterr().out
+    attempt.mark_done(0)
+    attempt.mark_done(1)
+    assert _end(attempt, 0) == 0
+
+
+def test_a_signal_during_the_preflight_is_a_stop(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "checkpoints" / "step_7").mkdir(parents=True)
+    attempt = _begin(run, capsys)
+    assert _end(attempt, 143, "--phase", "preflight", "--told", "TERM") == AGAIN_EXIT
+    stopped = json.loads(attempt.stopped_file.read_text())
+    assert stopped == {"reason": "TERM before it began", "step": 7}
+
+
+@pytest.mark.parametrize("status", [3, 137])
+def test_bad_nodes_are_noted_for_the_script(
+    run: Path, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt = _begin(run, capsys)
+    (run / "bad_nodes").write_text("n3\nn7\n")
+    assert _end(attempt, status, "--phase", "preflight", "--told", "") == AGAIN_EXIT
+    assert attempt.exclude_file.read_text() == "n3,n7"
+    assert "the preflight found bad nodes; 1 of 2 restarts spent" in capsys.readouterr().out
+    attempt = _begin(run, capsys)
+    assert _end(attempt, 0, "--phase", "node") == 1, "the budget is spent"
+    assert not attempt.exclude_file.exists()
+
+
+def test_no_attempt_begins_once_the_run_has_failed_unseen(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _begin(run, capsys)
+    _begin(run, capsys)  # the end of the first was not seen: 2 restarts
+    assert launch.run(["begin", str(run)]) == 1
+    told = capsys.readouterr()
+    assert not told.out and "the attempt before: failed: ended unseen" in told.err
+    grant_restarts(run)  # a launch by the user
+    assert _begin(run, capsys).number == 2
+
+
+def test_begin_and_end_need_a_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run directory"):
+        launch.run(["begin", str(tmp_path)])

@@ -1,0 +1,21 @@
+"""The job scripts in slurm/ are what their settings give now."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_scripts_are_current() -> None:
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "slurm_templates.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    scripts = tool.scripts()
+    assert {place.name for place in (ROOT / "slurm").glob("*.sbatch")} == {p.name for p in scripts}
+    for place, text in scripts.items():
+        assert place.read_text(encoding="utf-8") == text, "run python tools/slurm_templates.py"
+        subprocess.run(["bash", "-n", str(place)], check=True, timeout=10)
+    page = (ROOT / "slurm" / "README.md").read_text(encoding="utf-8")
+    assert all(f"[{place.name}]({place.name})" in page for place in scripts)

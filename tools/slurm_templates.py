@@ -1,0 +1,27 @@
+#!/usr/bin/env python
+"""Makes the job scripts in slurm/ from the settings beside them: python tools/slurm_templates.py.
+
+They are what ``megatron-spear launch slurm`` would submit. A test holds them to be current.
+"""
+
+from pathlib import Path
+
+from megatron_spear.cli.launch_common import launchable
+from megatron_spear.cluster.slurm import render, slurm_problems
+
+FOLDER = Path(__file__).parents[1] / "slurm"
+
+
+def scripts() -> dict[Path, str]:
+    """Each script's place and text."""
+    found = {}
+    for settings in sorted(FOLDER.glob("*.yaml")):
+        config = launchable(str(settings), [], slurm_problems)
+        found[settings.with_suffix(".sbatch")] = render(config, config.run.dir)
+    return found
+
+
+if __name__ == "__main__":
+    for place, text in scripts().items():
+        place.write_text(text, encoding="utf-8")
+        print(place)
