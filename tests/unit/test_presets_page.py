@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from megatron_spear.cluster.planner.memory import fullest_rank
 from transformers import AutoConfig
 
+from megatron_spear.cluster.planner.memory import fullest_rank
 from megatron_spear.config.presets.layouts import MAX_RANK_BYTES, PRESETS, Preset
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.shape import model_shape

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_spear.cluster.planner.memory import fullest_rank
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_spear.cluster.planner.memory import fullest_rank
 from megatron_spear.config.presets.layouts import GPUS_PER_NODE, MAX_RANK_BYTES, PRESETS, Preset
 from megatron_spear.config.presets.models import MODELS
 from megatron_spear.config.schema import PolicySection
