@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from megatron_spear.cli.launch_common import CONFIG_HELP, launchable, make_run_d
 
 if TYPE_CHECKING:
     from megatron_spear.config.cluster import ClusterSection
+    from megatron_spear.config.schema import RunConfig
 
 _SLURM = "submit a job that runs it on a Slurm cluster, again after stops and crashes"
 _BEGIN = "number the next attempt of a run; the job script calls it"
@@ -24,7 +26,12 @@ def add_commands(commands: Any) -> None:
     slurm.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the job script and the resolved settings, and change nothing",
+        help="print the job script, the resolved settings and the plan, and change nothing",
+    )
+    slurm.add_argument(
+        "--force",
+        action="store_true",
+        help="submit what the planner says cannot fit the GPUs' memory",
     )
     slurm.set_defaults(run=run_slurm)
     begin = commands.add_parser("begin", help=_BEGIN, description=_BEGIN, allow_abbrev=False)
@@ -49,6 +56,7 @@ def add_commands(commands: Any) -> None:
 
 def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
     """Prepare the run directory and submit the job, or show what would be submitted."""
+    from megatron_spear.cluster.planner.refusal import require_fits
     from megatron_spear.cluster.restarts import grant_restarts
     from megatron_spear.cluster.slurm import SCRIPT_NAME, render, slurm_problems
     from megatron_spear.cluster.submission import refuse_second_job, submit
@@ -61,7 +69,11 @@ def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
     if options.dry_run:
         print(script)
         print(f"# --- {run / 'config.yaml'}\n{dump_config(config)}", end="")
+        print("# --- the plan (megatron-spear plan)")
+        print(textwrap.indent(_plan(config), "# ", lambda line: True), end="")
         return 0
+    if not options.force:
+        require_fits(config)
     refuse_second_job(run)
     make_run_directory(config)
     grant_restarts(run)
@@ -69,6 +81,17 @@ def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
     job = submit(run)
     print(f"job {job} is submitted; its log: {run}/job-{job}.log; to stop it: scancel {job}")
     return 0
+
+
+def _plan(config: "RunConfig") -> str:
+    """The plan, or why there is none: the model may lie where only the nodes see it."""
+    from megatron_spear.cluster.planner.report import plan_text
+    from megatron_spear.errors import SpearError
+
+    try:
+        return plan_text(config)
+    except SpearError as error:
+        return f"no plan: {error}\n"
 
 
 def run_begin(options: argparse.Namespace, settings: Sequence[str]) -> int:

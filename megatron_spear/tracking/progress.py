@@ -27,6 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from megatron_spear.heartbeats.heart import begin
+
 _LOG_WIDTH = 120
 
 
@@ -110,7 +112,9 @@ class Console:
         return time.monotonic() - self._opened
 
     def phase(self, title: str) -> None:
-        """Begin a phase: a heading, and the name heartbeats speak of."""
+        """Begin a phase: a heading, and the name heartbeats speak of, on the screen and between
+        ranks."""
+        begin(title)
         self._doing, self._since = title, time.monotonic()
         self._print(Text(title, style="bold cyan") if self._is_live else f"== {title}")
         self._start_heart()

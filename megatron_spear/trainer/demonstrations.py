@@ -86,7 +86,7 @@ class DemonstrationSource:
                     worker.kill()
                 raise EnvironmentsLost(
                     f"got no demonstrations for warm-start step {step + 1} within "
-                    f"run.hang_limit_s={self._limit_s:g} s; raise it, or lower "
+                    f"{self._limit_s:g} s; raise run.hang_limit_s, or lower "
                     "sft.trajectories_per_step"
                 ) from None
             yield made

@@ -182,7 +182,6 @@ class SpearRun:
 
         A clean stop ends it, on every rank, with StopRequested.
         """
-        begin(title)
         self._console.phase(title)
         result: PanelResult | None = None
         stopped = ""

@@ -13,6 +13,7 @@ from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.alfworld.demonstrations import Demonstration
 from megatron_spear.envs.alfworld.sources import games_sha256
 from megatron_spear.errors import StopRequested
+from megatron_spear.heartbeats.heart import begin
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
@@ -65,11 +66,12 @@ def warm_start(
             config.env,
             section,
             warm_start_games(section.seed),
-            limit_s=config.run.hang_limit_s,
+            limit_s=0.9 * config.run.hang_limit_s,  # before the watchdog, which knows less
         )
     try:
         batches = source.batches() if source else iter([None] * section.steps)
         for step, demonstrations in enumerate(batches):
+            begin(f"warm-start step {step + 1}")
             packed = _pack(config, demonstrations, renderer, policy, step) if renderer else None
             metrics = policy.train_step(packed, NllLoss())
             losses = finish_metrics({k: v for k, v in metrics.items() if k.startswith("sft/")})

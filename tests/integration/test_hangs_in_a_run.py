@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from tiny_runs import arguments, run_here
 
+from megatron_spear.cli.main import PEER_GONE_EXIT
 from megatron_spear.deadlines import HANG_EXIT_CODE
 from megatron_spear.testing.faults import Rank, ranks_that_may_fail, replaced, sleep_for_ever
 
@@ -41,8 +43,8 @@ class Sleeper(Hook):
 """
 
 
-def train_with_a_rank_that_sleeps(command_line: list[str], culprit: int) -> None:
-    """The command; in its second optimizer step of a run this rank sleeps."""
+def train_with_a_fault(command_line: list[str], culprit: int, fault: str) -> None:
+    """The command; in its second optimizer step this rank sleeps for ever or is killed."""
     from megatron_spear.policy.policy import MegatronPolicy
 
     original, seen = MegatronPolicy.compute_gradient, []
@@ -51,6 +53,8 @@ def train_with_a_rank_that_sleeps(command_line: list[str], culprit: int) -> None
         seen.append(loss)
         if len(seen) == 2:
             os.write(2, b"now\n")
+            if fault == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             sleep_for_ever()
         return original(self, batches, loss)
 
@@ -71,7 +75,7 @@ def all_have_expired(ranks: list[Rank], began: float) -> None:
 
 def test_a_rank_that_hangs_in_its_step_is_named(cache: Path, tmp_path: Path) -> None:
     line = arguments("train", cache, (*SETTINGS, f"run.dir={tmp_path / 'run'}"))
-    with ranks_that_may_fail(train_with_a_rank_that_sleeps, 2, tmp_path / "log", line, 1) as ranks:
+    with ranks_that_may_fail(train_with_a_fault, 2, tmp_path / "log", line, 1, "sleeps") as ranks:
         ranks[1].until_it_says("now", 120.0)
         all_have_expired(ranks, time.monotonic())
     for rank in ranks:
@@ -81,6 +85,23 @@ def test_a_rank_that_hangs_in_its_step_is_named(cache: Path, tmp_path: Path) -> 
             rank.err,
         ), rank.err
         assert re.search(r"watchdog: rank 0 waits in: step \d: train", rank.err), rank.err
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_one_message(
+    cache: Path, tmp_path: Path
+) -> None:
+    line = arguments("train", cache, (*SETTINGS, f"run.dir={tmp_path / 'run'}"))
+    with ranks_that_may_fail(
+        train_with_a_fault, 2, tmp_path / "log", line, 1, "is killed"
+    ) as ranks:
+        ranks[1].until_it_says("now", 120.0)
+        assert ranks[0].wait(LIMIT_S) == PEER_GONE_EXIT, ranks[0].err
+    assert "Traceback" not in ranks[0].err
+    assert re.search(
+        r"error: rank 0 ends because the ranks are not all there: rank 1 on \S+ \(pid \d+\) has "
+        r"ended: its process is gone \(killed, or a crash\); last seen in: ",
+        ranks[0].err,
+    ), ranks[0].err
 
 
 def test_a_hook_that_sleeps_is_named_under_torchrun(

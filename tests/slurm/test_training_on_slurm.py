@@ -32,7 +32,7 @@ pytestmark = [
     ),
 ]
 
-STEPS = 8
+STEPS, MANY_STEPS = 8, 50
 TWO_NODES = (
     "cluster.network.address=127.0.0.1",
     "cluster.network.interface=lo",
@@ -170,6 +170,7 @@ def test_an_engine_that_is_killed_comes_back_and_the_job_ends_well(
         "cluster.engine_nodes=1",
         "cluster.servers.count=2",
         "rollout.engine=sglang",
+        f"run.steps={MANY_STEPS}",  # it comes back before the last
     )
     job.until_step(2)
     killed = job.pids(0, "n2")["engine_1"]
@@ -178,7 +179,7 @@ def test_an_engine_that_is_killed_comes_back_and_the_job_ends_well(
     assert "engine 1 ended by SIGKILL" in job.log
     assert "engine 1 started again (restart 1)" in job.log
     records = _records(job.run)
-    assert sorted(records) == list(range(1, STEPS + 1))
+    assert sorted(records) == list(range(1, MANY_STEPS + 1))
     assert all(record["rollout/failed"] == 0 for record in records.values()), "drawn elsewhere"
     assert twice_or_missing(job.run, PROMPTS_PER_STEP) == []
     trainer = (job.run / "attempt_0" / "log" / "n1" / "trainer_0.log").read_text()

@@ -15,8 +15,10 @@ MAY = {
     "cli/launch_local.py": {"strftime"},  # the same, of a line on the screen
     "conversion/convert.py": {"st_mtime_ns"},  # whether a file is still the same one
     "cluster/supervisor.py": {"st_mtime_ns"},  # the same
+    "cluster/preflight/node.py": {"time"},  # the very thing it checks: whether clocks agree
+    "cluster/preflight/run.py": {"time_ns"},  # a name that no earlier check had
 }
-"""Who uses which wall clock; each looks at it, or whether it differs, and compares no two times."""
+"""Who uses which wall clock, and for what; no deadline and no duration is among it."""
 
 
 def wall_clocks(tree: ast.AST) -> set[str]:

@@ -49,6 +49,8 @@ class Job:
     chip: Chip
     gpus_per_node: int
     """0 = CPU ranks."""
+    node_gpus: int
+    """GPUs of all nodes together."""
     trainer_gpus: int
     """GPUs (or CPU ranks) that train: the world size."""
     engine_gpus: int
@@ -145,6 +147,7 @@ class Job:
             weight_sync=config.weight_sync,
             chip=cpu_rank(cluster.ranks_on_a_node) if on_cpu else CHIPS[cluster.chip],
             gpus_per_node=cluster.gpus_per_node,
+            node_gpus=cluster.num_nodes * cluster.gpus_per_node,
             trainer_gpus=cluster.world_size,
             engine_gpus=1 if embedded else _servers(config) * tensor,
             engine_tensor_parallel=tensor,

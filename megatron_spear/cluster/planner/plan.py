@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 from megatron_spear.cluster.planner.engine_memory import EngineMemory, engine_memory
 from megatron_spear.cluster.planner.job import Job
@@ -16,7 +17,7 @@ GAIN = 0.02
 """Share of a step below which nothing is called better."""
 TIGHT = 0.03
 """Share of a GPU's memory below which what is left is called little."""
-NUM_SHOWN = 4
+NUM_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,7 @@ def make_plan(
     if own is None or (own.memory.short and not layouts):
         layouts = layouts or best_layouts(job.with_policy(optimizer_offload=1.0))
     fits = own is not None and not own.memory.short
-    limit_s = own.times.total_s * (1 - GAIN) if own and fits else float("inf")
+    limit_s = own.times.total_s * (1 - GAIN) if own and fits else inf
     better = [choice for choice in _distinct(layouts) if choice.times.total_s < limit_s]
     return Plan(
         model=name,
@@ -97,15 +98,13 @@ def _distinct(layouts: list[Choice]) -> Iterator[Choice]:
 
 
 def _split(job: Job, own: Choice | None, layouts: list[Choice]) -> Choice | None:
+    """Other numbers of nodes that train and generate, where these are faster than any layout."""
+    known = [choice.times.total_s for choice in layouts]
+    if own and not own.memory.short:
+        known.append(own.times.total_s)
     splits = best_splits(job, layouts)
-    fastest = (
-        min([c.times.total_s for c in layouts] + ([own.times.total_s] if own else []))
-        if layouts or own
-        else float("inf")
-    )
-    if splits and splits[0].times.total_s < fastest * (1 - GAIN):
-        return splits[0]
-    return None
+    faster = splits and splits[0].times.total_s < min(known, default=inf) * (1 - GAIN)
+    return splits[0] if faster else None
 
 
 def _sharded(job: Job, own: Choice | None) -> Choice | None:
@@ -129,6 +128,8 @@ def _warnings(job: Job, own: Choice | None, mean_length: int | None) -> Iterator
         )
     if not job.is_cpu and job.policy.precision == "fp32":
         yield "policy.precision=fp32 on GPUs: the times are those of bf16; set bf16"
+    if 0 < job.num_gpus < job.node_gpus:
+        yield f"{job.node_gpus - job.num_gpus} of {job.node_gpus} GPUs have nothing to do"
     if own is None:
         return
     memory = own.memory

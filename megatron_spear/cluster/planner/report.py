@@ -151,12 +151,13 @@ def _time_lines(plan: Plan, own: Choice) -> Iterator[str]:
 def _better_lines(plan: Plan) -> Iterator[str]:
     own, job = plan.own, plan.job
     if not plan.better:
-        if plan.own and not plan.own.memory.short:
+        if own and not own.memory.short:
             yield f"No better layout: of {plan.num_fitting} that fit none is 2 % faster"
         else:
             yield f"No layout of {job.trainer_gpus:,} {job.chip.name} fits"
     else:
-        yield f"Better layouts (of {plan.num_fitting} that fit):"
+        what = "Better layouts" if plan.fits else "The fastest layouts"
+        yield f"{what} (of {plan.num_fitting} that fit):"
     for number, choice in enumerate(plan.better, 1):
         yield _choice_line(f"{number}.", choice, own, job)
     if plan.split:

@@ -25,8 +25,6 @@ LONG_CONTEXT = 16384
 """Tokens of a context from which splitting its tokens over ranks is considered."""
 MAX_TOKENS = 131072
 """Most tokens of a micro-batch that are considered."""
-GAIN = 0.02
-"""Share of a step below which another layout is not called better."""
 _SHOWN = (
     "tensor_parallel",
     "context_parallel",
@@ -36,6 +34,7 @@ _SHOWN = (
     "recompute",
     "tokens_per_microbatch",
     "distributed_optimizer",
+    "optimizer_offload",
 )
 
 
