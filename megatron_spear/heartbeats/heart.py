@@ -64,6 +64,7 @@ class Heart:
         self._moved_at = self._controller_moved_at = time.monotonic()
         self._controller_moves = -1
         self._hang: Hang | None = None
+        self._hang_before: Hang | None = None
         self._at_expiry: Heartbeat | None = None
         self._warned = False
         self._limit_s = limit_s
@@ -159,7 +160,8 @@ class Heart:
         folder = self._folder
         if folder is None or self._world_size == 1:
             return []
-        own = Hang(rank=self._rank, host=self._host, pid=os.getpid())
+        token = os.urandom(8).hex()
+        own = Hang(rank=self._rank, host=self._host, pid=os.getpid(), token=token)
         first = self._hang is None
         if first:
             self._hang = own
@@ -241,6 +243,8 @@ class Heart:
         )
 
     def _beat_on(self) -> None:
+        if self._folder is not None:  # what an earlier launch left, and the controller has not seen
+            self._hang_before = self._folder.hang()
         while True:
             last = self._done.wait(self.period_s if self._beats else 0.0)
             self._beat()
@@ -268,7 +272,8 @@ class Heart:
 
     def _look_for_a_hang(self) -> None:
         if self._hang is None and self._folder is not None:
-            self._hang = self._folder.hang()
+            found = self._folder.hang()
+            self._hang = found if found != self._hang_before else None
 
 
 _heart: Heart | None = None
