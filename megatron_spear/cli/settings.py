@@ -4,8 +4,8 @@ options."""
 import os
 from collections.abc import Sequence
 
-_FLAGS = ("--help", "--dry-run")
-_OPTIONS = ("--model", "--attempt")
+_FLAGS = ("--help", "--dry-run", "--force", "--json")
+_OPTIONS = ("--model", "--attempt", "--gpus", "--chip", "--mean-length")
 
 
 def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

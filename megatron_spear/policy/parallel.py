@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear.config.layout import layout_problems
-from megatron_spear.config.precision import linear_sizes, precision_problems
 from megatron_spear.config.schema import PolicySection
-from megatron_spear.conversion.shape import model_shape, split_sizes
+from megatron_spear.conversion.layout_fit import model_problems
+from megatron_spear.conversion.shape import model_shape
 from megatron_spear.errors import ConfigError
 from megatron_spear.policy import cpu
 
@@ -187,24 +187,7 @@ def check_layout(policy: PolicySection, hf_config: Any, world_size: int) -> None
 
     All problems are reported at once.
     """
-    shape = model_shape(hf_config)
-    by_tensor = {f"the model's {name}": size for name, size in split_sizes(shape).items()}
-    by_pipeline = {"the model's num_hidden_layers": shape.num_layers}
-    linears = linear_sizes(
-        hidden=shape.hidden_size,
-        heads=shape.num_heads,
-        groups=shape.num_groups,
-        head_dim=shape.head_dim,
-        ffn=shape.ffn_size,
-        experts=shape.num_experts > 0,
-        tensor_parallel=policy.tensor_parallel,
-    )
-    _refuse(
-        (
-            *layout_problems(policy, world_size, by_tensor, by_pipeline, shape.num_experts),
-            *precision_problems(policy, shape.num_layers, linears),
-        )
-    )
+    _refuse(model_problems(policy, model_shape(hf_config), world_size))
 
 
 def _refuse(problems: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """A run as the planner sees it: model, settings, machines and lengths as plain numbers."""
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 from megatron_spear.cluster.planner.chips import CHIPS, Chip, cpu_rank
@@ -80,6 +81,11 @@ class Job:
         return self.gpus_per_node == 0
 
     @property
+    def is_embedded(self) -> bool:
+        """The engine is in rank 0's process, on the CPU."""
+        return self.rollout.engine == "embedded"
+
+    @property
     def data_parallel(self) -> int:
         """Replicas of the model that train."""
         policy = self.policy
@@ -106,6 +112,14 @@ class Job:
         """New trajectories a step that are trained."""
         return max(round(self.trajectories * self.trained_fraction), 1)
 
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches of an optimizer step on each data-parallel rank, about; at least 1."""
+        rows = self.trained_trajectories / self.mini_batches + self.replayed_trajectories
+        tokens = rows * self.lengths.contexts * self.lengths.mean
+        each = tokens / self.data_parallel / self.policy.tokens_per_microbatch
+        return max(ceil(each), 1)
+
     def with_policy(self, **changes: Any) -> "Job":
         """The same run with another layout."""
         return replace(self, policy=self.policy.model_copy(update=changes))
@@ -122,16 +136,8 @@ class Job:
             mean_length: mean tokens of a context; None = half of ``rollout.max_context``.
         """
         cluster, rollout, algorithm = config.cluster, config.rollout, config.algorithm
-        embedded = rollout.engine == "embedded"
-        on_cpu = cluster.gpus_per_node == 0
-        shares = embedded or rollout.colocated or cluster.engine_nodes == 0
+        on_cpu, embedded = cluster.gpus_per_node == 0, rollout.engine == "embedded"
         tensor = 1 if embedded else cluster.servers.tensor_parallel
-        if embedded:
-            engine_gpus = 1
-        elif cluster.servers.count:
-            engine_gpus = cluster.servers.count * tensor
-        else:
-            engine_gpus = max(cluster.engine_nodes * cluster.gpus_per_node, tensor)
         return cls(
             shape=shape,
             policy=config.policy,
@@ -140,10 +146,10 @@ class Job:
             chip=cpu_rank(cluster.ranks_on_a_node) if on_cpu else CHIPS[cluster.chip],
             gpus_per_node=cluster.gpus_per_node,
             trainer_gpus=cluster.world_size,
-            engine_gpus=engine_gpus,
+            engine_gpus=1 if embedded else _servers(config) * tensor,
             engine_tensor_parallel=tensor,
             engine_memory_fraction=cluster.servers.memory_fraction,
-            shares_gpus=shares,
+            shares_gpus=embedded or rollout.colocated,
             lengths=_lengths(config, mean_length),
             recomputes_old_logprobs=algorithm.old_logprobs == "policy",
             has_reference=algorithm.kl.coef > 0,
@@ -153,6 +159,12 @@ class Job:
             replay_needs_logprobs=_replay_needs_logprobs(config),
             replay_keeps_gradient=config.replay.enabled and config.replay.gradient_norms,
         )
+
+
+def _servers(config: RunConfig) -> int:
+    """Servers: those that are started, or those that are named (a router's URL counts as one)."""
+    cluster = config.cluster
+    return max(cluster.servers.count or len(config.rollout.servers), 1)
 
 
 def _lengths(config: RunConfig, mean_length: int | None) -> Lengths:
