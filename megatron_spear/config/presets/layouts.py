@@ -3,7 +3,7 @@
 All are for GPUs of 80 GB in nodes of 8 and bf16, and obey the same rules, which tests check: tensor
 parallel divides heads, KV groups and the MLP; it and expert parallel stay within a node; pipeline
 parallel divides the layers; the fullest rank stays below ``MAX_RANK_BYTES`` by the estimate of
-``policy/memory.py``. Data parallel is what is left of the GPUs, so a preset also runs on other
+``cluster/planner``. Data parallel is what is left of the GPUs, so a preset also runs on other
 multiples of tensor x pipeline parallel; on fewer, each rank has more of the optimizer's states.
 """
 
