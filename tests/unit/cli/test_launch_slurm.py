@@ -58,7 +58,32 @@ def test_a_dry_run_shows_script_and_settings_and_changes_nothing(
     assert shown.startswith("#!/bin/bash\n#SBATCH --job-name=alfworld-quickstart-")
     script, _, settings = shown.partition(f"# --- {run}/config.yaml\n")
     assert "scontrol requeue" in script and "  seed: 5\n" in settings
+    assert "\n# --- the plan (megatron-spear plan)\n# tiny model, " in settings
     assert not run.exists()
+
+
+def test_a_dry_run_of_a_model_that_is_elsewhere_has_no_plan(
+    tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["slurm", QUICKSTART, "--dry-run", "model.path=/there/model"]
+    assert launch.run([*arguments, f"run.dir={tmp_path / 'run'}"]) == 0
+    assert "\n# no plan: /there/model/config.json cannot be read" in capsys.readouterr().out
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_made(
+    tmp_path: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    _program(programs / "sbatch", "echo 12")
+    wide = [
+        f"model.tiny.{name}" for name in ("hidden_size=16384", "ffn_size=65536", "num_layers=48")
+    ]
+    arguments = ["slurm", QUICKSTART, f"run.dir={run}", "cluster.gpus_per_node=1", *wide]
+    with pytest.raises(ConfigError, match=r"on 1 x h100 .* short by"):
+        launch.run(arguments)
+    assert not run.exists()
+    assert launch.run([*arguments, "--force"]) == 0
+    assert capsys.readouterr().out.startswith("job 12 is submitted")
 
 
 def test_a_launch_needs_settings_or_a_run() -> None:

@@ -1,4 +1,4 @@
-"""The estimate of memory: states by hand, activations counted on a model that runs.
+"""What a rank keeps of a micro-batch, counted on a model that runs.
 
 Megatron's real model runs on the CPU, in a process that stands for a rank of a world that is not
 there. A stand-in for the attention kernel keeps what torch's flash kernel keeps.
@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_spear.policy.memory import fullest_rank, kept_a_token
 
+from megatron_spear.cluster.planner.activations import (
+    Activations,
+    activations,
+    kept_a_token,
+    units_in_flight,
+)
 from megatron_spear.config.schema import PolicySection
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.testing.ranks import run_ranks
@@ -123,23 +128,21 @@ def counted() -> dict[tuple[str, str], tuple[int, int]]:
 def test_activations_are_what_autograd_keeps(
     name: str, mode: str, counted: dict[tuple[str, str], tuple[int, int]]
 ) -> None:
-    """In float32 twice the bytes of bf16, to 3 %.
+    """To 3 %.
 
     What is there at the end of the forward pass; the loss, which keeps the logits, comes after it.
     With full recomputation also the most in the backward pass, when the end's are gone.
     """
     shape, settings = CASES[name]
     policy = PolicySection(**settings, recompute=mode, tokens_per_microbatch=TOKENS)
-    whole = fullest_rank(shape, policy, policy.tensor_parallel).activations
-    end = 2 * 2 * TOKENS * shape.hidden_size // policy.tensor_parallel
-    logits = 2 * 2 * TOKENS * shape.vocab_size // policy.tensor_parallel
+    kept = activations(shape, policy, 0, packed=True).kept
     before, most = counted[name, mode]
-    if mode != "full":
-        assert before == pytest.approx(2 * (whole - logits), rel=0.03)
-    else:
-        assert most == pytest.approx(2 * (whole - logits - end), rel=0.03)
-        inputs = 2 * TOKENS * LAYERS * kept_a_token(shape, policy)
-        assert before == pytest.approx(2 * (inputs + end), rel=0.03)
+    assert before == pytest.approx(kept, rel=0.03)
+    if mode == "full":
+        plain = policy.model_copy(update={"recompute": "none"})
+        end = 2 * shape.hidden_size // policy.tensor_parallel
+        layer = kept_a_token(shape, plain) - kept_a_token(shape, policy)
+        assert most == pytest.approx(kept + 4 * TOKENS * (layer - end), rel=0.03)
 
 
 def test_what_selective_recomputation_saves() -> None:
@@ -154,36 +157,75 @@ def test_what_selective_recomputation_saves() -> None:
     assert saved["norms on query and key"] == saved["experts"] == 0
 
 
-def test_states_of_a_small_model_by_hand() -> None:
-    """Hidden 8, 4 heads in 2 groups of 2, ffn 16, 50 words, 4 layers; TP 2, PP 2 on 12 ranks."""
-    shape = ModelShape(
-        family="llama", num_layers=4, hidden_size=8, ffn_size=16, num_heads=4, num_groups=2,
-        head_dim=2, vocab_size=50, norm_eps=1e-6, rope_theta=1e4,
-    )  # fmt: skip
-    policy = PolicySection(tensor_parallel=2, pipeline_parallel=2, tokens_per_microbatch=10)
-    qkv, proj, mlp, norms = 8 * 16 // 2, 8 * 8 // 2, 3 * 8 * 16 // 2, 2 * 8
-    stage = 2 * (qkv + proj + mlp + norms) + 25 * 8  # the first: an embedding, but no final norm
-    needs = fullest_rank(shape, policy, 12)
-    assert needs.states == 18 * stage
-    layer = (4 * 8 + 3 * (4 + 2) * 2 + 3 * 16) // 2
-    assert needs.activations == 2 * 2 * 2 * 10 * layer  # two micro-batches of two layers
-    long = policy.model_copy(update={"context_parallel": 2, "tokens_per_microbatch": 20})
+SMALL = ModelShape(
+    family="llama", num_layers=4, hidden_size=8, ffn_size=16, num_heads=4, num_groups=2,
+    head_dim=2, vocab_size=50, norm_eps=1e-6, rope_theta=1e4,
+)  # fmt: skip
+
+
+def of(stage: int = 0, *, packed: bool = True, **settings: Any) -> Activations:
+    """Of a stage in bf16, 10 tokens a micro-batch unless it says so."""
+    section = {"precision": "bf16", "tokens_per_microbatch": 10} | settings
+    return activations(SMALL, PolicySection(**section), stage, packed=packed)
+
+
+def test_a_small_models_stages_by_hand() -> None:
+    """Hidden 8, 4 heads in 2 groups of 2, ffn 16, 50 words, 4 layers; TP 2, PP 2."""
+    both = {"tensor_parallel": 2, "pipeline_parallel": 2}
+    split = (3 * (4 + 2) * 2 + 3 * 16) // 2  # attention and MLP
+    whole, parts = 4 * 8 + split, 4 * 8 // 2 + split  # without and with sequence parallelism
+    assert of(**both).kept == 2 * 2 * 10 * (2 * whole + 8)  # two micro-batches, sent on
+    assert of(1, **both).kept == 2 * 10 * (2 * whole + 2 * 8)
+    assert of(**both, sequence_parallel=True).kept == 2 * 2 * 10 * (2 * parts + 4)
+    long = both | {"context_parallel": 2, "tokens_per_microbatch": 20}
     gathered = (2 * 2 + 1) * 2 * 2 // 2  # half of the tokens, and others' keys and values
-    assert fullest_rank(shape, long, 12).activations == 2 * 2 * 2 * 10 * (layer + gathered)
-    split = policy.model_copy(update={"distributed_optimizer": True})
-    assert fullest_rank(shape, split, 12).states == (6 + 12 // 3) * stage
-    again = policy.model_copy(update={"recompute": "full"})
-    last = 2 * 4 + (layer - 4) + (8 + 2 * 25)  # the first, of twice the inputs, has no logits
-    assert fullest_rank(shape, again, 12).activations == 2 * 10 * last
-    one = policy.model_copy(update={"pipeline_parallel": 1})
-    assert fullest_rank(shape, one, 12).activations == 2 * 10 * (4 * layer + 8 + 2 * 25)
+    assert of(**long).kept == 2 * 2 * 10 * (2 * (whole + gathered) + 8)
+    assert of(**both, recompute="full").kept == 2 * 2 * 10 * (2 * 8 + 8)
+    assert of(**both, precision="fp32").kept == 2 * of(**both).kept
 
 
-def test_an_experts_states_are_split_over_the_ranks_that_hold_it() -> None:
-    """8 ranks, TP 2, EP 4: 4 replicas of the rest, and each expert on 2 ranks."""
-    policy = PolicySection(**TP2, expert_parallel=4, distributed_optimizer=True)
-    plain = policy.model_copy(update={"distributed_optimizer": False})
-    experts = LAYERS * 8 // 4 * 3 * 256 * 128
-    whole = fullest_rank(EXPERTS, plain, 8).states
-    rest = whole - 18 * experts
-    assert fullest_rank(EXPERTS, policy, 8).states == (6 + 12 // 2) * experts + rest * 9 // 18
+def test_the_worst_moment_by_hand() -> None:
+    """Of 10 tokens the logits twice; of one the output layer's gradient; elsewhere a layer."""
+    table, layer = 2 * 50 * 8, 2 * 10 * (4 * 16 + 2 * 8)
+    one = of()
+    assert (one.binds, one.work, one.forward) == ("logits", 2 * 2 * 10 * 50, layer)
+    short = of(tokens_per_microbatch=1)
+    assert (short.binds, short.work) == ("logits", 2 * 50 + table + 2 * 8)
+    first = of(pipeline_parallel=2)
+    assert (first.binds, first.work) == ("a layer's backward pass", layer)
+    again = kept_a_token(SMALL, PolicySection()) - 8
+    assert of(recompute="full").work == layer + 2 * 10 * again
+    # torch's own log-probs work on pieces in float32, here as large as the logits
+    assert of(packed=False).work == 2 * one.work
+
+
+def test_the_embeddings_gradient_comes_when_a_micro_batch_is_gone() -> None:
+    words = dataclasses.replace(SMALL, vocab_size=5000)
+    policy = PolicySection(pipeline_parallel=2, precision="bf16", tokens_per_microbatch=10)
+    found = activations(words, policy, 0, packed=True)
+    assert found.binds == "the embedding's gradient"
+    assert found.total == 2 * 5000 * 8 + 2 * 10 * 8 + found.kept // 2
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "pieces", "stage", "microbatches", "units"),
+    [(4, 1, 0, None, 4), (4, 1, 3, None, 1), (4, 1, 0, 2, 2), (4, 2, 0, None, 11),
+     (4, 2, 3, None, 5), (4, 2, 0, 4, 8)],
+)  # fmt: skip
+def test_micro_batches_in_flight(
+    pipeline: int, pieces: int, stage: int, microbatches: int | None, units: int
+) -> None:
+    policy = PolicySection(pipeline_parallel=pipeline, virtual_pipeline=pieces)
+    assert units_in_flight(policy, stage, microbatches) == units
+
+
+def test_tokens_laid_out_keep_what_the_kernel_reads() -> None:
+    """Query, key, value and result once more in rows; norms keep what they read too."""
+    heads, groups = 8 * 48, 4 * 48
+    rest = 4 * 256 + 3 * 640 + heads
+    llama = kept_a_token(LLAMA, PolicySection(), packed=False)
+    assert llama == rest + heads + heads + 2 * groups
+    qwen3 = kept_a_token(QWEN3, PolicySection(), packed=False)
+    assert qwen3 == llama + 2 * heads + 2 * groups
+    both = PolicySection(context_parallel=2)
+    assert kept_a_token(LLAMA, both, packed=False) == llama + 2 * groups
