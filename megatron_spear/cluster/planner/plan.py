@@ -10,11 +10,15 @@ from megatron_spear.cluster.planner.models import planned_model
 from megatron_spear.cluster.planner.refusal import gigabytes, refusals
 from megatron_spear.cluster.planner.resharding import Resharding, resharding
 from megatron_spear.cluster.planner.search import Choice, best_layouts, best_splits, judged
+from megatron_spear.cluster.planner.simulator import Simulated, simulate
+from megatron_spear.cluster.planner.step import step_of
+from megatron_spear.cluster.planner.times import workload_of
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.layout_fit import model_problems
 
 GAIN = 0.02
 """Share of a step below which nothing is called better."""
+SIMULATED_STEPS = 4
 TIGHT = 0.03
 """Share of a GPU's memory below which what is left is called little."""
 NUM_SHOWN = 3
@@ -27,7 +31,8 @@ class Plan:
     ``own`` and what follows from it are None where the layout is impossible. ``better`` are layouts
     with a shorter step, or all that fit where the own does not, the fastest first, each cut of the
     model once; ``num_fitting`` is how many were compared. ``split`` divides the nodes better,
-    ``sharded`` is the run with ``weight_sync.transport=sharded``; None = no gain.
+    ``sharded`` is the run with ``weight_sync.transport=sharded``; None = no gain. ``ahead`` is
+    the run in simulated time, where rollouts run ahead on machines of their own.
     """
 
     model: str
@@ -41,6 +46,7 @@ class Plan:
     num_fitting: int
     split: Choice | None
     sharded: Choice | None
+    ahead: Simulated | None
 
     @property
     def fits(self) -> bool:
@@ -78,6 +84,7 @@ def make_plan(
         num_fitting=len(layouts),
         split=_split(job, own, layouts),
         sharded=_sharded(job, own),
+        ahead=_ahead(job, own),
     )
 
 
@@ -113,6 +120,18 @@ def _sharded(job: Job, own: Choice | None) -> Choice | None:
     section = job.weight_sync.model_copy(update={"transport": "sharded"})
     other = judged(replace(job, weight_sync=section))
     return other if other.times.total_s < own.times.total_s * (1 - GAIN) else None
+
+
+def _ahead(job: Job, own: Choice | None) -> Simulated | None:
+    """Some steps in simulated time, with lengths drawn: what means cannot say of a long tail.
+
+    Turns are taken together, since nothing is known of the environment's time between them.
+    """
+    if own is None or not job.rollout.max_lag or job.shares_gpus:
+        return None
+    work = workload_of(step_of(job), own.times)
+    together = replace(work, num_turns=1, read_s=work.read_s * work.num_turns)
+    return simulate(together, steps=SIMULATED_STEPS)
 
 
 def _warnings(job: Job, own: Choice | None, mean_length: int | None) -> Iterator[str]:
