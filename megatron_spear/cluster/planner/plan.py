@@ -18,7 +18,8 @@ from megatron_spear.conversion.layout_fit import model_problems
 
 GAIN = 0.02
 """Share of a step below which nothing is called better."""
-SIMULATED_STEPS = 4
+SIMULATED_STEPS, SIMULATED_TURNS = 4, 10_000
+"""Steps that are simulated, and most turns in each: a second or so."""
 TIGHT = 0.03
 """Share of a GPU's memory below which what is left is called little."""
 NUM_SHOWN = 3
@@ -125,13 +126,16 @@ def _sharded(job: Job, own: Choice | None) -> Choice | None:
 def _ahead(job: Job, own: Choice | None) -> Simulated | None:
     """Some steps in simulated time, with lengths drawn: what means cannot say of a long tail.
 
-    Turns are taken together, since nothing is known of the environment's time between them.
+    Of many engines a part is simulated, with its part of the prompts.
     """
     if own is None or not job.rollout.max_lag or job.shares_gpus:
         return None
     work = workload_of(step_of(job), own.times)
-    together = replace(work, num_turns=1, read_s=work.read_s * work.num_turns)
-    return simulate(together, steps=SIMULATED_STEPS)
+    turns = work.num_prompts * work.group_size * work.num_turns
+    engines = max(1, min(work.num_engines, work.num_engines * SIMULATED_TURNS // turns))
+    prompts = max(1, round(work.num_prompts * engines / work.num_engines))
+    part = replace(work, num_engines=engines, num_prompts=prompts)
+    return simulate(part, steps=SIMULATED_STEPS)
 
 
 def _warnings(job: Job, own: Choice | None, mean_length: int | None) -> Iterator[str]:
