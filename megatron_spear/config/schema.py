@@ -160,8 +160,8 @@ class PolicySection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept. ``selective``: those inside
     the attention, between its linear layers, which saves little or nothing on a GPU
-    (cluster/planner/activations.py). ``full``: all but each layer's input, at the price of a second
-    forward pass."""
+    (cluster/planner/activations.py). ``full``: all but each layer's input, at the price of a
+    second forward pass."""
     distributed_optimizer: bool = False
     """Split the optimizer's state and its work over the data-parallel ranks."""
     optimizer_offload: Fraction = 0.0

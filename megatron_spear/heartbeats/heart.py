@@ -16,22 +16,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import replace
-from typing import TypeVar
 
 from megatron_spear.deadlines import Watchdog
+from megatron_spear.heartbeats.look import LOOK_S, look_twice, within
 from megatron_spear.heartbeats.place import Place, place_of
 from megatron_spear.heartbeats.record import Hang, Heartbeat, HeartbeatFolder
 from megatron_spear.heartbeats.report import Looks, who_is_behind, who_is_lost
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _SHORTEST_S, _LONGEST_S = 0.1, 5.0
 _PERIODS_A_LIMIT = 50
-_LOOK_S = 5.0
-"""Longest reading of all heartbeats, twice a report."""
 _FIRST_RANKS = 8
 """Besides these only the first rank of each node reads everybody's heartbeat at the end."""
 
@@ -64,6 +60,7 @@ class Heart:
         self._moved_at = self._controller_moved_at = time.monotonic()
         self._controller_moves = -1
         self._hang: Hang | None = None
+        self._hang_before: Hang | None = None
         self._at_expiry: Heartbeat | None = None
         self._warned = False
         self._limit_s = limit_s
@@ -159,15 +156,16 @@ class Heart:
         folder = self._folder
         if folder is None or self._world_size == 1:
             return []
-        own = Hang(rank=self._rank, host=self._host, pid=os.getpid())
+        token = os.urandom(8).hex()
+        own = Hang(rank=self._rank, host=self._host, pid=os.getpid(), token=token)
         first = self._hang is None
         if first:
             self._hang = own
-            _within(_LOOK_S, lambda: folder.announce(own))
+            within(LOOK_S, lambda: folder.announce(own))
         if self._rank >= _FIRST_RANKS and int(os.environ.get("LOCAL_RANK", "0")):
             time.sleep(self._gap_s)
             return ["the first rank of this node tells who is behind"]
-        lines = who_is_behind(self._two_looks()) or ["no heartbeat of the others can be read"]
+        lines = who_is_behind(self._two_looks(folder)) or ["no heartbeat of the others can be read"]
         if first:
             time.sleep(self._gap_s)  # the others are to find this process, and say their own
         return lines
@@ -176,14 +174,14 @@ class Heart:
         """Whether a watchdog has expired: this rank's, or that of another that said so."""
         folder = self._folder
         if self._hang is None and folder is not None:
-            _within(_LOOK_S, self._look_for_a_hang)
+            within(LOOK_S, self._look_for_a_hang)
         return self._at_expiry is not None or self._hang is not None
 
     def lost_ranks(self) -> list[str]:
         """After a collective has failed: who is not there any more; takes some periods."""
         if self._folder is None or self._world_size == 1:
             return []
-        return who_is_lost(self._two_looks())
+        return who_is_lost(self._two_looks(self._folder))
 
     def expire(self) -> None:
         """End the process now, as the watchdog does it."""
@@ -194,32 +192,15 @@ class Heart:
         """Every rank that lives has written once more after this."""
         return 2 * self.period_s + 1.0
 
-    def _two_looks(self) -> Looks:
-        first = self._look()
-        time.sleep(self._gap_s)
-        second = self._look()
-        return Looks(
+    def _two_looks(self, folder: HeartbeatFolder) -> Looks:
+        return look_twice(
+            folder,
+            rank=self._rank,
             world_size=self._world_size,
             host=self._host,
-            first=first,
-            second=second,
+            gap_s=self._gap_s,
             expired=self._hang.rank if self._hang is not None else None,
         )
-
-    def _look(self) -> dict[int, Heartbeat]:
-        folder, found = self._folder, dict[int, Heartbeat]()
-        assert folder is not None
-        until = time.monotonic() + _LOOK_S
-
-        def read() -> None:
-            for offset in range(self._world_size):  # not all ranks read the same file first
-                rank = (self._rank + offset) % self._world_size
-                beat = folder.read(rank) if time.monotonic() < until else None
-                if beat is not None:
-                    found[rank] = beat
-
-        _within(_LOOK_S, read)
-        return dict(found)
 
     # The file.
 
@@ -241,6 +222,8 @@ class Heart:
         )
 
     def _beat_on(self) -> None:
+        if self._folder is not None:  # what an earlier launch left, and the controller has not seen
+            self._hang_before = self._folder.hang()
         while True:
             last = self._done.wait(self.period_s if self._beats else 0.0)
             self._beat()
@@ -268,7 +251,8 @@ class Heart:
 
     def _look_for_a_hang(self) -> None:
         if self._hang is None and self._folder is not None:
-            self._hang = self._folder.hang()
+            found = self._folder.hang()
+            self._hang = found if found != self._hang_before else None
 
 
 _heart: Heart | None = None
@@ -294,18 +278,3 @@ def phase(name: str) -> contextlib.AbstractContextManager[None]:
 def waiting_for(what: str) -> contextlib.AbstractContextManager[None]:
     """A wait of the main thread for other ranks; ``what`` is waited for, ``the plan`` say."""
     return contextlib.nullcontext() if _heart is None else _heart.waiting_for(what)
-
-
-def _within(limit_s: float, work: Callable[[], object]) -> None:
-    """Do this in a thread that is left behind when it takes too long (a file system that stands
-    still); errors are nobody's."""
-    done: Future[None] = Future()
-
-    def run() -> None:
-        with contextlib.suppress(OSError):
-            work()
-        done.set_result(None)
-
-    threading.Thread(target=run, name="heartbeat-look", daemon=True).start()
-    with contextlib.suppress(TimeoutError):
-        done.result(limit_s)

@@ -60,21 +60,30 @@ class Heartbeat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hang:
-    """Which rank's watchdog expired first."""
+    """Which rank's watchdog expired first; ``token`` is another one at each expiry."""
 
     rank: int
     host: str
     pid: int
+    token: str
 
 
 class HeartbeatFolder:
-    """The files of one launch. Those of other launches, named by another ``launch``, are not seen.
+    """The files of one launch. Those of another ``launch`` are not seen; launches may share a name
+    all the same (torchrun with a fixed port), so the controller removes what earlier ones left.
 
     The folder itself is the controller's to make; until it is there nothing is written or read.
     """
 
     def __init__(self, path: Path, launch: str) -> None:
         self.path, self._launch = path, launch
+
+    def begin(self) -> None:
+        """Make the folder, without files of earlier launches; a rank that has begun already writes
+        its own again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in (*self.path.glob("rank_*.json"), self.path / HANG_FILE):
+            file.unlink(missing_ok=True)
 
     def write(self, beat: Heartbeat) -> None:
         """Write a rank's file. Raises OSError."""

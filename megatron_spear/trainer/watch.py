@@ -30,7 +30,7 @@ def watched(limit_s: float, folder: Path | None) -> Iterator[Heart]:
     if folder is not None:
         shared = HeartbeatFolder(folder, _launch())
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            shared.begin()
     with Heart(limit_s, rank=rank, world_size=world_size, folder=shared) as heart:
         try:
             yield heart

@@ -9,15 +9,15 @@ figures with what is predicted, as docs/planner-times.md shows them.
 
 import argparse
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_spear.cluster.planner.efficiency import CONSTANTS
 from megatron_spear.cluster.planner.job import Job
 from megatron_spear.cluster.planner.published import FIGURES, LLAMA_70B
+from megatron_spear.cluster.planner.search import best_layouts, best_splits
 from megatron_spear.cluster.planner.simulator import simulate
 from megatron_spear.cluster.planner.step import step_of
-from megatron_spear.cluster.planner.times import StepTimes, step_times, times_of, workload_of
+from megatron_spear.cluster.planner.times import times_of, workload_of
 from megatron_spear.config.schema import RunConfig
 
 GPUS = 1024
@@ -61,45 +61,20 @@ def job(max_lag: int = 0, schedule: str = "continuous") -> Job:
     return replace(made, lengths=replace(made.lengths, sampled=3700, spread=1.0))
 
 
-def layouts() -> Iterator[Job]:
-    """Training layouts and shares of the GPUs."""
-    base = job()
-    for trainer_gpus in (GPUS // 4, GPUS // 2, 3 * GPUS // 4):
-        for tensor in (1, 2, 4, 8):
-            for pipeline in (1, 2, 4, 5, 8, 10, 16):
-                for context in (1, 2, 4):
-                    if trainer_gpus % (tensor * pipeline * context):
-                        continue
-                    changed = base.with_policy(
-                        tensor_parallel=tensor,
-                        pipeline_parallel=pipeline,
-                        context_parallel=context,
-                        sequence_parallel=tensor > 1,
-                    )
-                    for servers in (4, 8):
-                        yield replace(
-                            changed,
-                            trainer_gpus=trainer_gpus,
-                            engine_gpus=GPUS - trainer_gpus,
-                            engine_tensor_parallel=servers,
-                        )
-
-
 def ranking() -> None:
-    """All layouts by the time of a step."""
+    """All layouts that fit, by the time of a step, and other shares of the nodes."""
+    one = job()
     began = time.perf_counter()
-    ranked: list[tuple[StepTimes, Job]] = sorted(
-        ((step_times(one), one) for one in layouts()), key=lambda pair: pair[0].total_s
-    )
+    ranked = best_layouts(one)
+    splits = best_splits(one, ranked)
     seconds = time.perf_counter() - began
-    print(f"{len(ranked)} layouts of 70B on {GPUS} GPUs ranked in {seconds:.2f} s")
-    print(f"  {seconds / len(ranked) * 1e3:.2f} ms a layout")
-    for times, one in ranked[:3]:
-        policy = one.policy
+    print(f"{len(ranked)} layouts of 70B on {GPUS} GPUs, {len(splits)} shares: {seconds:.2f} s")
+    for choice in (*ranked[:3], *splits[:1]):
+        policy, times = choice.job.policy, choice.times
         print(
             f"  {times.total_s:.0f} s: TP{policy.tensor_parallel} CP{policy.context_parallel} "
-            f"PP{policy.pipeline_parallel} DP{one.data_parallel}, {one.num_engines} engines of "
-            f"TP{one.engine_tensor_parallel}; {times.binds}"
+            f"PP{policy.pipeline_parallel} DP{choice.job.data_parallel}, {choice.job.num_engines} "
+            f"engines of TP{choice.job.engine_tensor_parallel}; {times.binds}"
         )
 
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_spear.cluster.planner.engine_memory import cache_bytes
 from megatron_spear.cluster.planner.long_tail import LongTail
 from megatron_spear.cluster.planner.machines import Machines
 from megatron_spear.cluster.planner.passes import flops_a_token
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.sizes import layer_parameters
 
 Floats = NDArray[np.float64]
 _PARTS = 128
@@ -39,12 +41,12 @@ class Engine:
     def parts_of_decode(self, contexts: Floats, length: Floats | float) -> dict[str, Floats]:
         """What a decode step is made of; products run while weights and contexts are read."""
         model, machines, constants = self.model, self.machines, self.machines.constants
-        layer, experts = _layer_weights(model)
+        layer = layer_parameters(model)
         size = 1 if self.fp8 else 2
         asked: Floats | float = 1.0
         if model.num_experts:
             asked = 1 - (1 - model.experts_per_token / model.num_experts) ** contexts
-        weights = model.num_layers * (layer + experts * asked) * size
+        weights = model.num_layers * (layer.linears + layer.experts * asked) * size
         weights = weights + 2 * model.hidden_size * model.vocab_size + 0 * contexts
         cache = contexts * length * self.cache_bytes
         chip = machines.chip
@@ -63,11 +65,8 @@ class Engine:
 
     @property
     def cache_bytes(self) -> float:
-        """Keys and values of one token, all ranks together, in bf16; of fewer groups than ranks
-        each rank has a copy."""
-        model = self.model
-        copies = max(1, self.tensor // model.num_groups)
-        return 4.0 * model.num_layers * model.num_groups * model.head_dim * copies
+        """Keys and values of one token, all ranks together, in bf16."""
+        return float(self.tensor * cache_bytes(self.model, self.tensor))
 
     def prefill_s(self, tokens: float, keys: float) -> float:
         """Reading ``tokens`` of prompts or of what the environment said."""
@@ -177,17 +176,3 @@ def _tail_s(engine: Engine, play: Play, first: float, *, queued: bool) -> float:
             context = play.prompt + play.observed * middles / play.longest + middles
     seconds = engine.decode_s(np.maximum(first * left, 1.0), context)
     return float((seconds * np.diff(steps)).sum())
-
-
-def weights_bytes(model: ModelShape, *, fp8: bool) -> float:
-    """What an engine holds, all ranks together: linear layers in bf16 or FP8, words in bf16."""
-    layers = model.num_layers * sum(_layer_weights(model)) * (1 if fp8 else 2)
-    return layers + 2 * model.hidden_size * model.vocab_size * (1 if model.tied else 2)
-
-
-def _layer_weights(model: ModelShape) -> tuple[float, float]:
-    """(dense, all experts') weights of a layer."""
-    width, kv = model.num_heads * model.head_dim, model.num_groups * model.head_dim
-    dense = model.hidden_size * (2 * width + 2 * kv)
-    mlp = 3 * model.hidden_size * model.ffn_size
-    return (dense, model.num_experts * mlp) if model.num_experts else (dense + mlp, 0.0)

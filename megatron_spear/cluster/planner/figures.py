@@ -7,8 +7,10 @@ from typing import Literal
 import numpy as np
 
 from megatron_spear.cluster.planner.chips import CHIPS
-from megatron_spear.cluster.planner.decoding import Engine, Play, rollout_time, weights_bytes
+from megatron_spear.cluster.planner.decoding import Engine, Play, rollout_time
 from megatron_spear.cluster.planner.efficiency import Constants
+from megatron_spear.cluster.planner.engine_memory import engine_weights
+from megatron_spear.cluster.planner.job import LENGTH_SPREAD
 from megatron_spear.cluster.planner.long_tail import LongTail
 from megatron_spear.cluster.planner.machines import Machines, Ranks
 from megatron_spear.cluster.planner.resharding import reshard
@@ -17,8 +19,6 @@ from megatron_spear.cluster.planner.times import times_of
 from megatron_spear.cluster.planner.training import Trainer, logprob_time, train_time
 from megatron_spear.conversion.shape import ModelShape
 
-SPREAD = 1.0
-"""Standard deviation of the logarithm of lengths, where a source gives mean and longest alone."""
 PROMPT = 100
 """Tokens of a prompt, where a source does not give them (short mathematics questions)."""
 
@@ -157,11 +157,11 @@ class RlRun:
             group_size=32,
             prompt=PROMPT,
             observed=0,
-            lengths=LongTail(mean=self.answer, longest=self.longest, spread=SPREAD),
+            lengths=LongTail(mean=self.answer, longest=self.longest, spread=LENGTH_SPREAD),
         )
         engine = Engine(model=self.shape, machines=gpus, tensor=self.tensor, slots=1)
         room = self.memory * gpus.chip.memory_bytes * self.tensor
-        room = (room - weights_bytes(self.shape, fp8=False)) / engine.cache_bytes
+        room = (room - engine_weights(self.shape, fp8=False)) / engine.cache_bytes
         slots = int(np.clip(room / play.mean_context, 1, 256))
         update = reshard(
             self.shape,
@@ -241,7 +241,7 @@ def update(
         found = reshard(shape, ranks, gpus, tensor=tensor, replicas=replicas, transport="sharded")
         rate = gpus.chip.nic_bytes_per_s * constants.between_nodes
         launches_s = shape.num_layers * constants.sync_layer_s
-        whole = whole_share * weights_bytes(shape, fp8=False)
+        whole = whole_share * engine_weights(shape, fp8=False)
         return launches_s + (1 - whole_share) * (found.seconds - launches_s) + whole / rate
 
     return predict

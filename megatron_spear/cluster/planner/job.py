@@ -11,9 +11,9 @@ from megatron_spear.conversion.shape import ModelShape
 
 MEAN_LENGTH_SHARE = 0.5
 """Mean length of a context, as a share of ``rollout.max_context``, where none is given."""
-LENGTH_SPREAD = 0.6
-"""Standard deviation of the logarithm of lengths: half of them within a factor of 1.5 of the
-median, one in a hundred four times as long (docs/planner.md)."""
+LENGTH_SPREAD = 1.0
+"""Standard deviation of the logarithm of lengths: half of them within a factor of 2 of the median,
+one in a hundred ten times as long, before the cut at the longest (docs/planner-times.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,11 +16,16 @@ from megatron_spear.cluster.planner.search import (
     best_splits,
     judged,
 )
+from megatron_spear.cluster.planner.simulator import Simulated, simulate
+from megatron_spear.cluster.planner.step import step_of
+from megatron_spear.cluster.planner.times import workload_of
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.layout_fit import model_problems
 
 GAIN = 0.02
 """Share of a step below which nothing is called better."""
+SIMULATED_STEPS, SIMULATED_TURNS = 4, 10_000
+"""Steps that are simulated, and most turns in each: a second or so."""
 NUM_SHOWN = 3
 
 
@@ -31,7 +36,8 @@ class Plan:
     ``own`` and what follows from it are None where the layout is impossible. ``better`` are layouts
     with a shorter step, or all that fit where the own does not, the fastest first, each cut of the
     model once; ``num_fitting`` is how many were compared. ``split`` divides the nodes better,
-    ``sharded`` is the run with ``weight_sync.transport=sharded``; None = no gain.
+    ``sharded`` is the run with ``weight_sync.transport=sharded``; None = no gain. ``ahead`` is
+    the run in simulated time, where rollouts run ahead on machines of their own.
     """
 
     model: str
@@ -45,6 +51,7 @@ class Plan:
     num_fitting: int
     split: Choice | None
     sharded: Choice | None
+    ahead: Simulated | None
 
     @property
     def fits(self) -> bool:
@@ -82,6 +89,7 @@ def make_plan(
         num_fitting=len(layouts),
         split=_split(job, own, layouts),
         sharded=_sharded(job, own),
+        ahead=_ahead(job, own),
     )
 
 
@@ -117,6 +125,21 @@ def _sharded(job: Job, own: Choice | None) -> Choice | None:
     section = job.weight_sync.model_copy(update={"transport": "sharded"})
     other = judged(replace(job, weight_sync=section))
     return other if other.times.total_s < own.times.total_s * (1 - GAIN) else None
+
+
+def _ahead(job: Job, own: Choice | None) -> Simulated | None:
+    """Some steps in simulated time, with lengths drawn: what means cannot say of a long tail.
+
+    Of many engines a part is simulated, with its part of the prompts.
+    """
+    if own is None or not job.rollout.max_lag or job.shares_gpus:
+        return None
+    work = workload_of(step_of(job), own.times)
+    turns = work.num_prompts * work.group_size * work.num_turns
+    engines = max(1, min(work.num_engines, work.num_engines * SIMULATED_TURNS // turns))
+    prompts = max(1, round(work.num_prompts * engines / work.num_engines))
+    part = replace(work, num_engines=engines, num_prompts=prompts)
+    return simulate(part, steps=SIMULATED_STEPS)
 
 
 def _warnings(job: Job, own: Choice | None, mean_length: int | None) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """Published figures: four fix the planner's constants, others check them.
 
 Settings are those of the sources, with two assumptions where these say nothing: lengths are
-log-normal with ``figures.SPREAD``, and prompts have ``figures.PROMPT`` tokens. Pretraining runs of
-Megatron-LM are taken with one sequence a micro-batch and a plain pipeline, which their table leaves
-open. docs/planner-times.md has the table with errors, and how it was made.
+log-normal with ``job.LENGTH_SPREAD``, and prompts have ``figures.PROMPT`` tokens. Pretraining runs
+of Megatron-LM are taken with one sequence a micro-batch and a plain pipeline, which their table
+leaves open. docs/planner-times.md has the table with errors, and how it was made.
 """
 
 from dataclasses import replace

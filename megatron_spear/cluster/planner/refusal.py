@@ -53,8 +53,8 @@ def _too_full(job: Job, memory: RankMemory) -> str:
     return (
         f"{size:.1f} B parameters on {job.trainer_gpus} x {chip.name} "
         f"({gigabytes(chip.memory_bytes)} GB): the fullest rank needs "
-        f"{gigabytes(memory.total)} GB in {memory.moment} (pipeline stage {memory.stage}), short "
-        f"by {gigabytes(memory.short)} GB; largest: {largest}; what helps: "
+        f"{gigabytes(memory.total)} GB in {memory.moment} (pipeline stage {memory.stage + 1}), "
+        f"short by {gigabytes(memory.short)} GB; largest: {largest}; what helps: "
         f"{helps or 'no single setting'}"
     )
 

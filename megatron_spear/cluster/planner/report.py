@@ -8,6 +8,7 @@ from megatron_spear.cluster.planner.engine_memory import EngineMemory
 from megatron_spear.cluster.planner.job import Job
 from megatron_spear.cluster.planner.plan import Plan, make_plan
 from megatron_spear.cluster.planner.search import Choice, why
+from megatron_spear.cluster.planner.simulator import Simulated
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.sizes import active_parameters, model_parameters
 
@@ -44,6 +45,7 @@ def values_of(plan: Plan) -> dict[str, Any]:
         "better_layouts": [_choice_values(choice, job) for choice in plan.better],
         "num_layouts_that_fit": plan.num_fitting,
         "better_split": _choice_values(plan.split, job) if plan.split else None,
+        "rollouts_ahead": asdict(plan.ahead) if plan.ahead else None,
         "sharded_weight_update": asdict(plan.sharded.times) if plan.sharded else None,
     }
 
@@ -59,6 +61,8 @@ def _lines(plan: Plan) -> Iterator[str]:
             yield from _engine_lines(plan.engine, plan.job)
         yield ""
         yield from _time_lines(plan, plan.own)
+        if plan.ahead:
+            yield _ahead_line(plan.ahead)
     yield ""
     yield from _better_lines(plan)
     for number, line in enumerate(plan.warnings):
@@ -147,6 +151,14 @@ def _time_lines(plan: Plan, own: Choice) -> Iterator[str]:
     for name, seconds in phases.items():
         bar = _bar(seconds / max(sum(phases.values()), 1e-12))
         yield _row(name, _seconds(seconds), f"{bar} {notes.get(name, '')}")
+
+
+def _ahead_line(ahead: Simulated) -> str:
+    return (
+        f"  simulated with lengths drawn: a step {_seconds(ahead.step_s)}; trainer idle "
+        f"{ahead.trainer_idle:.0%}, engines idle {ahead.engine_idle:.0%}; a token is "
+        f"{ahead.mean_lag:.2f} versions old, at most {ahead.max_lag}"
+    )
 
 
 def _better_lines(plan: Plan) -> Iterator[str]:

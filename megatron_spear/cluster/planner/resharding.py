@@ -8,6 +8,7 @@ pipeline stage share evenly what their layers' tensors are sent for. A test hold
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_spear.cluster.planner.engine_memory import engine_weights
 from megatron_spear.cluster.planner.job import Job
 from megatron_spear.cluster.planner.machines import Machines, Ranks, machines_of, ranks_of
 from megatron_spear.conversion.shape import ModelShape
@@ -71,7 +72,7 @@ def reshard(
     link = chip.nvlink_bytes_per_s if same_nodes else chip.nic_bytes_per_s
     launches_s = model.num_layers * constants.sync_layer_s
     if transport == "whole":
-        whole = _whole_bytes(model, fp8)
+        whole = engine_weights(model, fp8=fp8)
         total = whole * (replicas if sends is None else sends)
         return Resharding(
             needed_bytes=needed,
@@ -99,7 +100,7 @@ def _needed_of_a_layer(model: ModelShape, tensor: int, fp8: bool) -> float:
     """Bytes of a layer that the ranks of one engine need, all together. What is not split goes to
     each of them, and so do keys and values of fewer groups than ranks."""
     width, kv = model.num_heads * model.head_dim, model.num_groups * model.head_dim
-    size = linear_bytes(fp8)
+    size = _linear_bytes(fp8)
     copies = max(1, tensor // model.num_groups)
     split = size * model.hidden_size * (2 * width + 2 * kv * copies)
     split += size * 3 * model.hidden_size * model.ffn_size * max(1, model.num_experts)
@@ -115,7 +116,7 @@ def _needed_of_the_ends(model: ModelShape) -> tuple[float, float]:
     return words, 0.0 if model.tied else words
 
 
-def linear_bytes(fp8: bool) -> float:
+def _linear_bytes(fp8: bool) -> float:
     """Bytes a weight of a linear layer; FP8 with a float32 scale for 128 x 128."""
     return 1 + 4 / (128 * 128) if fp8 else 2.0
 
@@ -127,12 +128,3 @@ def _of_the_fullest_stage(
     if training.pipeline == 1:
         return layers + sum(ends)
     return layers + max(ends)
-
-
-def _whole_bytes(model: ModelShape, fp8: bool) -> float:
-    width, kv = model.num_heads * model.head_dim, model.num_groups * model.head_dim
-    products = model.hidden_size * (2 * width + 2 * kv)
-    products += 3 * model.hidden_size * model.ffn_size * max(1, model.num_experts)
-    router = 2 * model.hidden_size * model.num_experts
-    layers = model.num_layers * (linear_bytes(fp8) * products + router)
-    return layers + sum(_needed_of_the_ends(model))

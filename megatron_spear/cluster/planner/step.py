@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
-from megatron_spear.cluster.planner.decoding import Engine, Play, weights_bytes
+from megatron_spear.cluster.planner.decoding import Engine, Play
+from megatron_spear.cluster.planner.engine_memory import engine_memory
 from megatron_spear.cluster.planner.job import Job
 from megatron_spear.cluster.planner.long_tail import LongTail
 from megatron_spear.cluster.planner.machines import machines_of, ranks_of
@@ -60,7 +59,7 @@ def step_of(job: Job, *, env_s: float = 0.0) -> Step:
             distributed_optimizer=policy.distributed_optimizer,
             offload=policy.optimizer_offload,
         ),
-        engine=replace(engine, slots=_slots(job, engine, play)),
+        engine=replace(engine, slots=_slots(job, play)),
         num_engines=job.num_engines,
         play=play,
         update=resharding(job),
@@ -100,12 +99,12 @@ def play_of(job: Job, env_s: float = 0.0) -> Play:
     )
 
 
-def _slots(job: Job, engine: Engine, play: Play) -> int:
-    """Contexts an engine decodes at once: what is asked of it and what its memory has room for."""
+def _slots(job: Job, play: Play) -> int:
+    """Contexts an engine decodes at once: what is asked of it, of all steps under way, and what its
+    memory has room for."""
     rollout = job.rollout
-    asked = rollout.max_slots
-    if rollout.engine != "embedded":
-        asked = min(rollout.max_requests_per_server, -(-rollout.max_slots // job.num_engines))
-    memory = job.engine_memory_fraction * job.chip.memory_bytes * engine.tensor
-    room = (memory - weights_bytes(job.shape, fp8=engine.fp8)) / engine.cache_bytes
-    return int(np.clip(room / play.mean_context, 1, asked))
+    asked = min(rollout.max_slots, (rollout.max_lag + 1) * play.num_trajectories)
+    if job.is_embedded:
+        return asked
+    asked = min(-(-asked // job.num_engines), rollout.max_requests_per_server)
+    return max(min(asked, int(engine_memory(job).tokens / play.mean_context)), 1)

@@ -6,6 +6,7 @@ from math import ceil
 from megatron_spear.cluster.planner.machines import Machines, Ranks
 from megatron_spear.cluster.planner.passes import flops_a_token, head_time, layer_time
 from megatron_spear.conversion.shape import ModelShape
+from megatron_spear.conversion.sizes import stage_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,15 +142,12 @@ def _pipelined(trainer: Trainer, count: int, stage_s: float, head_s: float) -> P
 
 
 def _parameters_here(trainer: Trainer) -> tuple[float, float]:
-    """(dense, experts') parameters of the fullest rank."""
-    model, layout = trainer.model, trainer.ranks
-    width, kv = model.num_heads * model.head_dim, model.num_groups * model.head_dim
-    layers = model.num_layers / layout.pipeline
-    dense = model.hidden_size * (2 * width + 2 * kv)
-    dense += 0 if model.num_experts else 3 * model.hidden_size * model.ffn_size
-    experts = model.num_experts * 3 * model.hidden_size * model.ffn_size
-    ends = model.hidden_size * model.vocab_size
-    return (layers * dense + ends) / layout.tensor, layers * experts / layout.expert
+    """(dense, experts') parameters of a rank of the first stage."""
+    ranks = trainer.ranks
+    own = stage_parameters(
+        trainer.model, 0, tensor=ranks.tensor, pipeline=ranks.pipeline, expert=ranks.expert
+    )
+    return own.linears + own.rest, own.experts
 
 
 def _reduce_s(trainer: Trainer, forward_s: float, backward_s: float) -> float:

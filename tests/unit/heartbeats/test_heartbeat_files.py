@@ -35,19 +35,31 @@ def test_long_and_foreign_texts_are_cut_to_fit(tmp_path: Path) -> None:
 def test_another_launchs_file_is_not_seen_and_overwritten(tmp_path: Path) -> None:
     old, new = HeartbeatFolder(tmp_path, "old"), HeartbeatFolder(tmp_path, "new")
     old.write(heartbeat())
-    old.announce(Hang(rank=2, host="n1", pid=7))
+    old.announce(Hang(rank=2, host="n1", pid=7, token="a"))
     assert new.read(1) is None and new.hang() is None
     new.write(heartbeat(beats=1))
-    new.announce(Hang(rank=0, host="n1", pid=8))
-    assert new.read(1) == heartbeat(beats=1) and new.hang() == Hang(rank=0, host="n1", pid=8)
+    new.announce(Hang(rank=0, host="n1", pid=8, token="b"))
+    assert new.read(1) == heartbeat(beats=1) and new.hang() == Hang(
+        rank=0, host="n1", pid=8, token="b"
+    )
     assert old.read(1) is None
+
+
+def test_a_launch_begins_without_files_of_earlier_ones(tmp_path: Path) -> None:
+    """Also if it has the same name as they had."""
+    folder = HeartbeatFolder(tmp_path / "heartbeats", "localhost/29500/none/0")
+    folder.begin()
+    folder.write(heartbeat())
+    folder.announce(Hang(rank=2, host="n1", pid=7, token="a"))
+    folder.begin()
+    assert folder.read(1) is None and folder.hang() is None
 
 
 def test_the_first_word_of_a_hang_stays(tmp_path: Path) -> None:
     folder = HeartbeatFolder(tmp_path, "one")
-    folder.announce(Hang(rank=2, host="n1", pid=7))
-    folder.announce(Hang(rank=0, host="n1", pid=8))
-    assert folder.hang() == Hang(rank=2, host="n1", pid=7)
+    folder.announce(Hang(rank=2, host="n1", pid=7, token="a"))
+    folder.announce(Hang(rank=0, host="n1", pid=8, token="b"))
+    assert folder.hang() == Hang(rank=2, host="n1", pid=7, token="a")
 
 
 @pytest.mark.parametrize(
