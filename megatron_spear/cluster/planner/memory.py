@@ -113,8 +113,9 @@ def _copied_gradients(policy: PolicySection, world_size: int, lasting: States) -
 
 def training_memory(job: Job) -> RankMemory:
     """Of the fullest rank: the first stage has most micro-batches in flight, the last the logits,
-    and those between have less than the first."""
-    stages = sorted({0, job.policy.pipeline_parallel - 1})
+    and the second may have more layers in FP8 than both; the others have less than the second."""
+    last = job.policy.pipeline_parallel - 1
+    stages = sorted({0, min(1, last), last})
     return max((_of_stage(job, stage) for stage in stages), key=lambda rank: rank.total)
 
 
