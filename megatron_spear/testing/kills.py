@@ -67,6 +67,10 @@ _JOB = (
     "tracking.wandb=false",
 )
 
+_IN_THE_START = 0.25
+"""Share of the kills that come before the first step of a start."""
+_MOST_STEPS = 3
+"""Most steps that a process records before it is killed."""
 _CLOCK = ("time/", "time")
 """What no two runs have in common."""
 _ROUNDED = "mismatch/"
@@ -128,10 +132,12 @@ class Killed:
         run, report = self._folder / "killed", Report()
         while True:
             report.starts += 1
-            process = self._start(run)
-            # On average two steps after the start; any moment is hit, and at times none.
-            mean_s = self._start_s + 2 * self._step_s
-            status = self._wait(process, self._random.expovariate(1.0 / mean_s))
+            before, process = newest_step(run), self._start(run)
+            if self._random.random() < _IN_THE_START:
+                status = self._wait(process, self._random.uniform(0, self._start_s))
+            else:
+                self._until_step(process, run, before + self._random.randint(1, _MOST_STEPS))
+                status = self._wait(process, self._random.uniform(0, 2 * self._step_s))
             if status == 0:
                 return run, report
             if status != -signal.SIGKILL:
@@ -156,6 +162,15 @@ class Killed:
         status = self._wait(process, RUN_S)
         if status != 0:
             raise RuntimeError(f"the run left alone ended with status {status}; see {self._log}")
+
+    def _until_step(self, process: Any, run: Path, step: int) -> None:
+        """Until the run has recorded this step, or has ended; steps take as long as they take on
+        the machine now."""
+        end = time.monotonic() + RUN_S
+        while newest_step(run) < step and time.monotonic() < end:
+            process.join(0.01)
+            if process.exitcode is not None:
+                return
 
     def _wait(self, process: Any, limit_s: float) -> int:
         """Its exit status; it is killed after ``limit_s``."""
