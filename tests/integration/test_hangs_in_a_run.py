@@ -18,7 +18,7 @@ from megatron_spear.testing.faults import Rank, ranks_that_may_fail, replaced, s
 
 pytestmark = pytest.mark.timeout(300)
 
-LIMIT_S = 20.0
+LIMIT_S = 30.0
 OVER_S = 60.0
 SETTINGS = (
     "run.steps=3",
