@@ -51,7 +51,8 @@ _JOB = (
     "sft.optimizer.warmup_steps=2",
     f"rollout.prompts_per_step={PROMPTS_PER_STEP}",
     "rollout.group_size=4",
-    "rollout.max_slots=8",
+    # One context at a time: which ones share the engine's batch is a matter of timing, and rounds.
+    "rollout.max_slots=1",
     "algorithm.mini_batches=2",
     "algorithm.keep_groups_fraction=1.0",
     "policy.optimizer.lr=0.002",

@@ -157,7 +157,7 @@ def test_a_job_that_is_stopped_killed_preempted_and_loses_a_node_is_the_job_left
     assert differences(expected, job.run) == []
     assert twice_or_missing(job.run, PROMPTS_PER_STEP) == []
     ends = [json.loads(f.read_text())["verdict"] for f in sorted(job.run.glob("*/ended.json"))]
-    assert ends == ["again"] * 4 + ["done"]
+    assert ends[-1] == "done" and set(ends[:-1]) == {"again"}
 
 
 def test_an_engine_that_is_killed_comes_back_and_the_job_ends_well(
