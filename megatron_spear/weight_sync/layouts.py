@@ -17,32 +17,8 @@ from megatron_spear.conversion.mapping import (
 )
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.conversion.sizes import padded_vocab
+from megatron_spear.conversion.training_layout import TrainingLayout as TrainingLayout
 from megatron_spear.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingLayout:
-    """Ranks of training: tensor parallel first, then context, data and pipeline parallel.
-
-    Experts are whole, spread over the ranks of a stage, neighbours first.
-    """
-
-    tensor: int = 1
-    context: int = 1
-    data: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    expert: int = 1
-
-    @property
-    def stage_size(self) -> int:
-        """Ranks of a pipeline stage."""
-        return self.tensor * self.context * self.data
-
-    @property
-    def world_size(self) -> int:
-        """All ranks."""
-        return self.stage_size * self.pipeline
 
 
 class Sizes(Protocol):

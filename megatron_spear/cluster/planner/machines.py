@@ -5,29 +5,10 @@ from dataclasses import dataclass
 from megatron_spear.cluster.planner.chips import Chip
 from megatron_spear.cluster.planner.efficiency import CONSTANTS, Constants
 from megatron_spear.cluster.planner.job import Job
+from megatron_spear.conversion.training_layout import TrainingLayout
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ranks:
-    """Ranks of training, tensor parallel first, then context, data and pipeline parallel; experts
-    over the neighbours of a stage. ``weight_sync.layouts.TrainingLayout`` without torch."""
-
-    tensor: int = 1
-    context: int = 1
-    data: int = 1
-    pipeline: int = 1
-    virtual: int = 1
-    expert: int = 1
-
-    @property
-    def stage_size(self) -> int:
-        """Ranks of a pipeline stage."""
-        return self.tensor * self.context * self.data
-
-    @property
-    def world_size(self) -> int:
-        """All ranks."""
-        return self.stage_size * self.pipeline
+Ranks = TrainingLayout
+"""What the planner calls the ranks that train."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
