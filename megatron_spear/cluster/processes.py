@@ -44,12 +44,13 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 @contextmanager
-def adopting_orphans() -> Iterator[None]:
+def adopting_orphans() -> Iterator["Offspring"]:
     """For the length of the block we are the parent of processes whose own parent, one of our
-    descendants, dies."""
+    descendants, dies. Gives all that is started within it."""
+    offspring = Offspring()
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        yield
+        yield offspring
     finally:
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
@@ -226,18 +227,29 @@ async def _end_trees(leaders: Mapping[int, int], grace_s: float) -> None:
         await asyncio.sleep(_LOOK_S)
 
 
-async def end_descendants(grace_s: float) -> None:
-    """End everything that this process has started, directly or not."""
-    for patience_s in (grace_s, 0.0):  # what was adopted meanwhile gets no time of its own
+class Offspring:
+    """All that this process starts from now on, directly or not. Children that it had before, such
+    as the fork server of a library, are left alone."""
+
+    def __init__(self) -> None:
         table = process_table()
+        self._before = {(e.pid, e.started) for e in table.values() if e.parent == os.getpid()}
+
+    async def end(self, grace_s: float) -> None:
+        """End everything of it that runs."""
+        for patience_s in (grace_s, 0.0):  # what was adopted meanwhile gets no time of its own
+            await _end_trees(
+                {e.pid: e.started for e in self._children(process_table())}, patience_s
+            )
+
+    def reap(self) -> None:
+        """Take the exit status of what was adopted and has ended."""
+        table = process_table()
+        _reap([entry.pid for entry in self._children(table)], table)
+
+    def _children(self, table: Mapping[int, Entry]) -> list[Entry]:
         own = [entry for entry in table.values() if entry.parent == os.getpid()]
-        await _end_trees({entry.pid: entry.started for entry in own}, patience_s)
-
-
-def reap_adopted() -> None:
-    """Take the exit status of ended processes that we adopted."""
-    table = process_table()
-    _reap(table, table)
+        return [entry for entry in own if (entry.pid, entry.started) not in self._before]
 
 
 def _reap(pids: Iterable[int], table: Mapping[int, Entry]) -> None:

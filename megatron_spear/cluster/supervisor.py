@@ -31,11 +31,10 @@ from megatron_spear.cluster.kept import (
 )
 from megatron_spear.cluster.processes import (
     Child,
+    Offspring,
     adopting_orphans,
     children_of,
-    end_descendants,
     end_noted,
-    reap_adopted,
 )
 from megatron_spear.cluster.registry import Registration, register, registrations
 from megatron_spear.cluster.restarts import USAGE_STATUS
@@ -86,14 +85,14 @@ class Supervisor:
 
     async def run(self) -> int:
         """Everything from the first start to the last end; nothing is left behind."""
-        with adopting_orphans():
-            return await self._run()
+        with adopting_orphans() as offspring:
+            return await self._run(offspring)
 
-    async def _run(self) -> int:
+    async def _run(self, offspring: Offspring) -> int:
         await self._sweep()
         tasks = [asyncio.create_task(work) for work in self._work()]
         try:
-            return await self._until_over(tasks)
+            return await self._until_over(tasks, offspring)
         except Exception as error:
             with suppress(OSError):
                 self._attempt.mark_failed("node", self._node.index, describe(error))
@@ -102,9 +101,9 @@ class Supervisor:
             for task in tasks:
                 task.cancel()
             if self._stop.at_once:
-                await end_descendants(0.0)
+                await offspring.end(0.0)
             await asyncio.gather(*tasks, return_exceptions=True)
-            await end_descendants(self._times.grace_s)
+            await offspring.end(self._times.grace_s)
 
     def _work(self) -> list[Coroutine[Any, Any, Any]]:
         """All that runs side by side."""
@@ -141,7 +140,7 @@ class Supervisor:
         if found:
             self._site.say(f"ended what an earlier attempt has left: pids {found}")
 
-    async def _until_over(self, tasks: list["asyncio.Task[Any]"]) -> int:
+    async def _until_over(self, tasks: list["asyncio.Task[Any]"], offspring: Offspring) -> int:
         """Look at everything again and again; gives the exit status once there is one."""
         look_at_files = 0.0
         while True:
@@ -154,7 +153,7 @@ class Supervisor:
             training = tasks[0] if self._roles.num_ranks else None
             ended_now = training is not None and training.done() and self._ended_at is None
             if ended_now or time.monotonic() >= look_at_files:
-                reap_adopted()
+                offspring.reap()
                 status = self._verdict(training)
                 if status is not None:
                     return status

@@ -70,8 +70,6 @@ _JOB = (
 
 _IN_THE_START = 0.25
 """Share of the kills that come before the first step of a start."""
-_MOST_STEPS = 3
-"""Most steps that a process records before it is killed."""
 _CLOCK = ("time/", "time")
 """What no two runs have in common."""
 _ROUNDED = "mismatch/"
@@ -91,13 +89,22 @@ class Killed:
     """One job, run in ``folder``: once left alone, once killed again and again.
 
     ``settings`` come over those of a tiny run on household games; ``seed`` is the run's, and draws
-    the moments. The warm start is taken from ``cache``, or made there.
+    the moments: a kill comes within two steps of a drawn one, at most ``most_steps`` after the
+    start. The warm start is taken from ``cache``, or made there.
     """
 
-    def __init__(self, settings: Sequence[str], folder: Path, *, cache: Path, seed: int) -> None:
+    def __init__(
+        self,
+        settings: Sequence[str],
+        folder: Path,
+        *,
+        cache: Path,
+        seed: int,
+        most_steps: int = 3,
+    ) -> None:
         own = (f"model.cache_dir={cache}", f"run.seed={seed}")
         self.arguments = [*_JOB, *own, *settings]
-        self._folder = folder
+        self._folder, self._most_steps = folder, most_steps
         self._random = random.Random(f"kills of seed {seed}")
         self._start_s = self._step_s = 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +144,7 @@ class Killed:
             if self._random.random() < _IN_THE_START:
                 status = self._wait(process, self._random.uniform(0, self._start_s))
             else:
-                self._until_step(process, run, before + self._random.randint(1, _MOST_STEPS))
+                self._until_step(process, run, before + self._random.randint(1, self._most_steps))
                 status = self._wait(process, self._random.uniform(0, 2 * self._step_s))
             if status == 0:
                 return run, report

@@ -14,6 +14,7 @@ from fake_programs import python, runs, until, wait_until_gone
 
 from megatron_spear.cluster.processes import (
     Child,
+    adopting_orphans,
     children_of,
     descendants,
     end_noted,
@@ -166,10 +167,37 @@ def write(file: Path, record: dict, **changes: object) -> None:
     file.write_text(json.dumps(record | changes))
 
 
-def test_the_process_table_knows_this_process() -> None:
-    table = process_table()
-    entry = table[os.getpid()]
-    assert entry.parent == os.getppid()
-    assert not entry.is_zombie
-    assert os.getpid() in descendants([os.getppid()], table)
-    assert children_of(os.getpid()) == []
+def test_the_process_table_knows_this_process_and_its_children(tmp_path: Path) -> None:
+    async def live() -> None:
+        child = start(tmp_path, SLEEPER)
+        table = process_table()
+        assert (table[child.pid].parent, table[child.pid].is_zombie) == (os.getpid(), False)
+        assert {os.getpid(), child.pid} <= descendants([os.getppid()], table)
+        assert child.pid in children_of(os.getpid())
+        await child.end(1.0)
+        assert child.pid not in children_of(os.getpid())
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize("how", ["stays", "dies"])
+def test_offspring_is_ended_and_what_was_there_before_is_not(tmp_path: Path, how: str) -> None:
+    async def live() -> None:
+        before = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+        ended_before = subprocess.Popen([sys.executable, "-S", "-c", ""])
+        try:
+            with adopting_orphans() as offspring:
+                child = start(tmp_path, PARENT, how, "session")
+                grandchild = int(await first_line(child))
+                await until(lambda: process_table()[ended_before.pid].is_zombie)
+                offspring.reap()
+                assert runs(grandchild)
+                await offspring.end(1.0)
+                assert not runs(child.pid) and not runs(grandchild)
+            assert ended_before.wait() == 0, "its exit status is not ours to take"
+            assert before.poll() is None
+        finally:
+            before.kill()
+            before.wait()
+
+    asyncio.run(live())
