@@ -58,12 +58,14 @@ class Origin(StrEnum):
 class Prompt:
     """One task instance.
 
-    ``env`` names the environment, ``metadata`` are its reset options (picklable plain values),
-    ``messages`` the chat before the first observation (a system message, say).
+    ``env`` names the environment, ``kind`` the kind of task in it (success is also told by kind),
+    ``metadata`` are its reset options (picklable plain values), ``messages`` the chat before the
+    first observation (a system message, say).
     """
 
     prompt_id: str
     env: str
+    kind: str = ""
     messages: tuple[Message, ...] = ()
     answer: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -231,13 +231,13 @@ def _replay(config: RunConfig) -> Iterator[str]:
 
 def _tasks(config: RunConfig) -> Iterator[str]:
     """Drawing tasks by difficulty needs several, and room for the smallest share of each."""
-    tasks, count = config.curriculum.tasks, len(set(config.env.task_types))
+    tasks, count = config.curriculum.tasks, len(config.env.task_kinds)
     if not tasks.enabled:
         return
     if count < 2:
         yield (
-            "curriculum.tasks.enabled=true draws over task types, and env.task_types has one; "
-            "name more, or set it to false"
+            "curriculum.tasks.enabled=true draws over kinds of tasks (ALFWorld: env.task_types), "
+            "and there is one; name more, or set it to false"
         )
     elif tasks.min_share * count > 1.0:
         yield (

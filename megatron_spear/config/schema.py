@@ -5,9 +5,9 @@ from the defaults here; ``megatron-spear check-config FILE`` prints the result.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator
 
 from megatron_spear.config.base import (
     Fraction,
@@ -18,6 +18,7 @@ from megatron_spear.config.base import (
     Section,
 )
 from megatron_spear.config.cluster import ClusterSection
+from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.hooks import HookSection
 from megatron_spear.config.method import (
     AlgorithmSection,
@@ -27,7 +28,6 @@ from megatron_spear.config.method import (
 )
 from megatron_spear.config.presets.layouts import PRESETS, unknown_preset
 from megatron_spear.config.rollout import RolloutSection, WeightSyncSection
-from megatron_spear.types import TASK_TYPES, TaskType
 
 
 class RunSection(Section):
@@ -175,68 +175,6 @@ class PolicySection(Section):
     overlap_grad_reduce)."""
     optimizer: OptimizerSection = OptimizerSection()
     """Optimizer of the RL steps."""
-
-
-class GeneratorSection(Section):
-    """Size of generated games."""
-
-    min_receptacles: Annotated[int, Field(ge=8, le=40)] = 8
-    """Fewest receptacles in a room."""
-    max_receptacles: Annotated[int, Field(ge=8, le=40)] = 12
-    """Most receptacles in a room."""
-    min_objects: Annotated[int, Field(ge=4, le=80)] = 8
-    """Fewest movable objects in a room."""
-    max_objects: Annotated[int, Field(ge=4, le=80)] = 14
-    """Most movable objects in a room."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "GeneratorSection":
-        for low, high in (("min_receptacles", "max_receptacles"), ("min_objects", "max_objects")):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(
-                    f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}; "
-                    f"expected {low} <= {high}"
-                )
-        return self
-
-
-class WindowHistory(Section):
-    """Each turn's prompt is rendered anew from the task and the last ``window`` steps."""
-
-    window: PositiveInt
-    """Steps of history in the prompt (the paper uses 2)."""
-
-
-class AlfworldSection(Section):
-    """ALFWorld household games, played by the native engine."""
-
-    type: Literal["alfworld"] = "alfworld"
-    """Which environment."""
-    games: Path | None = None
-    """Folder of games with splits (official ``game.tw-pddl`` tree, or packed
-    ``<split>.jsonl[.xz]``). One file has no splits: ``sft`` and ``evaluate`` take it whole,
-    ``train`` refuses it, since its panel must not be trained on. None = games are generated fresh
-    for every step."""
-    train_split: str = "train"
-    """Split to train on, where ``games`` is a folder with splits."""
-    eval_split: str = "valid_seen"
-    """Split to evaluate on, where ``games`` is a folder with splits."""
-    task_types: tuple[TaskType, ...] = TASK_TYPES
-    """Task types played."""
-    max_receptacles: PositiveInt | None = None
-    """Leave out loaded games with more receptacles; None = take all."""
-    skip_unsolvable: bool = False
-    """Leave out games marked unsolvable (an official download has some) instead of refusing
-    them."""
-    generator: GeneratorSection = GeneratorSection()
-    """Size of generated games; read when ``games`` is None."""
-    history: Literal["full"] | WindowHistory = "full"
-    """``full``: the conversation grows; ``{window: k}``: each prompt shows the last k steps."""
-    prompt: Literal["compact", "official"] = "compact"
-    """``compact``: task and observation only, the answer is the action. ``official``: the paper's
-    prompt with admissible actions, <think> and <action> tags."""
-    max_turns: PositiveInt = 20
-    """Turns after which a game is over (paper: 50)."""
 
 
 class SftSection(Section):

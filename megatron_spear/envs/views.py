@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from megatron_spear.types import Message
+
 _ACTION = re.compile(r"<action>.*?</action>", re.DOTALL)
 
 # Each step of a window: what was seen, and the action taken on seeing it.
@@ -23,15 +25,19 @@ class ParsedAction(NamedTuple):
 class AgentView(Protocol):
     """Both directions for one environment and one prompt style. Pure: no state between calls.
 
-    ``turn`` is the 0-based number of the turn the text asks for, so it is also the number of
+    ``turn`` is the 0-based number of the turn that is asked for, so it is also the number of
     actions taken so far. ``info`` is the environment's latest info.
     """
 
-    needs_admissible: bool
+    needs_admissible: bool = False
     """Whether ``info["admissible"]`` is read; the rollouter then asks for it at reset."""
 
-    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> str:
-        """The user message of one turn of a conversation that keeps all earlier turns."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """What can be called, as OpenAI function schemas; the chat template lists them."""
+
+    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> tuple[Message, ...]:
+        """What a conversation that keeps all earlier turns gets after its last answer: one user
+        message, or one message of role ``tool`` for each call of that answer."""
         ...
 
     def window(
@@ -41,8 +47,8 @@ class AgentView(Protocol):
         observation: str,
         info: Mapping[str, Any],
         turn: int,
-    ) -> str:
-        """The one user message of a prompt that is rendered anew each turn.
+    ) -> tuple[Message, ...]:
+        """The messages of a prompt that is rendered anew each turn, one of the user's as a rule.
 
         ``history`` holds the last k (observation, action) pairs, oldest first, fewer early on.
         """
@@ -62,6 +68,11 @@ class AgentView(Protocol):
     def demonstrate(self, action: str) -> str:
         """The text a policy should generate to take ``action``; ``parse`` gives it back, valid."""
         ...
+
+
+def user_message(content: str) -> Message:
+    """What the user says."""
+    return {"role": "user", "content": content}
 
 
 def last_between(text: str, opening: str, closing: str) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_spear.envs.views import AgentView, HistoryStep
 from megatron_spear.errors import ConfigError
-from megatron_spear.types import TokenArray
+from megatron_spear.types import Message, TokenArray
 
 _USER_1, _ASSISTANT, _USER_2 = "UserPlaceholderOne", "AssistantPlaceholder", "UserPlaceholderTwo"
 
@@ -21,9 +21,9 @@ _USER_1, _ASSISTANT, _USER_2 = "UserPlaceholderOne", "AssistantPlaceholder", "Us
 class ChatRenderer:
     """Renders chats with a Hugging Face tokenizer and its chat template.
 
-    Example (ChatML, sampled answer ``look<|im_end|>``): ``extend(tokens, "A desk.")`` gives the
-    tokens of ``\\n<|im_start|>user\\nA desk.<|im_end|>\\n<|im_start|>assistant\\n``; where the
-    answer was cut by length, ``<|im_end|>`` comes first.
+    Example (ChatML, sampled answer ``look<|im_end|>``): extending by a user's message ``A desk.``
+    gives the tokens of ``\\n<|im_start|>user\\nA desk.<|im_end|>\\n<|im_start|>assistant\\n``;
+    where the answer was cut by length, ``<|im_end|>`` comes first.
 
     Raises ConfigError when the tokenizer has no usable chat template.
     """
@@ -60,13 +60,16 @@ class ChatRenderer:
         """int32 ``[P]``: the chat with the opening of the assistant's answer."""
         return np.asarray(self._encode(self._render(messages)), np.int32)
 
-    def extend(self, action_tokens: Sequence[int] | TokenArray, content: str) -> TokenArray:
+    def extend(
+        self, action_tokens: Sequence[int] | TokenArray, messages: Sequence[Message]
+    ) -> TokenArray:
         """int32 ``[O]``: what comes between ``action_tokens`` and the next answer.
 
         The end-of-turn token is added where the action does not end with it (cut by length, or
         ended by another stop token).
         """
-        tokens = self._encode(f"{self._before_user}{content}{self._after_user}")
+        (message,) = messages
+        tokens = self._encode(f"{self._before_user}{message['content']}{self._after_user}")
         ended = len(action_tokens) > 0 and int(action_tokens[-1]) == self._end_token
         if self._end_token is not None and not ended:
             tokens = [self._end_token, *tokens]
@@ -158,10 +161,10 @@ def next_tokens(
     """
     turn = len(past)
     if window is None:
-        text = view.full(observation, info, turn)
+        new = view.full(observation, info, turn)
         if turn > 0:
-            return renderer.extend(answer, text)
+            return renderer.extend(answer, new)
     else:
         first = past[0][0] if past else observation
-        text = view.window(first, past[-window:], observation, info, turn)
-    return renderer.initial([*messages, {"role": "user", "content": text}])
+        new = view.window(first, past[-window:], observation, info, turn)
+    return renderer.initial([*messages, *new])

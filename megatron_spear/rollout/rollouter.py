@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from megatron_spear.config.environments.base import WindowHistory
 from megatron_spear.config.rollout import RolloutSection
-from megatron_spear.config.schema import WindowHistory
 from megatron_spear.envs.views import AgentView
 from megatron_spear.errors import EngineError, EnvironmentFault, EnvironmentsLost, StopRequested
 from megatron_spear.rollout.chat import ChatRenderer

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_spear.config.environments.base import WindowHistory
 from megatron_spear.config.rollout import RolloutSection
-from megatron_spear.config.schema import WindowHistory
 from megatron_spear.envs.views import AgentView, HistoryStep
 from megatron_spear.errors import EngineError, EnvironmentFault
 from megatron_spear.heartbeats.heart import beat

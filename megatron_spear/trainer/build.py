@@ -10,17 +10,8 @@ from megatron_spear.cluster.attempt import Attempt
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.curriculum.task_sampling import TaskSampler
 from megatron_spear.data.buckets import BucketCursor
-from megatron_spear.data.prompts import (
-    CheckedPrompts,
-    Cursor,
-    FreshPrompts,
-    PoolPrompts,
-    PromptCursor,
-    PromptSource,
-)
-from megatron_spear.envs.alfworld import task
-from megatron_spear.envs.alfworld.game import GameFile
-from megatron_spear.envs.alfworld.prompts import alfworld_view
+from megatron_spear.data.prompts import Cursor, PromptCursor, PromptSource
+from megatron_spear.envs.family import Panel, family_of
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
@@ -40,9 +31,6 @@ from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.trainer.loop import SpearStep
 from megatron_spear.trainer.registered import environment_workers
 from megatron_spear.trainer.transports import make_transport
-from megatron_spear.types import TaskType
-
-ENVIRONMENT = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +87,13 @@ def make_rollout(
     ``launch`` the environment workers are those of ``cluster.env_workers``, if there are any.
     """
     rollout, env = config.rollout, config.env
+    family = family_of(env)
     loop = EventLoop("rollout", lambda: use_threads(config.run.threads))
     made = make_engine(rollout, config.weight_sync, model, loop, list_urls)
     num_remote = config.cluster.env_workers if attempt is not None else 0
     pool = EnvironmentPool(
-        ENVIRONMENT,
+        family.factory,
+        options=family.factory_options,
         workers=num_remote or rollout.env_workers,
         deadline_s=rollout.env_deadline_s,
         remote=environment_workers(attempt) if attempt is not None and num_remote else None,
@@ -112,7 +102,7 @@ def make_rollout(
         made.engine,
         pool,
         make_renderer(model),
-        alfworld_view(env.prompt),
+        family.view(),
         rollout,
         history=env.history,
         max_turns=env.max_turns,
@@ -121,10 +111,10 @@ def make_rollout(
     return RolloutStack(loop=loop, made=made, pool=pool, rollouter=rollouter)
 
 
-def make_panel(config: RunConfig) -> task.Panel:
+def make_panel(config: RunConfig) -> Panel:
     """The evaluation panel."""
     section = config.evaluation
-    return task.make_panel(config.env, section.games, seeds.panel_games(section.seed))
+    return family_of(config.env).panel(section.games, seeds.panel_games(section.seed))
 
 
 def make_policy(config: RunConfig, model: Path, context: ParallelContext) -> MegatronPolicy:
@@ -209,44 +199,18 @@ def make_cursor(config: RunConfig) -> tuple[Cursor, dict[str, Hook]]:
         return PromptCursor(training_prompts(config)), {}
     sources = training_buckets(config)
     sampler = TaskSampler(tuple(sources), config.curriculum.tasks)
-    hook = CurriculumHook(sampler, lambda prompt: task.task_type(prompt.prompt_id))
+    hook = CurriculumHook(sampler, lambda prompt: prompt.kind)
     cursor = BucketCursor(sources, sampler.pick, config.run.seed)
     return cursor, {"built_in.curriculum": hook}
 
 
 def training_prompts(config: RunConfig) -> PromptSource:
-    """The games to train on: generated fresh, or the loaded ones epoch by epoch."""
-    env = config.env
-    if env.games is not None:
-        return _loaded(config, task.training_games(env))
-    return _fresh(config, env.task_types)
+    """The prompts to train on: made fresh, or the loaded ones epoch by epoch."""
+    seed = config.run.seed
+    return family_of(config.env).training(seed, seeds.training_games(seed))
 
 
-def training_buckets(config: RunConfig) -> dict[str, PromptSource]:
-    """The games to train on by task type, those that have any, in the order of the setting."""
-    kinds = tuple(dict.fromkeys(config.env.task_types))
-    if config.env.games is None:
-        return {
-            kind: _fresh(config, [kind], first=number, stride=len(kinds))
-            for number, kind in enumerate(kinds)
-        }
-    games: dict[str, list[GameFile]] = {kind: [] for kind in kinds}
-    for game in task.training_games(config.env):
-        games[game.task_type].append(game)
-    return {kind: _loaded(config, own) for kind, own in games.items() if own}
-
-
-def _loaded(config: RunConfig, games: Sequence[GameFile]) -> PromptSource:
-    pool = [task.game_prompt(game) for game in games]
-    return CheckedPrompts(PoolPrompts(pool, config.run.seed), task.check_winnable)
-
-
-def _fresh(
-    config: RunConfig, kinds: Sequence[TaskType], first: int = 0, stride: int = 1
-) -> PromptSource:
-    """Generated games ``first``, ``first + stride``, ... of the run's seed: two sources whose games
-    interleave never draw a game from the same number."""
-    seed, size = seeds.training_games(config.run.seed), config.env.generator
-    return FreshPrompts(
-        lambda index: task.game_prompt(task.fresh_game(seed, first + index * stride, kinds, size))
-    )
+def training_buckets(config: RunConfig) -> Mapping[str, PromptSource]:
+    """The prompts to train on by kind, of those that have any."""
+    seed = config.run.seed
+    return family_of(config.env).training_by_kind(seed, seeds.training_games(seed))

@@ -1,33 +1,26 @@
 """Demonstrations as training samples, made ahead of time by worker processes (no torch in them)."""
 
 import contextlib
-import functools
 import multiprocessing
 import os
-import random
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
 import numpy as np
 
 from megatron_spear.algorithms.aggregation import WeightArray
-from megatron_spear.config.schema import AlfworldSection, SftSection
-from megatron_spear.envs.alfworld.demonstrations import Demonstration, demonstrate
-from megatron_spear.envs.alfworld.game import GameFile, parse_game
-from megatron_spear.envs.alfworld.generator import generate_game
-from megatron_spear.envs.alfworld.prompts import alfworld_view
-from megatron_spear.envs.alfworld.sources import require_winnable
-from megatron_spear.envs.alfworld.task import training_games
-from megatron_spear.envs.views import HistoryStep
-from megatron_spear.errors import DataError, EnvironmentsLost
+from megatron_spear.config.environments.base import EnvironmentSection
+from megatron_spear.config.schema import SftSection
+from megatron_spear.envs.demonstration import Demonstration
+from megatron_spear.envs.family import family_of
+from megatron_spear.envs.views import AgentView, HistoryStep
+from megatron_spear.errors import EnvironmentsLost
 from megatron_spear.rollout.chat import ChatRenderer, next_tokens
 from megatron_spear.rollout.env_worker import exit_with_parent
-from megatron_spear.rollout.trajectory import window_of
 from megatron_spear.types import (
     Reward,
     Segment,
@@ -38,21 +31,20 @@ from megatron_spear.types import (
     VersionSpan,
 )
 
-_MAX_TRIES = 50
 _PREFETCH = 4
 
 
 class DemonstrationSource:
     """Demonstration ``i`` depends on (``sft.seed``, i) alone; step ``s`` takes the next ones.
 
-    ``game_seed`` is the seed of generated games; loaded games come from ``env.games``. ``limit_s``
-    is the longest wait for one step's demonstrations.
+    ``made_seed`` is the seed of tasks that are made. ``limit_s`` is the longest wait for one step's
+    demonstrations.
     """
 
     def __init__(
-        self, env: AlfworldSection, sft: SftSection, game_seed: int, *, limit_s: float
+        self, env: EnvironmentSection, sft: SftSection, made_seed: int, *, limit_s: float
     ) -> None:
-        self._env, self._sft, self._seed = env, sft, game_seed
+        self._env, self._sft, self._seed = env, sft, made_seed
         self._limit_s = limit_s
         others = set(multiprocessing.active_children())
         self._executor = ProcessPoolExecutor(
@@ -103,45 +95,11 @@ class DemonstrationSource:
 
 
 def make_demonstrations(
-    env: AlfworldSection, sft: SftSection, game_seed: int, first: int, count: int
+    env: EnvironmentSection, sft: SftSection, made_seed: int, first: int, count: int
 ) -> list[Demonstration]:
     """Demonstrations ``first`` to ``first + count - 1``; runs in the worker."""
-    return [_one(env, sft, game_seed, index) for index in range(first, first + count)]
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded_games(env: AlfworldSection) -> list[GameFile]:
-    """The training games of ``env.games``, read once in a process."""
-    return training_games(env)
-
-
-def _one(env: AlfworldSection, sft: SftSection, game_seed: int, index: int) -> Demonstration:
-    rng = random.Random(f"sft/{sft.seed}/{index}")
-    for attempt in range(_MAX_TRIES):
-        if env.games is None:
-            generated = generate_game(
-                game_seed,
-                index + attempt * 1_000_003,
-                task_types=env.task_types,
-                settings=env.generator,
-            )
-            game = parse_game(generated)
-        else:
-            game = require_winnable(rng.choice(_loaded_games(env)))
-        played = demonstrate(
-            game,
-            rng,
-            explore=sft.explore,
-            noise=sft.noise,
-            max_turns=env.max_turns,
-            admissible=env.prompt == "official",
-        )
-        if played is not None:
-            return played
-    raise DataError(
-        f"sft: got no demonstration within env.max_turns={env.max_turns} in {_MAX_TRIES} games; "
-        "raise env.max_turns or lower sft.explore and sft.noise"
-    )
+    family = family_of(env)
+    return [family.demonstration(sft, made_seed, index) for index in range(first, first + count)]
 
 
 def _end_with(parent: int) -> None:
@@ -167,27 +125,32 @@ def to_samples(
     demonstration: Demonstration,
     name: str,
     renderer: ChatRenderer,
-    env: AlfworldSection,
+    view: AgentView,
     *,
+    window: int | None,
     observation_weight: float,
     max_tokens: int,
     decision_weight: float = 1.0,
-    messages: Sequence[Mapping[str, Any]] = (),
 ) -> list[tuple[TrainSample, WeightArray]]:
     """The samples of one demonstration (one per segment), rendered as rollouts are.
 
-    ``messages`` are the prompt's own (an ALFWorld prompt has none). Weights ``[L]`` are not
+    ``window`` is that of ``env.history`` (None: the full conversation). Weights ``[L]`` are not
     normalised yet: 1 on learned actions (``decision_weight`` on their first token), 0 on slips,
     ``observation_weight`` on what is read. Segments are cut at ``max_tokens``.
     """
-    view, window = alfworld_view(env.prompt), window_of(env.history)
     past: list[HistoryStep] = []
     segments: list[list[Turn]] = []
     answer: TokenArray = np.zeros(0, np.int32)
     for played in demonstration.turns:
-        info = {"admissible": list(played.admissible)}
         observation = next_tokens(
-            renderer, view, messages, past, answer, played.observation, info, window
+            renderer,
+            view,
+            demonstration.messages,
+            past,
+            answer,
+            played.observation,
+            played.info,
+            window,
         )
         answer = renderer.encode_action(view.demonstrate(played.action))
         turn = Turn(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_spear.envs.alfworld.task import Panel, success_by_type
+from megatron_spear.envs.family import Panel
 from megatron_spear.rollout.rollouter import Rollouter
 
 Won = tuple[bool | None, ...]
@@ -17,7 +17,7 @@ Won = tuple[bool | None, ...]
 class PanelResult:
     """One evaluation; a failed rollout is neither won nor lost and enters no share."""
 
-    prompt_ids: tuple[str, ...]
+    kinds: tuple[str, ...]
     won: Won
     wall_s: float
 
@@ -31,19 +31,22 @@ class PanelResult:
         """Games whose rollout failed."""
         return self.won.count(None)
 
-    def by_task_type(self) -> dict[str, float]:
-        """``success`` by task type, where at least one game did not fail."""
-        played = zip(self.prompt_ids, self.won, strict=True)
-        return success_by_type({prompt: [won] for prompt, won in played if won is not None})
+    def by_kind(self) -> dict[str, float]:
+        """``success`` by kind of task, where at least one game did not fail; {} without kinds."""
+        by_kind: dict[str, list[bool]] = {}
+        for kind, won in zip(self.kinds, self.won, strict=True):
+            if kind and won is not None:
+                by_kind.setdefault(kind, []).append(won)
+        return {kind: share_won(tuple(own)) for kind, own in sorted(by_kind.items())}
 
     def metrics(self) -> dict[str, float]:
-        """``eval/success``, ``eval/success_<task type>``, ``eval/failed``, ``time/eval_s``."""
-        by_type = {f"eval/success_{name}": value for name, value in self.by_task_type().items()}
+        """``eval/success``, ``eval/success_<kind>``, ``eval/failed``, ``time/eval_s``."""
+        by_kind = {f"eval/success_{name}": value for name, value in self.by_kind().items()}
         return {
             "eval/success": self.success,
             "eval/failed": float(self.failed),
             "time/eval_s": self.wall_s,
-            **by_type,
+            **by_kind,
         }
 
 
@@ -68,7 +71,7 @@ def evaluate(
         progress=progress,
     )
     return PanelResult(
-        prompt_ids=tuple(p.prompt_id for p in panel.prompts),
+        kinds=tuple(prompt.kind for prompt in panel.prompts),
         won=tuple(bool(g.members[0].won) if g.members else None for g in groups),
         wall_s=time.perf_counter() - started,
     )

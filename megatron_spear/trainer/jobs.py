@@ -11,6 +11,7 @@ from megatron_spear.cluster.attempt import Attempt, newest_checkpoint
 from megatron_spear.config.check import Use, check_config
 from megatron_spear.config.losses import LossSection
 from megatron_spear.config.schema import RunConfig
+from megatron_spear.envs.family import family_of
 from megatron_spear.errors import ConfigError, DataError, StopRequested
 from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
@@ -276,7 +277,8 @@ def _warm_model(config: RunConfig, context: Any, console: Console, stop: Any) ->
 
     if context.is_controller:
         console.phase("Initial model")
-    folder = broadcast(initial_model(config.model) if context.is_controller else Path())
+    family = family_of(config.env)
+    folder = broadcast(initial_model(config.model, family) if context.is_controller else Path())
     check_preset(config.preset, folder)
     console.line(f"Hugging Face folder: {folder}")
     if not config.sft.enabled:

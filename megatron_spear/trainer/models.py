@@ -15,22 +15,26 @@ from megatron_spear.config.schema import ModelSection
 from megatron_spear.conversion.hf_io import check_tokenizer
 from megatron_spear.conversion.shape import load_config
 from megatron_spear.conversion.tiny_model import make_tiny_model
-from megatron_spear.envs.alfworld.phrases import NAMES, PHRASES
-from megatron_spear.envs.alfworld.vocabulary import alfworld_words
+from megatron_spear.envs.family import EnvironmentFamily, Vocabulary
 from megatron_spear.errors import ConfigError
 
 _FORMAT = 3  # raise it when the making of tiny models changes, so that old ones are not used
 
 
-def initial_model(section: ModelSection) -> Path:
-    """The folder of the initial policy; a missing tiny model is made. For the controller alone.
+def initial_model(section: ModelSection, family: EnvironmentFamily) -> Path:
+    """The folder of the initial policy; a missing tiny model is made, with a tokenizer over the
+    words of the family's tasks. For the controller alone.
 
     Raises CheckpointError for a broken folder or a tokenizer that does not fit the model.
     """
-    folder = section.path if section.path is not None else tiny_model_folder(section)
-    if section.path is None and not folder.is_dir():
-        with made_once(folder) as work:
-            make_tiny_model(work, section.tiny, alfworld_words(), PHRASES, NAMES)
+    if section.path is not None:
+        folder = section.path
+    else:
+        words = family.vocabulary()
+        folder = tiny_model_folder(section, words)
+        if not folder.is_dir():
+            with made_once(folder) as work:
+                make_tiny_model(work, section.tiny, words.words, words.phrases, words.names)
     check_model(folder)
     return folder
 
@@ -77,9 +81,9 @@ def check_preset(preset: str | None, folder: Path) -> None:
         )
 
 
-def tiny_model_folder(section: ModelSection) -> Path:
+def tiny_model_folder(section: ModelSection, words: Vocabulary) -> Path:
     """Where the tiny model of this shape and vocabulary lies: a name from a hash of both."""
     made_from = json.dumps(
-        [_FORMAT, section.tiny.model_dump(), list(alfworld_words()), list(PHRASES), list(NAMES)]
+        [_FORMAT, section.tiny.model_dump(), words.words, words.phrases, words.names]
     )
     return section.cache_dir / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"

@@ -10,7 +10,7 @@ from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.hf_io import write_hf_folder
 from megatron_spear.curriculum.coefficients import coefficients
 from megatron_spear.deadlines import StopFlag
-from megatron_spear.envs.alfworld.task import Panel
+from megatron_spear.envs.family import Panel
 from megatron_spear.errors import StopRequested
 from megatron_spear.heartbeats.heart import beat, begin
 from megatron_spear.tracking.progress import Bar, Console
@@ -259,7 +259,7 @@ class SpearRun:
             "success_after": after.success,
             "success_gain": mean,
             "success_gain_95": [low, high],
-            "success_by_task_type": after.by_task_type(),
+            "success_by_task_type": after.by_kind(),
             "panel_games": len(after.won),
             "failed_before": progress.won_before.count(None),
             "failed_after": after.failed,

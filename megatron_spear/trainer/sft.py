@@ -10,13 +10,14 @@ from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.hf_io import write_hf_folder
 from megatron_spear.data.packing import PackedStep, pack
 from megatron_spear.deadlines import StopFlag
-from megatron_spear.envs.alfworld.demonstrations import Demonstration
-from megatron_spear.envs.alfworld.sources import games_sha256
+from megatron_spear.envs.demonstration import Demonstration
+from megatron_spear.envs.family import family_of
 from megatron_spear.errors import StopRequested
 from megatron_spear.heartbeats.heart import begin
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.trajectory import window_of
 from megatron_spear.tracking.progress import Bar
 from megatron_spear.trainer.demonstrations import DemonstrationSource, to_samples
 from megatron_spear.trainer.models import made_once
@@ -30,9 +31,7 @@ _FORMAT = 2  # raise it when demonstrations or rendering change, so that old cac
 def cached_folder(config: RunConfig, model: Path) -> Path:
     """Where the warm start of these settings lies (or will lie): a name from a hash of all that it
     is made from, the contents of the model and of loaded games included."""
-    env = config.env.model_dump(mode="json")
-    if config.env.games is not None:
-        env["games"] = games_sha256(config.env.games, split=config.env.train_split)
+    env = {**config.env.model_dump(mode="json"), **family_of(config.env).contents()}
     made_from = {
         "format": _FORMAT,
         "model": _fingerprint(model),
@@ -101,6 +100,7 @@ def _pack(
     step: int,
 ) -> PackedStep:
     """One batch; weights are divided by their sum, so the loss is a weighted mean over tokens."""
+    view, window = family_of(config.env).view(), window_of(config.env.history)
     rows = [
         row
         for index, played in enumerate(demonstrations or ())
@@ -108,7 +108,8 @@ def _pack(
             played,
             f"sft/{step}/{index}",
             renderer,
-            config.env,
+            view,
+            window=window,
             observation_weight=config.sft.observation_weight,
             decision_weight=config.sft.decision_weight,
             max_tokens=config.rollout.max_context,

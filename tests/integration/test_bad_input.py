@@ -201,7 +201,7 @@ def test_too_few_games_for_the_panel(spear: Spear, run_dir: Path, tmp_path: Path
 
 def _games(folder: Path) -> Path:
     """Four generated games, packed, as both splits."""
-    from megatron_spear.config.schema import GeneratorSection
+    from megatron_spear.config.environments.alfworld import GeneratorSection
     from megatron_spear.envs.alfworld.task import fresh_game
 
     games = [fresh_game(7, i, ("pick_and_place_simple",), GeneratorSection()) for i in range(4)]

@@ -89,7 +89,7 @@ def test_ctrl_c_at_once_says_what_to_do(spear: Spear, monkeypatch: pytest.Monkey
 @pytest.fixture
 def games(tmp_path: Path) -> Path:
     """Four games in one file."""
-    from megatron_spear.config.schema import GeneratorSection
+    from megatron_spear.config.environments.alfworld import GeneratorSection
     from megatron_spear.envs.alfworld.task import fresh_game
 
     file = tmp_path / "mine.jsonl"

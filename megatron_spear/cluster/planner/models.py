@@ -9,8 +9,7 @@ from megatron_spear.config.schema import RunConfig, TinyModelSection
 from megatron_spear.conversion.plain_config import shape_of_folder, shape_of_values
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.conversion.word_tokenizer import vocabulary
-from megatron_spear.envs.alfworld.phrases import NAMES, PHRASES
-from megatron_spear.envs.alfworld.vocabulary import alfworld_words
+from megatron_spear.envs.family import Vocabulary, family_of
 from megatron_spear.errors import ConfigError
 
 
@@ -32,7 +31,7 @@ def planned_model(config: RunConfig, named: str | None = None) -> tuple[str, Mod
         return folder.resolve().name, shape_of_folder(folder.expanduser())
     if config.preset is not None:
         return planned_model(config, PRESETS[config.preset].model)
-    return "tiny model", _tiny_shape(config.model.tiny)
+    return "tiny model", _tiny_shape(config.model.tiny, family_of(config.env).vocabulary())
 
 
 def _unknown(named: str) -> str:
@@ -41,7 +40,7 @@ def _unknown(named: str) -> str:
     return f"--model {named} is no published model that is known, and no folder; {hint}"
 
 
-def _tiny_shape(tiny: TinyModelSection) -> ModelShape:
+def _tiny_shape(tiny: TinyModelSection, words: Vocabulary) -> ModelShape:
     """As ``conversion.tiny_model`` makes it."""
     values = {
         "model_type": "qwen3",
@@ -51,7 +50,7 @@ def _tiny_shape(tiny: TinyModelSection) -> ModelShape:
         "num_attention_heads": tiny.num_heads,
         "num_key_value_heads": tiny.num_kv_heads,
         "head_dim": tiny.hidden_size // tiny.num_heads,
-        "vocab_size": len(vocabulary(alfworld_words(), PHRASES, NAMES)),
+        "vocab_size": len(vocabulary(words.words, words.phrases, words.names)),
         "tie_word_embeddings": True,
     }
     return shape_of_values(values, "model.tiny")

@@ -10,42 +10,18 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from megatron_spear.envs.alfworld.engine import act, admissible_actions
 from megatron_spear.envs.alfworld.game import Game, GameState
 from megatron_spear.envs.alfworld.objective import Objective, read_sentence
 from megatron_spear.envs.alfworld.rules import WELCOME_TEXT
 from megatron_spear.envs.alfworld.text import intro
+from megatron_spear.envs.demonstration import Demonstration, DemonstrationTurn
 
 MAX_EXPLORE = 6  # most places searched before the hint
 
 MAX_SLIPS = 3  # most impossible actions in a row
 _NAME = re.compile(r"\ba ([a-z]+ \d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class DemonstrationTurn:
-    """What was read, what was typed, and whether the action is one to learn (slips are not).
-
-    ``admissible`` are the actions that were possible, where they were asked for.
-    """
-
-    observation: str
-    action: str
-    trained: bool
-    admissible: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """One game as it was played, up to the action that won it.
-
-    Example: turns ``("You are in .. put a mug in desk.", "go to desk 4", False)``, ``("Nothing
-    happens.", "go to shelf 1", True)``, ...
-    """
-
-    turns: tuple[DemonstrationTurn, ...]
 
 
 def demonstrate(
@@ -144,10 +120,10 @@ class _Player:
     def _turn(self, action: str, *, trained: bool) -> str:
         if len(self.turns) >= self._max_turns:
             raise _GameOver
-        possible = tuple(admissible_actions(self.state)) if self._lists_admissible else ()
+        info = {"admissible": admissible_actions(self.state)} if self._lists_admissible else {}
         reply = act(self.state, action)
         assert reply.valid == trained, f"game {self.game.id}: {action!r} gave {reply.feedback!r}"
-        self.turns.append(DemonstrationTurn(self.observation, action, trained, possible))
+        self.turns.append(DemonstrationTurn(self.observation, action, trained, info))
         self.observation = reply.feedback
         if self.state.won:
             raise _GameOver

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_spear.config.schema import GeneratorSection
+from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.envs.alfworld.game import GameFile, parse_game
 from megatron_spear.envs.alfworld.objective import (
     TREATMENTS,

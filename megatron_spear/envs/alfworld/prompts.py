@@ -9,8 +9,10 @@ from megatron_spear.envs.views import (
     ParsedAction,
     has_cjk,
     last_between,
+    user_message,
     void_action,
 )
+from megatron_spear.types import Message
 
 _TASK_MARK = "Your task is to:"
 
@@ -34,9 +36,9 @@ class CompactView(AgentView):
 
     needs_admissible = False
 
-    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> str:
+    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> tuple[Message, ...]:
         """The observation as it is."""
-        return observation
+        return (user_message(observation),)
 
     def window(
         self,
@@ -45,16 +47,16 @@ class CompactView(AgentView):
         observation: str,
         info: Mapping[str, Any],
         turn: int,
-    ) -> str:
+    ) -> tuple[Message, ...]:
         """First observation, last steps, current observation."""
         if turn == 0:
-            return first_observation
+            return (user_message(first_observation),)
         lines = [first_observation]
         for index, (seen, action) in enumerate(history):
             # A history that reaches back to the start begins with line one's own step.
             starts_game = index == 0 and len(history) == turn
             lines += [action] if starts_game else [seen, action]
-        return "\n".join([*lines, observation])
+        return (user_message("\n".join([*lines, observation])),)
 
     def parse(self, text: str) -> ParsedAction:
         """The text, stripped; only an empty one is invalid."""
@@ -80,13 +82,13 @@ class OfficialView(AgentView):
 
     needs_admissible = True
 
-    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> str:
+    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> tuple[Message, ...]:
         """Rules, task and first observation in turn 0; then what is seen and what is possible."""
         if turn == 0:
-            return "\n".join([_ROLE, observation.strip(), _possible(info), _ANSWER_FORM])
-        return "\n".join(
-            [f"After action {turn}: {observation.strip()}", _possible(info), _REMINDER]
-        )
+            lines = [_ROLE, observation.strip(), _possible(info), _ANSWER_FORM]
+        else:
+            lines = [f"After action {turn}: {observation.strip()}", _possible(info), _REMINDER]
+        return (user_message("\n".join(lines)),)
 
     def window(
         self,
@@ -95,7 +97,7 @@ class OfficialView(AgentView):
         observation: str,
         info: Mapping[str, Any],
         turn: int,
-    ) -> str:
+    ) -> tuple[Message, ...]:
         """Everything anew, with the last k steps written out."""
         if turn == 0:
             return self.full(first_observation, info, 0)
@@ -113,7 +115,7 @@ class OfficialView(AgentView):
             _possible(info),
             _ANSWER_FORM,
         ]
-        return "\n".join(lines)
+        return (user_message("\n".join(lines)),)
 
     def parse(self, text: str) -> ParsedAction:
         """The last complete action, lower-cased and on one line; "" where there is none."""

@@ -2,33 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from megatron_spear.config.schema import AlfworldSection, GeneratorSection
+from megatron_spear.config.environments.alfworld import AlfworldSection, GeneratorSection
 from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.alfworld.generator import generate_game
 from megatron_spear.envs.alfworld.sources import load_games, require_winnable
+from megatron_spear.envs.family import Panel
 from megatron_spear.errors import DataError
 from megatron_spear.types import Prompt, TaskType
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A fixed list of games; ``sha256`` is of their ids and problems, in order."""
-
-    prompts: tuple[Prompt, ...]
-    sha256: str
-
-
 def game_prompt(game: GameFile) -> Prompt:
     """One game as a prompt; its metadata are the environment's reset options."""
-    return Prompt(prompt_id=game.id, env="alfworld", metadata={"game": game.to_fields()})
-
-
-def task_type(prompt_id: str) -> str:
-    """The task type of a game's prompt: the part of its id before the first ``-``."""
-    return prompt_id.split("-", 1)[0]
+    return Prompt(
+        prompt_id=game.id,
+        env="alfworld",
+        kind=game.task_type,
+        metadata={"game": game.to_fields()},
+    )
 
 
 def check_winnable(prompt: Prompt) -> None:
@@ -70,14 +62,6 @@ def make_panel(settings: AlfworldSection, size: int, seed: int) -> Panel:
     for game in games:
         digest.update(json.dumps([game.id, game.problem]).encode())
     return Panel(tuple(game_prompt(g) for g in games), digest.hexdigest())
-
-
-def success_by_type(won: Mapping[str, Sequence[bool]]) -> dict[str, float]:
-    """Mean success by task type, from {prompt id: wins}."""
-    by_type: dict[str, list[bool]] = {}
-    for prompt_id, wins in won.items():
-        by_type.setdefault(task_type(prompt_id), []).extend(wins)
-    return {name: sum(w) / len(w) for name, w in sorted(by_type.items())}
 
 
 def _load(settings: AlfworldSection, split: str) -> list[GameFile]:

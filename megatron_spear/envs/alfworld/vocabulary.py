@@ -69,8 +69,9 @@ def alfworld_words() -> tuple[str, ...]:
 def _official_prompts() -> list[str]:
     """The paper's prompts with nothing filled in but counts, for the words around."""
     view, info = OfficialView(), {"admissible": ["look"]}
-    return [
-        view.full("", info, 0),
-        view.full("", info, 1),
-        view.window("", [("", "")], "", info, 1),
+    messages = [
+        *view.full("", info, 0),
+        *view.full("", info, 1),
+        *view.window("", [("", "")], "", info, 1),
     ]
+    return [message["content"] for message in messages]

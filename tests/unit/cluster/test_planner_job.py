@@ -11,6 +11,7 @@ from megatron_spear.config.cluster import ClusterSection
 from megatron_spear.config.load import load_config
 from megatron_spear.conversion.shape import load_config as load_folder
 from megatron_spear.conversion.shape import model_shape
+from megatron_spear.envs.family import family_of
 from megatron_spear.errors import ConfigError
 from megatron_spear.trainer.models import initial_model
 
@@ -73,7 +74,7 @@ def test_trajectories_and_micro_batches() -> None:
 def test_the_tiny_model_is_the_one_that_a_run_makes(tmp_path: Path) -> None:
     config = load_config(QUICKSTART, [f"model.cache_dir={tmp_path}"])
     name, shape = planned_model(config)
-    made = model_shape(load_folder(initial_model(config.model)))
+    made = model_shape(load_folder(initial_model(config.model, family_of(config.env))))
     sizes = ("num_layers", "hidden_size", "ffn_size", "num_heads", "num_groups", "head_dim",
              "vocab_size", "tied", "qk_norm", "qkv_bias")  # fmt: skip
     assert {s: getattr(shape, s) for s in sizes} == {s: getattr(made, s) for s in sizes}
@@ -84,7 +85,8 @@ def test_models_by_name_preset_and_folder(tmp_path: Path) -> None:
     config = load_config(None, ["preset=qwen3-8b-8gpus"])
     assert planned_model(config)[0] == "qwen3-8b"
     assert planned_model(config, "qwen2.5-7b")[1].num_heads == 28
-    folder = initial_model(load_config(None, [f"model.cache_dir={tmp_path}"]).model)
+    made = load_config(None, [f"model.cache_dir={tmp_path}"])
+    folder = initial_model(made.model, family_of(made.env))
     for other in folder.glob("[!c]*"):
         other.unlink()  # config.json is enough
     assert planned_model(load_config(None, [f"model.path={folder}"]))[0] == folder.name

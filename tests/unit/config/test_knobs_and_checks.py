@@ -172,7 +172,7 @@ SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
         (
             ["curriculum.tasks.enabled=true", "env.task_types=[look_at_obj_in_light]"],
             1,
-            "env.task_types has one",
+            "and there is one",
         ),
         (["policy.optimizer.min_lr=1"], 1, "policy.optimizer.min_lr=1 is above"),
         (["sft.optimizer.beta2=1"], 1, "sft.optimizer.beta2=1 never forgets"),

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_spear.config.environments.base import WindowHistory
 from megatron_spear.config.load import dump_config, load_config
-from megatron_spear.config.schema import RunConfig, WindowHistory
+from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError
 from megatron_spear.types import TASK_TYPES
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_spear.envs.alfworld.prompts import alfworld_view, task_of
-from megatron_spear.envs.views import last_between, void_action
+from megatron_spear.envs.views import last_between, user_message, void_action
 
 FIRST = (
     "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a shelf 1."
@@ -23,13 +23,15 @@ INFO = {"admissible": ["go to desk 1", "help", "inventory", "look"]}
 def test_compact_shows_the_observation_as_it_is():
     view = alfworld_view("compact")
     assert not view.needs_admissible
-    assert view.full(FIRST, {}, 0) == FIRST == view.window(FIRST, [], FIRST, {}, 0)
-    assert view.full(NOW, {}, 3) == NOW
+    assert view.full(FIRST, {}, 0) == (user_message(FIRST),)
+    assert view.window(FIRST, [], FIRST, {}, 0) == (user_message(FIRST),)
+    assert view.full(NOW, {}, 3) == ({"role": "user", "content": NOW},)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5])
 def test_compact_window_shows_each_text_once(window):
-    text = alfworld_view("compact").window(FIRST, STEPS[-window:], NOW, {}, 3)
+    (message,) = alfworld_view("compact").window(FIRST, STEPS[-window:], NOW, {}, 3)
+    text = message["content"]
     shown = STEPS[-window:]
     lines = [FIRST]
     for seen, action in shown:
@@ -49,7 +51,8 @@ def test_official_window_has_task_steps_observation_and_possible_actions(turn):
     view = alfworld_view("official")
     assert view.needs_admissible
     history = STEPS[-2:] if turn else []
-    text = view.window(FIRST, history, NOW if turn else FIRST, INFO, turn)
+    (message,) = view.window(FIRST, history, NOW if turn else FIRST, INFO, turn)
+    text = message["content"]
     assert "put some mug on desk." in text
     for tag in ("<think>", "</think>", "<action>", "</action>"):
         assert tag in text
@@ -63,7 +66,8 @@ def test_official_window_has_task_steps_observation_and_possible_actions(turn):
 
 
 def test_official_full_repeats_the_possible_actions_not_the_task():
-    text = alfworld_view("official").full(NOW, INFO, 3)
+    (message,) = alfworld_view("official").full(NOW, INFO, 3)
+    text = message["content"]
     assert NOW in text and "'look'" in text and "put some mug" not in text and "<action>" in text
 
 

@@ -11,7 +11,7 @@ from megatron_spear.config.load import load_config
 from megatron_spear.config.method import RewardSection
 from megatron_spear.curriculum.coefficients import coefficients
 from megatron_spear.curriculum.schedules import cosine_warmup
-from megatron_spear.envs.alfworld.task import Panel
+from megatron_spear.envs.family import Panel
 from megatron_spear.errors import ConfigError
 from megatron_spear.rewards.compose import trajectory_reward
 from megatron_spear.rewards.graders import (

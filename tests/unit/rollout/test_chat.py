@@ -30,7 +30,7 @@ def test_extended_turns_equal_the_template_rendered_whole(template):
     chat = [_user("walk to a desk")]
     for answer, seen in (("look", "a mug\na desk"), ("walk to mug", "a mug"), ("look", "a")):
         action = answer_text(tokenizer, answer)
-        tokens += [*action, *renderer.extend(action, seen)]
+        tokens += [*action, *renderer.extend(action, [_user(seen)])]
         chat += [_assistant(answer), _user(seen)]
     assert tokens == renderer.initial(chat).tolist()
     assert "<unk>" not in tokenizer.convert_ids_to_tokens(tokens)
@@ -61,10 +61,10 @@ def test_the_end_token_is_added_where_an_action_was_cut(template, glue):
     whole = answer_text(tokenizer, "look a")
     expected = glue.split(" ")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert tokenizer.convert_ids_to_tokens(renderer.extend(whole, "desk")) == expected
-    assert renderer.extend(whole[:-1], "desk").tolist() == [
+    assert tokenizer.convert_ids_to_tokens(renderer.extend(whole, [_user("desk")])) == expected
+    assert renderer.extend(whole[:-1], [_user("desk")]).tolist() == [
         end,
-        *renderer.extend(whole, "desk").tolist(),
+        *renderer.extend(whole, [_user("desk")]).tolist(),
     ]
 
 
@@ -74,12 +74,15 @@ def test_a_template_that_rewrites_history_keeps_the_sampled_tokens():
     thought = "<think> hm </think> look"
     first = renderer.initial([_user("desk")])
     action = answer_text(tokenizer, thought)
-    tokens = [*first, *action, *renderer.extend(action, "mug")]
+    tokens = [*first, *action, *renderer.extend(action, [_user("mug")])]
     rendered = renderer.initial([_user("desk"), _assistant(thought), _user("mug")])
     assert "hm" not in tokenizer.convert_ids_to_tokens(rendered)
     assert tokens[: len(first) + len(action)] == [*first, *action]
     plain = answer_text(tokenizer, "look")
-    assert tokens[-len(renderer.extend(plain, "mug")) :] == renderer.extend(plain, "mug").tolist()
+    assert (
+        tokens[-len(renderer.extend(plain, [_user("mug")])) :]
+        == renderer.extend(plain, [_user("mug")]).tolist()
+    )
 
 
 def test_tokens_that_do_not_survive_a_round_trip_stay_as_sampled():
@@ -89,7 +92,7 @@ def test_tokens_that_do_not_survive_a_round_trip_stay_as_sampled():
     sampled = tokenizer.convert_tokens_to_ids(["des", "##k", "<|im_end|>"])
     assert renderer.decode_action(sampled) == "desk"
     assert tokenizer.encode("desk", add_special_tokens=False) != sampled[:2]
-    new = renderer.extend(sampled, "mug")
+    new = renderer.extend(sampled, [_user("mug")])
     assert not set(sampled[:2]) & set(new.tolist())
 
 
@@ -106,7 +109,7 @@ def test_stop_tokens_and_decoding():
     assert other.encode_action("walk")[-1] == other.end_token_id == end
     assert other.stop_token_ids == tuple(sorted((unk, end)))
     # Ended by the other stop token: the template's own end still closes the turn.
-    assert other.extend([unk], "mug")[0] == end
+    assert other.extend([unk], [_user("mug")])[0] == end
 
 
 def test_byte_level_bpe_as_in_qwen():
@@ -131,7 +134,7 @@ def test_byte_level_bpe_as_in_qwen():
     renderer = ChatRenderer(wrapped)
     chat = [_user("You see a mug.\n"), _assistant("go to desk 1"), _user("  \nYou see ça.\n\n")]
     action = answer_text(wrapped, "go to desk 1")
-    tokens = [*renderer.initial(chat[:1]), *action, *renderer.extend(action, chat[2]["content"])]
+    tokens = [*renderer.initial(chat[:1]), *action, *renderer.extend(action, [chat[2]])]
     assert tokens == renderer.initial(chat).tolist()
     assert renderer.decode_action(action) == "go to desk 1"
 

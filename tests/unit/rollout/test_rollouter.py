@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_spear.config.environments.base import WindowHistory
 from megatron_spear.config.rollout import RolloutSection
-from megatron_spear.config.schema import WindowHistory
 from megatron_spear.envs.alfworld.prompts import alfworld_view
 from megatron_spear.errors import EngineError, EnvironmentsLost, StopRequested
 from megatron_spear.rollout.chat import ChatRenderer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_spear.config.schema import GeneratorSection
+from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.envs.alfworld.engine import admissible_actions
 from megatron_spear.envs.alfworld.game import GameFile, GameState, parse_game
 from megatron_spear.envs.alfworld.task import fresh_game

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.config.load import load_config
 from megatron_spear.config.method import TaskSamplingSection
-from megatron_spear.config.schema import GeneratorSection, RunConfig
+from megatron_spear.config.schema import RunConfig
 from megatron_spear.curriculum.task_sampling import TaskSampler
-from megatron_spear.envs.alfworld.task import fresh_game, task_type
+from megatron_spear.envs.alfworld.task import fresh_game
 from megatron_spear.errors import CheckpointError
 from megatron_spear.testing.hand_made import make_trajectory
 from megatron_spear.trainer import build
@@ -106,7 +107,7 @@ def _run(config: RunConfig, steps: int, state: str = "") -> tuple[list[list[str]
         drawn.append([prompt.prompt_id for prompt in prompts])
         hook.on_scored(
             CTX,
-            tuple(_group(p, True, task_type(p.prompt_id) != KINDS[0]) for p in prompts),
+            tuple(_group(p, True, p.kind != KINDS[0]) for p in prompts),
         )
     return drawn, json.dumps({"cursor": cursor.state_dict(), "hook": hook.state_dict()})
 
@@ -119,7 +120,7 @@ def test_a_resumed_run_draws_the_same() -> None:
     assert first + rest == whole and resumed_end == at_the_end
     flat = [prompt for step in whole for prompt in step]
     assert len(set(flat)) == len(flat), "every game is new"
-    counts = Counter(task_type(prompt) for step in whole[1:] for prompt in step)
+    counts = Counter(prompt.split("-")[0] for step in whole[1:] for prompt in step)
     assert counts[KINDS[0]] > 25, "of 40; the others are always won and get 0.05 each"
 
 
@@ -140,7 +141,7 @@ def test_generated_games_of_two_kinds_never_share_a_number() -> None:
     }
     assert numbers == set(range(12))
     for kind, source in buckets.items():
-        assert {task_type(source.at(i).prompt_id) for i in range(4)} == {kind}
+        assert {source.at(i).kind for i in range(4)} == {kind}
 
 
 def test_loaded_games_are_buckets_too(tmp_path: Path) -> None:

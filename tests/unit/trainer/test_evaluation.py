@@ -4,13 +4,19 @@ from typing import Any
 
 import pytest
 
-from megatron_spear.envs.alfworld.task import Panel, success_by_type
+from megatron_spear.envs.family import Panel
 from megatron_spear.testing.hand_made import make_trajectory
 from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval
 from megatron_spear.types import Prompt, Status, Trajectory, TrajectoryGroup
 
 IDS = ("look-Pen-1/t1", "pick-Mug-2/t2", "pick-Pan-3/t3", "pick-Cup-4/t4")
-PANEL = Panel(tuple(Prompt(prompt_id=i, env="alfworld") for i in IDS), sha256="0")
+KINDS = ("look", "pick", "pick", "pick")
+PANEL = Panel(
+    tuple(
+        Prompt(prompt_id=i, env="alfworld", kind=kind) for i, kind in zip(IDS, KINDS, strict=True)
+    ),
+    sha256="0",
+)
 
 
 class _Rollouter:
@@ -45,7 +51,7 @@ def test_a_failed_rollout_is_neither_won_nor_lost() -> None:
     )
     seen: list[int] = []
     result = evaluate(rollouter, PANEL, seed=9, temperature=0.7, progress=seen.append)
-    assert result.won == (True, False, None, True) and result.prompt_ids == IDS
+    assert result.won == (True, False, None, True) and result.kinds == KINDS
     assert result.failed == 1 and result.success == 2 / 3
     (call,) = rollouter.calls
     assert call == {
@@ -58,7 +64,7 @@ def test_a_failed_rollout_is_neither_won_nor_lost() -> None:
 
 
 def test_metrics_by_hand() -> None:
-    result = PanelResult(prompt_ids=IDS, won=(None, False, True, True), wall_s=2.5)
+    result = PanelResult(kinds=KINDS, won=(None, False, True, True), wall_s=2.5)
     assert result.metrics() == {
         "eval/success": pytest.approx(2 / 3),
         "eval/failed": 1.0,
@@ -67,9 +73,9 @@ def test_metrics_by_hand() -> None:
     }
 
 
-def test_success_by_type_weighs_every_attempt_alike() -> None:
-    wins = {"pick-a/1": [True, False, False], "look-b/1": [True], "pick-c/1": [True]}
-    assert success_by_type(wins) == {"look": 1.0, "pick": 0.5}
+def test_prompts_of_no_kind_are_in_the_whole_only() -> None:
+    result = PanelResult(kinds=("", "pick", ""), won=(True, False, True), wall_s=1.0)
+    assert result.by_kind() == {"pick": 0.0} and result.success == pytest.approx(2 / 3)
 
 
 def test_paired_interval_by_hand() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
+from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.config.load import load_config
-from megatron_spear.config.schema import GeneratorSection
 from megatron_spear.envs.alfworld.task import fresh_game
 from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.trainer import build, jobs

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.presets.models import MODELS
 from megatron_spear.config.schema import ModelSection, TinyModelSection
+from megatron_spear.envs.alfworld.family import AlfworldFamily
 from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.trainer import models
 from megatron_spear.trainer.models import (
@@ -23,13 +26,17 @@ SHAPE = TinyModelSection(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
+FAMILY = AlfworldFamily(AlfworldSection())
+WORDS = FAMILY.vocabulary()
+
+
 def _section(cache: Path, **shape: int) -> ModelSection:
     return ModelSection(tiny=SHAPE.model_copy(update=shape), cache_dir=cache)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return initial_model(_section(tmp_path_factory.mktemp("cache")))
+    return initial_model(_section(tmp_path_factory.mktemp("cache")), FAMILY)
 
 
 @pytest.fixture
@@ -48,33 +55,30 @@ def make(monkeypatch: pytest.MonkeyPatch, made: Path) -> list[Path]:
 
 def test_the_folder_is_complete_and_named_by_what_it_is_made_from(made: Path) -> None:
     assert {file.name for file in made.iterdir()} >= FILES
-    assert made == tiny_model_folder(_section(made.parent))
+    assert made == tiny_model_folder(_section(made.parent), WORDS)
     assert [entry.name for entry in made.parent.iterdir()] == [made.name]
     check_model(made)
 
 
 def test_the_name_depends_on_every_number_of_the_shape(tmp_path: Path) -> None:
     changes = [{name: 64} for name in TinyModelSection.model_fields]
-    names = {tiny_model_folder(_section(tmp_path, **change)).name for change in [{}, *changes]}
+    names = {
+        tiny_model_folder(_section(tmp_path, **change), WORDS).name for change in [{}, *changes]
+    }
     assert len(names) == 1 + len(changes)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("PHRASES", ("go to",)), ("NAMES", ("mug 1",)), ("alfworld_words", lambda: ("go", "to"))],
-)
-def test_the_name_depends_on_the_vocabulary(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: Any
-) -> None:
-    before = tiny_model_folder(_section(tmp_path))
-    monkeypatch.setattr(models, name, value)
-    assert tiny_model_folder(_section(tmp_path)) != before
+@pytest.mark.parametrize("part", ["words", "phrases", "names"])
+def test_the_name_depends_on_the_vocabulary(tmp_path: Path, part: str) -> None:
+    other = replace(WORDS, **{part: getattr(WORDS, part)[1:]})
+    section = _section(tmp_path)
+    assert tiny_model_folder(section, other) != tiny_model_folder(section, WORDS)
 
 
 def test_a_model_is_made_once(tmp_path: Path, make: list[Path]) -> None:
     section = _section(tmp_path / "new" / "cache")
-    folder = initial_model(section)
-    assert initial_model(section) == folder and len(make) == 1
+    folder = initial_model(section, FAMILY)
+    assert initial_model(section, FAMILY) == folder and len(make) == 1
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
@@ -90,10 +94,10 @@ def test_a_half_written_folder_is_not_used(
 
     monkeypatch.setattr(models, "make_tiny_model", write_half)
     with pytest.raises(KeyboardInterrupt):
-        initial_model(section)
-    assert not tiny_model_folder(section).exists()
+        initial_model(section, FAMILY)
+    assert not tiny_model_folder(section, WORDS).exists()
     monkeypatch.setattr(models, "make_tiny_model", copy)
-    folder = initial_model(section)
+    folder = initial_model(section, FAMILY)
     assert {file.name for file in folder.iterdir()} >= FILES
     assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]
 
@@ -102,7 +106,7 @@ def test_two_runs_may_make_it_at_the_same_time(
     tmp_path: Path, made: Path, make: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section, copy = _section(tmp_path), models.make_tiny_model
-    first = tiny_model_folder(section)
+    first = tiny_model_folder(section, WORDS)
 
     def late(folder: Path, *rest: Any) -> Path:
         shutil.copytree(made, first)
@@ -110,7 +114,7 @@ def test_two_runs_may_make_it_at_the_same_time(
         return copy(folder, *rest)
 
     monkeypatch.setattr(models, "make_tiny_model", late)
-    assert initial_model(section) == first
+    assert initial_model(section, FAMILY) == first
     assert (first / "first").exists(), "the other run's folder stays"
     assert [entry.name for entry in tmp_path.iterdir()] == [first.name]
 
@@ -121,11 +125,11 @@ def test_a_broken_folder_is_refused_and_left_alone(
 ) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(made, folder)
-    assert initial_model(ModelSection(path=folder)) == folder
+    assert initial_model(ModelSection(path=folder), FAMILY) == folder
     (folder / missing).unlink()
     before = sorted(folder.iterdir())
     with pytest.raises(CheckpointError, match="mine"):
-        initial_model(ModelSection(path=folder))
+        initial_model(ModelSection(path=folder), FAMILY)
     assert sorted(folder.iterdir()) == before
 
 

@@ -18,7 +18,7 @@ from megatron_spear.config.load import load_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
 from megatron_spear.deadlines import StopFlag
-from megatron_spear.envs.alfworld.task import Panel
+from megatron_spear.envs.family import Panel
 from megatron_spear.errors import CheckpointError, StopRequested
 from megatron_spear.testing.hand_made import make_prompt, make_trajectory
 from megatron_spear.tracking.progress import Console
@@ -29,7 +29,9 @@ from megatron_spear.types import Prompt, Status, StepContext, StepReport, Trajec
 from megatron_spear.weight_sync.in_process import InProcess
 
 IDS = ("look-Pen-1/t1", "pick-Mug-2/t2", "pick-Pan-3/t3", "pick-Cup-4/t4")
-PANEL = Panel(tuple(Prompt(prompt_id=i, env="alfworld") for i in IDS), sha256="ab" * 32)
+PANEL = Panel(
+    tuple(Prompt(prompt_id=i, env="alfworld", kind=i.split("-")[0]) for i in IDS), sha256="ab" * 32
+)
 LOST = "----"
 
 

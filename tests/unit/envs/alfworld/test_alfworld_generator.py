@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_spear.config.schema import GeneratorSection
+from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.envs.alfworld.engine import act
 from megatron_spear.envs.alfworld.game import Game, GameFile, GameState
 from megatron_spear.envs.alfworld.generator import generate_game

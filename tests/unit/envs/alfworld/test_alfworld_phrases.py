@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_spear.config.schema import GeneratorSection
+from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.conversion.word_tokenizer import UNKNOWN, make_tokenizer
 from megatron_spear.envs.alfworld.demonstrations import demonstrate
 from megatron_spear.envs.alfworld.game import parse_game
@@ -82,10 +82,10 @@ def test_texts_of_games_come_back_whole() -> None:
         assert shown is not None
         texts = []
         for number, turn in enumerate(shown.turns):
-            info = {"admissible": turn.admissible}
             past = [(turn.observation, turn.action)] * min(number, 2)
             texts += [turn.observation, turn.action, view.demonstrate(turn.action)]
-            texts.append(view.window(ROOM, past, turn.observation, info, number))
+            (message,) = view.window(ROOM, past, turn.observation, turn.info, number)
+            texts.append(message["content"])
         for text in texts:
             ids = TOKENIZER.encode(text, add_special_tokens=False)
             assert unknown not in ids

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spear.config.schema import GeneratorSection
+from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.envs.alfworld.engine import act, admissible_actions
 from megatron_spear.envs.alfworld.game import Game, GameFile, GameState
 from megatron_spear.envs.alfworld.generator import generate_game

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spear.config.schema import AlfworldSection
+from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.alfworld.task import (
     Panel,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spear.config.schema import GeneratorSection
+from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.envs.alfworld.demonstrations import demonstrate
 from megatron_spear.envs.alfworld.engine import act, admissible_actions
 from megatron_spear.envs.alfworld.game import Game, GameState
@@ -84,8 +84,9 @@ def test_the_official_prompt_is_covered() -> None:
     view, info = OfficialView(), {"admissible": ["go to desk 1", "look"]}
     steps = [("On the desk 1, you see nothing.", "look")] * 2
     for turn in range(1, 51):
-        assert_closed([view.window("", steps[:turn], "", info, turn), view.full("", info, turn)])
-    assert_closed([view.full("", info, 0)])
+        shown = [*view.window("", steps[:turn], "", info, turn), *view.full("", info, turn)]
+        assert_closed([message["content"] for message in shown])
+    assert_closed([message["content"] for message in view.full("", info, 0)])
 
 
 def test_recorded_play_is_covered() -> None:
