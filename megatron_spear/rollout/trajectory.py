@@ -59,6 +59,7 @@ class Attempt:
     seed: tuple[int, ...]
     env_seed: int
     temperature: float
+    top_p: float = 1.0
 
 
 def window_of(history: str | WindowHistory) -> int | None:
@@ -125,7 +126,7 @@ class _Player:
         )
         text = stage.renderer.decode_action(generation.token_ids)
         action, valid = stage.view.parse(text)
-        anchor = str(self._info.get("anchor", ""))
+        anchor, observation = str(self._info.get("anchor", "")), self._observation
         status: Status | None = Status.TRUNCATED_LENGTH
         if cut:
             valid = False
@@ -147,6 +148,7 @@ class _Player:
                 void=stage.view.void(text),
                 tool_calls=() if cut else _tool_calls(self._info),
                 anchor=anchor,
+                observation=observation,
             )
         )
         if stage.window is None:
@@ -173,6 +175,7 @@ class _Player:
         self._sessions.add(session)
         sampling = SamplingParams(
             temperature=attempt.temperature,
+            top_p=attempt.top_p,
             max_new_tokens=max_new_tokens,
             stop_token_ids=stage.renderer.stop_token_ids,
         )
