@@ -204,10 +204,10 @@ class SftSection(Section):
 
 
 class EvaluationSection(Section):
-    """The fixed panel of games."""
+    """The fixed panel of games, and how it is played."""
 
-    games: PositiveInt = 64
-    """Games on the panel."""
+    games: PositiveInt | None = 64
+    """Games on the panel; None = all of the loaded split (generated games need a number)."""
     seed: NonNegativeInt = 20260101
     """Seed of the panel's generated games and of its sampling; never trained on."""
     temperature: NonNegativeFloat = 1.0
