@@ -115,7 +115,7 @@ class Turn:
     sampled with ``action_logprobs`` float32 ``[A]`` by the engine, which says in ``versions`` from
     which weights: spans that add up to A tokens. ``text`` is what they decode to, ``void`` says
     that it neither acts nor answers (the view's word), ``valid`` that the action was well formed
-    and possible.
+    and possible. ``observation`` is the environment's text that was answered.
 
     Example: observation ``[5, 6, 7]``, action ``[9, 2]``, logprobs ``[-0.1, -0.3]``: five
     tokens, the last two of them trained.
@@ -133,6 +133,7 @@ class Turn:
     void: bool = False
     tool_calls: tuple[ToolCall, ...] = ()
     anchor: str = ""
+    observation: str = ""
 
     def __post_init__(self) -> None:
         assert len(self.action_tokens) == len(self.action_logprobs), "one log-prob per action token"

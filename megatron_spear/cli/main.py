@@ -16,6 +16,7 @@ from megatron_spear.errors import PeerLost, SpearError, StopRequested
 
 if TYPE_CHECKING:
     from megatron_spear.cluster.attempt import Attempt
+    from megatron_spear.deadlines import StopFlag
 
 USAGE_EXIT = 2
 STOPPED_EXIT = 130
@@ -27,10 +28,10 @@ _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _COMMANDS = {
     "train": "run the whole job: model, warm start, SPEAR steps, evaluation, export",
     "sft": "make the supervised warm start only",
-    "evaluate": "play the evaluation panel with a Hugging Face folder",
     "check-config": "print the resolved configuration, or every mistake in it",
 }
 _WITH_PARSERS = {
+    "evaluate": "play a panel with a model: mean@n, pass@k, intervals, and every trajectory",
     "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
     "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
     "plan": "memory, step time and better layouts of a run, before it is started",
@@ -57,8 +58,6 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name == "train":
             sub.add_argument("--attempt", type=Path, help=argparse.SUPPRESS)  # what launch passes
-        if name == "evaluate":
-            sub.add_argument("--model", required=True, help="Hugging Face folder to evaluate")
     for name, summary in _WITH_PARSERS.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser
@@ -88,21 +87,25 @@ def run(arguments: Sequence[str]) -> int:
         user_hooks(config.hooks)
         print(dump_config(config), end="")
         return 0
-    from megatron_spear.deadlines import install_stop_signals
-
-    stop = install_stop_signals()  # before torch is imported
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for each other give their core away: far better where the machine is shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    stop = before_torch()
     from megatron_spear.trainer import jobs
 
     if options.command == "train":
         jobs.train(config, stop, _attempt(options.attempt))
-    elif options.command == "sft":
-        jobs.warm_start(config, stop)
     else:
-        jobs.evaluate_model(config, options.model, stop)
+        jobs.warm_start(config, stop)
     return 0
+
+
+def before_torch() -> "StopFlag":
+    """What a command that computes sets up before torch is imported; its stop signals."""
+    from megatron_spear.deadlines import install_stop_signals
+
+    stop = install_stop_signals()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait for each other give their core away: far better where the machine is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return stop
 
 
 def _attempt(folder: Path | None) -> "Attempt | None":

@@ -2,21 +2,23 @@
 options."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 _FLAGS = ("--help", "--dry-run", "--force", "--json")
 _OPTIONS = ("--model", "--attempt", "--gpus", "--chip", "--mean-length")
 
 
-def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What a command's parser is to see, and the settings.
+def split_settings(
+    arguments: Sequence[str], options: Collection[str] = _OPTIONS
+) -> tuple[list[str], list[str]]:
+    """What a command's parser is to see (its ``options`` among it), and the settings.
 
     Example: ``["a.yaml", "--run.steps", "3", "--model", "m"]`` gives ``["a.yaml", "--model=m"]``
     and ``["--run.steps=3"]``.
     """
     words = _joined(arguments)
-    settings = [word for word in words if _is_setting(word)]
-    return [word for word in words if not _is_setting(word)], settings
+    settings = [word for word in words if _is_setting(word, options)]
+    return [word for word in words if not _is_setting(word, options)], settings
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -32,7 +34,7 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _is_setting(word: str) -> bool:
+def _is_setting(word: str, options: Collection[str]) -> bool:
     if word.startswith("--"):
-        return word.partition("=")[0] not in (*_FLAGS, *_OPTIONS)
+        return word.partition("=")[0] not in (*_FLAGS, *options)
     return "=" in word and not os.path.exists(word)

@@ -323,7 +323,12 @@ def _games(config: RunConfig) -> Iterator[str]:
         yield (
             f"env.games={env.games} is one file, which has no splits: the panel would be games "
             f"that are trained on; give a folder with {env.train_split}.jsonl[.xz] and "
-            f"{env.eval_split}.jsonl[.xz] (sft and evaluate take a file)"
+            f"{env.eval_split or 'valid_seen'}.jsonl[.xz] (sft and evaluate take a file)"
+        )
+    elif env.games is not None and env.eval_split is None:
+        yield (
+            f"env.eval_split=null takes all games of {env.games} for the panel, those that are "
+            "trained on too; name a split (evaluate takes null)"
         )
 
 

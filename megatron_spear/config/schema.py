@@ -14,6 +14,7 @@ from megatron_spear.config.base import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
+    PositiveFraction,
     PositiveInt,
     Section,
 )
@@ -204,14 +205,20 @@ class SftSection(Section):
 
 
 class EvaluationSection(Section):
-    """The fixed panel of games."""
+    """The fixed panel of games, and how it is played."""
 
-    games: PositiveInt = 64
-    """Games on the panel."""
+    games: PositiveInt | None = 64
+    """Games on the panel; None = all of the loaded split (generated games need a number)."""
+    attempts: PositiveInt = 1
+    """Attempts a game; success is the mean over games of the share won."""
     seed: NonNegativeInt = 20260101
     """Seed of the panel's generated games and of its sampling; never trained on."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 = greedy."""
+    top_p: PositiveFraction = 1.0
+    """Draw from the likeliest tokens that make up this share of the probability alone; 1 = from
+    all. Training rollouts always draw from all: the loss takes log-probs of the whole
+    distribution."""
     every: NonNegativeInt = 0
     """Also evaluate every this many steps; 0 = only before and after."""
 

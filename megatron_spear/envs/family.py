@@ -65,9 +65,10 @@ class EnvironmentFamily(ABC):
         )
 
     @abstractmethod
-    def panel(self, size: int, made_seed: int) -> Panel:
+    def panel(self, size: int | None, made_seed: int) -> Panel:
         """``size`` prompts to evaluate on, which are never trained on and the same on every
-        machine. Raises DataError where there are fewer."""
+        machine; None = all that are loaded, sorted by id. Raises DataError where there are fewer,
+        ConfigError for all of prompts that are made."""
 
     def demonstration(self, section: SftSection, made_seed: int, index: int) -> Demonstration:
         """Demonstration ``index`` of a warm start, which depends on nothing but the arguments.

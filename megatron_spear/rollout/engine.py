@@ -14,10 +14,15 @@ from megatron_spear.types import FloatArray, TokenArray, VersionSpan
 class SamplingParams:
     """How to draw tokens. ``temperature`` 0 is greedy (log-probs are then of the raw distribution).
 
-    Log-probs are of the distribution drawn from: log-softmax of logits / temperature.
+    Log-probs are of the distribution drawn from: log-softmax of logits / temperature. ``top_p``
+    below 1 draws from the nucleus alone: the fewest likeliest tokens whose probabilities add up to
+    it. That is for evaluation: the loss takes log-probs of the whole distribution, and here they
+    are the whole one's (embedded engine, SGLang) or the nucleus's own (vLLM), so training rollouts
+    have 1.
     """
 
     temperature: float = 1.0
+    top_p: float = 1.0
     max_new_tokens: int = 16
     stop_token_ids: tuple[int, ...] = ()
 
@@ -47,6 +52,8 @@ class GenerationRequest:
             problem = f"max_new_tokens={sampling.max_new_tokens}; expected 1 or more"
         elif not 0 <= sampling.temperature < float("inf"):
             problem = f"temperature={sampling.temperature}; expected a number >= 0"
+        elif not 0 < sampling.top_p <= 1:
+            problem = f"top_p={sampling.top_p}; expected a number above 0, at most 1"
         elif isinstance(self.seed, int) and not 0 <= self.seed < 1 << 64:
             problem = f"seed={self.seed}; a key is 0 to 2^64 - 1"
         if problem is not None:

@@ -65,14 +65,16 @@ class Rollouter:
         group_size: int,
         seed: tuple[int, ...],
         temperature: float,
+        top_p: float = 1.0,
         progress: Callable[[int], None] | None = None,
         all_may_fail: bool = False,
     ) -> list[TrajectoryGroup]:
         """One group a prompt, in the order of the prompts.
 
         Draws are keyed by (``seed``, prompt id, member, turn), so they depend neither on timing
-        nor on which other prompts are played. ``temperature`` 0 is greedy. ``progress(finished)``
-        is called after every attempt with the number finished so far and may raise StopRequested.
+        nor on which other prompts are played. ``temperature`` 0 is greedy; ``top_p`` below 1 is for
+        evaluation (``SamplingParams``). ``progress(finished)`` is called after every attempt with
+        the number finished so far and may raise StopRequested.
 
         A failed attempt is logged and goes to ``failures``. Raises what the first attempt failed
         with when all of them failed, unless ``all_may_fail``; EnvironmentsLost, StopRequested and
@@ -92,7 +94,7 @@ class Rollouter:
             return outcome
 
         outcomes = await _all_of(
-            run(_attempt(prompt, *name, member, seed, temperature))
+            run(_attempt(prompt, *name, member, seed, temperature, top_p))
             for prompt, name in zip(prompts, names, strict=True)
             for member in range(group_size)
         )
@@ -141,6 +143,7 @@ class Rollouter:
         group_size: int,
         seed: tuple[int, ...],
         temperature: float,
+        top_p: float = 1.0,
         progress: Callable[[int], None] | None = None,
         all_may_fail: bool = False,
     ) -> list[TrajectoryGroup]:
@@ -150,6 +153,7 @@ class Rollouter:
             group_size=group_size,
             seed=seed,
             temperature=temperature,
+            top_p=top_p,
             progress=progress,
             all_may_fail=all_may_fail,
         )
@@ -204,6 +208,7 @@ def _attempt(
     member: int,
     seed: tuple[int, ...],
     temperature: float,
+    top_p: float,
 ) -> Attempt:
     key = prompt_key(prompt.prompt_id)
     # All members of a group get the same task, so the environment's seed leaves the member out.
@@ -214,6 +219,7 @@ def _attempt(
         seed=(*seed, key, occurrence, member),
         env_seed=int.from_bytes(env_digest, "little"),
         temperature=temperature,
+        top_p=top_p,
     )
 
 

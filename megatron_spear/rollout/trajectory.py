@@ -58,6 +58,7 @@ class Attempt:
     seed: tuple[int, ...]
     env_seed: int
     temperature: float
+    top_p: float = 1.0
 
 
 async def play(stage: Stage, attempt: Attempt) -> Trajectory:
@@ -121,7 +122,7 @@ class _Player:
         text = stage.renderer.decode_action(generation.token_ids)
         action, valid = stage.view.parse(text)
         self._conversation.answered(generation.token_ids, action)
-        anchor = str(self._info.get("anchor", ""))
+        anchor, observation = str(self._info.get("anchor", "")), self._observation
         status: Status | None = Status.TRUNCATED_LENGTH
         if cut:
             valid = False
@@ -145,6 +146,7 @@ class _Player:
                 void=stage.view.void(text),
                 tool_calls=() if cut else _tool_calls(self._info),
                 anchor=anchor,
+                observation=observation,
             )
         )
         return status
@@ -158,6 +160,7 @@ class _Player:
             self._session = str(attempt.id) if full else f"{attempt.id}/{turn}"
         sampling = SamplingParams(
             temperature=attempt.temperature,
+            top_p=attempt.top_p,
             max_new_tokens=max_new_tokens,
             stop_token_ids=stage.renderer.stop_token_ids,
         )

@@ -52,7 +52,6 @@ _FIELDS = (
     *_NEUTRAL,
 )
 _NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "top_p": (1.0,),
     "top_k": (-1, 1 << 30),
     "min_p": (0.0,),
     "frequency_penalty": (0.0,),
@@ -71,6 +70,7 @@ _NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
 }
 _SAMPLING = (
     "temperature",
+    "top_p",
     "max_new_tokens",
     "stop_token_ids",
     "ignore_eos",
@@ -269,12 +269,15 @@ def _sampling(
     for name in given:
         if name not in _SAMPLING:
             raise sampling_error(f"unknown field `{name}`, expected one of {', '.join(_SAMPLING)}")
-    require_neutral(given, _NEUTRAL_SAMPLING, "the embedded engine draws from the whole softmax")
+    require_neutral(given, _NEUTRAL_SAMPLING, "the embedded engine has temperature and top_p only")
     temperature = take(given, "temperature", "a number", 1.0)
     if not 0.0 <= temperature < float("inf"):
         raise generate_error(
             f"temperature must be a non-negative finite number, got {temperature}."
         )
+    top_p = take(given, "top_p", "a number", 1.0)
+    if not 0.0 < top_p <= 1.0:
+        raise generate_error(f"top_p must be in (0, 1], got {top_p}.")
     max_new = take(given, "max_new_tokens", "an integer", _DEFAULT_NEW_TOKENS)
     if max_new < (0 if scores else 1):
         raise generate_error(
@@ -296,7 +299,10 @@ def _sampling(
     if seed is not None and not -(1 << 63) <= seed < 1 << 63:
         raise generate_error(f"sampling_seed={seed}; expected -2^63 to 2^63 - 1")
     sampling = SamplingParams(
-        temperature=float(temperature), max_new_tokens=max_new, stop_token_ids=tuple(sorted(stop))
+        temperature=float(temperature),
+        top_p=float(top_p),
+        max_new_tokens=max_new,
+        stop_token_ids=tuple(sorted(stop)),
     )
     return sampling, randbits(64) if seed is None else key_of_signed(seed)
 

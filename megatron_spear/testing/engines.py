@@ -45,6 +45,7 @@ def check_engine(loop: EventLoop, make: Make, *, update: Update, seeded: bool = 
     check_finish_reasons(loop, make)
     if seeded:
         check_draws(loop, make)
+    check_top_p(loop, make, seeded=seeded)
     check_sessions(loop, make)
     check_weights(loop, make, update)
     check_pause(loop, make, update)
@@ -101,6 +102,24 @@ def check_draws(loop: EventLoop, make: Make) -> None:
     greedy = _generate(loop, make(), [_ask(i, prompt=prompt, temperature=0.0) for i in range(12)])
     for answer in greedy:
         _expect_same(answer.token_ids, greedy[0].token_ids, "greedy tokens of another seed are")
+
+
+def check_top_p(loop: EventLoop, make: Make, *, seeded: bool = True) -> None:
+    """A small top_p leaves the likeliest token alone, at any temperature and seed; a request of
+    top_p 1 beside it draws what it draws alone (where seeds repeat)."""
+    prompt = [3, 1, 4]
+    (greedy,) = _generate(loop, make(), [_ask(0, prompt=prompt, temperature=0.0)])
+    narrow = [_ask(i, prompt=prompt, temperature=1.5, top_p=1e-6) for i in range(6)]
+    whole = [_ask(i) for i in range(6, 12)]
+    together = _generate(loop, make(), [*narrow, *whole])
+    for answer in together[:6]:
+        _expect_same(answer.token_ids, greedy.token_ids, "tokens of top_p 1e-6 are")
+        if not (np.isfinite(answer.logprobs).all() and (answer.logprobs <= 0).all()):
+            fail("log-probs of top_p 1e-6 are", str(answer.logprobs), "finite numbers <= 0")
+    if not seeded:
+        return
+    for answer, alone in zip(together[6:], _generate(loop, make(), whole), strict=True):
+        _expect_same(answer.token_ids, alone.token_ids, "beside a small top_p, tokens of 1 are")
 
 
 def check_sessions(loop: EventLoop, make: Make) -> None:
@@ -172,6 +191,8 @@ def check_errors(loop: EventLoop, make: Make) -> None:
         "max_new_tokens 0": _ask(0, new=0, session="odd"),
         "temperature -1": _ask(0, temperature=-1.0, session="odd"),
         "temperature nan": _ask(0, temperature=float("nan"), session="odd"),
+        "top_p 0": _ask(0, top_p=0.0, session="odd"),
+        "top_p 1.5": _ask(0, top_p=1.5, session="odd"),
     }
     for what, ask in wrong.items():
         _expect_engine_error(loop, engine, ask, what, naming="odd")
@@ -187,6 +208,7 @@ def _ask(
     prompt: Sequence[int] | None = None,
     session: str | None = None,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     stop: tuple[int, ...] = (),
 ) -> GenerationRequest:
     """Request ``number``, with a prompt and a seed of its own unless told otherwise."""
@@ -194,7 +216,9 @@ def _ask(
     return GenerationRequest(
         session=f"session {number}" if session is None else session,
         token_ids=np.array(tokens, np.int32),
-        sampling=SamplingParams(temperature=temperature, max_new_tokens=new, stop_token_ids=stop),
+        sampling=SamplingParams(
+            temperature=temperature, top_p=top_p, max_new_tokens=new, stop_token_ids=stop
+        ),
         seed=(3, number),
     )
 

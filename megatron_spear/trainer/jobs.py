@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,26 @@ from megatron_spear.cluster.attempt import Attempt, newest_checkpoint
 from megatron_spear.config.check import Use, check_config
 from megatron_spear.config.losses import LossSection
 from megatron_spear.config.schema import RunConfig
-from megatron_spear.envs.family import family_of
+from megatron_spear.envs.family import Panel, family_of
 from megatron_spear.errors import ConfigError, DataError, StopRequested
 from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import build_tracker
 from megatron_spear.tracking.summary import summary_rows, write_summary
 from megatron_spear.trainer.consumption import ConsumptionLog
+from megatron_spear.trainer.evaluated_model import EvaluatedModel
+from megatron_spear.trainer.evaluation_report import (
+    RESULT_FILE,
+    TRAJECTORIES_FILE,
+    table_rows,
+    write_report,
+)
+from megatron_spear.trainer.evaluation_stats import statistics
 from megatron_spear.trainer.hooks.user import user_hooks
 from megatron_spear.trainer.registered import find_servers
 from megatron_spear.trainer.run_directory import RunDirectory
 from megatron_spear.trainer.watch import COLLECTIVE_LIMIT_S, watched
+from megatron_spear.types import TrajectoryGroup
 
 log = logging.getLogger(__name__)
 
@@ -142,37 +152,53 @@ def warm_start(config: RunConfig, stop: Any) -> Path:
         return folder
 
 
-def evaluate_model(config: RunConfig, model: str, stop: Any) -> float:
-    """Success of a Hugging Face folder on the panel; prints it by task type too."""
+def evaluate_model(
+    config: RunConfig, model: EvaluatedModel, stop: Any, out: Path | None = None
+) -> dict[str, Any]:
+    """Play the panel with a model and write what it came to into ``out`` (None = the model's own
+    place); the content of ``evaluation.json``."""
     console, _ = _start(config, "evaluate")
     from megatron_spear.trainer import build
-    from megatron_spear.trainer.engines import serve_folder
-    from megatron_spear.trainer.evaluation import evaluate
     from megatron_spear.trainer.models import check_model
+
+    section = config.evaluation
+    build.use_threads(config.run.threads)
+    check_model(model.folder)
+    panel = build.make_panel(config)
+    with console, model.results_folder(out) as folder:
+        started = time.perf_counter()
+        groups = _play_panel(config, model.folder, panel, console, stop)
+        result = {
+            "model": str(model.folder),
+            "panel": {"sha256": panel.sha256, "prompts": len(panel.prompts)},
+            **statistics(groups, attempts=section.attempts, seed=section.seed),
+            "wall_s": time.perf_counter() - started,
+            "settings": config.model_dump(mode="json", include={"env", "rollout", "evaluation"}),
+        }
+        write_report(folder, result, groups)
+        console.table(table_rows(result), title="Evaluation")
+        console.line(f"results: {folder / RESULT_FILE}   attempts: {folder / TRAJECTORIES_FILE}")
+    return result
+
+
+def _play_panel(
+    config: RunConfig, model: Path, panel: Panel, console: Console, stop: Any
+) -> list[TrajectoryGroup]:
+    """The panel's attempts with the weights of a Hugging Face folder."""
+    from megatron_spear.trainer import build
+    from megatron_spear.trainer.engines import serve_folder
+    from megatron_spear.trainer.evaluation import play
     from megatron_spear.trainer.run import advance
 
-    build.use_threads(config.run.threads)
-    check_model(Path(model))
-    panel = build.make_panel(config)
-    rollout = build.make_rollout(config, Path(model))
-    section = config.evaluation
+    rollout, section = build.make_rollout(config, model), config.evaluation
     try:
         if rollout.made.updates is not None:
-            serve_folder(rollout.made.updates, Path(model))
+            serve_folder(rollout.made.updates, model)
         console.phase("Evaluation")
-        with console, console.bar("games", len(panel.prompts)) as bar:
-            result = evaluate(
-                rollout.rollouter,
-                panel,
-                seed=section.seed,
-                temperature=section.temperature,
-                progress=advance(bar, stop),
-            )
+        with console.bar("games", len(panel.prompts) * section.attempts) as bar:
+            return play(rollout.rollouter, panel, section=section, progress=advance(bar, stop))
     finally:
         rollout.close()
-    rows = [(name, f"{value:.3f}") for name, value in result.metrics().items()]
-    console.table([*rows, ("panel sha256", panel.sha256)], title="Evaluation")
-    return result.success
 
 
 def require_possible(config: RunConfig, world_size: int, use: Use = "train") -> None:

@@ -198,7 +198,7 @@ class SpearRun:
     def _play_panel(self, step: int) -> PanelResult:
         assert self._rollout and self._panel, "the controller has both"
         section = self._config.evaluation
-        with self._console.bar("games", len(self._panel.prompts)) as bar:
+        with self._console.bar("games", len(self._panel.prompts) * section.attempts) as bar:
             shown = advance(bar, self._stop)
 
             def progress(finished: int) -> None:
@@ -208,17 +208,15 @@ class SpearRun:
             result = evaluate(
                 self._rollout.rollouter,
                 self._panel,
-                seed=section.seed,
-                temperature=section.temperature,
+                section=section,
                 progress=progress,
             )
-        played = len(result.won) - result.failed
-        self._console.line(f"success {result.success:.3f} on {played} games")
+        self._console.line(f"success {result.success:.3f} on {result.num_games} games")
         if result.failed:
             log.warning(
-                "%d of the %d games failed; they count neither as won nor as lost",
+                "%d of the %d attempts failed; they count neither as won nor as lost",
                 result.failed,
-                len(result.won),
+                len(result.won) * section.attempts,
             )
         if self.tracker:
             self.tracker.log(step, result.metrics())
@@ -262,7 +260,7 @@ class SpearRun:
             "success_by_task_type": after.by_kind(),
             "panel_games": len(after.won),
             "failed_before": progress.won_before.count(None),
-            "failed_after": after.failed,
+            "failed_after": after.won.count(None),
             "panel_sha256": self._panel.sha256,
             "steps": progress.step,
             "wall_s": self._wall_s(),

@@ -19,6 +19,7 @@ from megatron_spear.testing.engines import (
     check_finish_reasons,
     check_pause,
     check_sessions,
+    check_top_p,
     check_weights,
 )
 from megatron_spear.testing.fakes import ScriptedEngine
@@ -68,8 +69,8 @@ def test_every_engine_of_the_schema_can_be_made():
 
 
 def _script(request):
-    """64 tokens that depend on the prompt, and on the seed unless greedy."""
-    seed = request.seed if request.sampling.temperature else ()
+    """64 tokens that depend on the prompt, and on the seed unless one token alone can be drawn."""
+    seed = request.seed if request.sampling.temperature and request.sampling.top_p > 0.1 else ()
     entropy = [*request.token_ids.tolist(), *seed]
     return np.random.default_rng(entropy).integers(1, 21, 64).tolist()
 
@@ -154,6 +155,25 @@ class _GoesByTheSession(_Scripted):
         return answer
 
 
+class _IgnoresTopP(_Scripted):
+    async def generate(self, request):
+        sampling = dataclasses.replace(request.sampling, top_p=1.0)
+        return await super().generate(dataclasses.replace(request, sampling=sampling))
+
+
+class _OneTopPForAll(_Scripted):
+    """What one request asks for holds for those that come after it."""
+
+    def __init__(self):
+        super().__init__()
+        self._lowest = 1.0
+
+    async def generate(self, request):
+        self._lowest = min(self._lowest, request.sampling.top_p)
+        sampling = dataclasses.replace(request.sampling, top_p=self._lowest)
+        return await super().generate(dataclasses.replace(request, sampling=sampling))
+
+
 class _OldVersion(_Scripted):
     def spoil(self, request, answer):
         return dataclasses.replace(answer, versions=(VersionSpan(0, len(answer.token_ids)),))
@@ -188,6 +208,8 @@ class _GoesOnWhilePaused(_Scripted):
         (check_finish_reasons, _CallsItLength, "with 'stop'"),
         (check_draws, _SharedStream, "same seed"),
         (check_draws, _IgnoresTheSeed, "12 seeds"),
+        (check_top_p, _IgnoresTopP, "top_p 1e-6"),
+        (check_top_p, _OneTopPForAll, "tokens of 1"),
         (check_sessions, _GoesByTheSession, "release"),
         (check_errors, _AnswersAnything, "max_new_tokens 0 was answered"),
         (check_errors, _NeverCloses, "after close"),

@@ -143,10 +143,12 @@ def test_a_tokenizer_of_a_larger_model(model: Path, spear: Spear, run_dir: Path)
     told(done, str(model), f"ids up to {size - 1}", f"vocab_size {size - 5}")
 
 
-def test_a_folder_that_is_no_model(spear: Spear, run_dir: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_model(
+    spear: Spear, command: Spear, run_dir: Path, tmp_path: Path
+) -> None:
     done = spear("train", f"run.dir={run_dir}", f"model.path={tmp_path / 'absent'}", status=2)
     told(done, "absent", "config.json", "Hugging Face")
-    done = spear("evaluate", "--model", str(tmp_path), status=2)
+    done = command("evaluate", str(tmp_path), "--env", "alfworld", status=2)
     told(done, str(tmp_path), "config.json", "Hugging Face")
 
 

@@ -111,14 +111,20 @@ def test_a_broken_wandb_costs_a_warning_only(
 
 
 def test_evaluate_plays_the_panel_as_the_run_did(
-    finished: tuple[Path, Any], spear: Callable[..., Any]
+    finished: tuple[Path, Any], command: Callable[..., Any]
 ) -> None:
     run_dir, _ = finished
     summary = json.loads((run_dir / "summary.json").read_text())
     # No policy is made, so its layout does not matter.
-    done = spear("evaluate", "--model", str(run_dir / "model"), "policy.tensor_parallel=2")
-    assert f"{summary['success_after']:.3f}" in done.out
+    done = command("evaluate", str(run_dir), "policy.tensor_parallel=2")
+    result = json.loads((run_dir / "evaluation" / "evaluation.json").read_text())
+    assert result["mean_at_n"]["value"] == summary["success_after"]
+    by_kind = {kind: told["value"] for kind, told in result["by_kind"].items()}
+    assert by_kind == summary["success_by_task_type"]
+    assert result["panel"] == {"sha256": summary["panel_sha256"], "prompts": 4}
     assert summary["panel_sha256"][:16] in done.out
+    command("evaluate", str(run_dir))
+    assert (run_dir / "evaluation-2" / "evaluation.json").is_file(), "nothing is overwritten"
 
 
 def _tokens(folder: Path) -> list[int]:

@@ -1,12 +1,13 @@
 """Settings of ALFWorld's household games."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_spear.config.base import PositiveInt, Section
 from megatron_spear.config.environments.base import EnvironmentSection
+from megatron_spear.errors import ConfigError
 from megatron_spear.types import TASK_TYPES, TaskType
 
 
@@ -45,8 +46,9 @@ class AlfworldSection(EnvironmentSection):
     for every step."""
     train_split: str = "train"
     """Split to train on, where ``games`` is a folder with splits."""
-    eval_split: str = "valid_seen"
-    """Split to evaluate on, where ``games`` is a folder with splits."""
+    eval_split: str | None = "valid_seen"
+    """Split to evaluate on, where ``games`` is a folder with splits; None = all games there, for
+    ``evaluate`` only."""
     task_types: tuple[TaskType, ...] = TASK_TYPES
     """Task types played."""
     max_receptacles: PositiveInt | None = None
@@ -64,3 +66,19 @@ class AlfworldSection(EnvironmentSection):
     def task_kinds(self) -> tuple[str, ...]:
         """The task types, each once."""
         return tuple(dict.fromkeys(self.task_types))
+
+    def with_panel(self, source: str) -> Self:
+        """All games of a file or folder, or a split: ``FOLDER/SPLIT`` of packed files, or its name
+        alone for one of ``games``. A path that is there is a path."""
+        path = Path(source).expanduser()
+        if path.exists():
+            return self.model_copy(update={"games": path, "eval_split": None})
+        if path.name != source and path.parent.is_dir():
+            return self.model_copy(update={"games": path.parent, "eval_split": path.name})
+        if self.games is None or not self.games.expanduser().is_dir():
+            raise ConfigError(
+                f"--panel {source}: no such file or folder, and no split, since env.games is "
+                f"{self.games}; give a file or folder of games, or set env.games to a folder that "
+                "has this split"
+            )
+        return self.model_copy(update={"eval_split": source})

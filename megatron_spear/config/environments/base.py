@@ -1,8 +1,9 @@
 """What the settings of every environment have in common."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from megatron_spear.config.base import PositiveInt, Section
+from megatron_spear.errors import ConfigError
 
 
 class WindowHistory(Section):
@@ -31,3 +32,11 @@ class EnvironmentSection(Section):
     def task_kinds(self) -> tuple[str, ...]:
         """The kinds of tasks that can be drawn apart from each other; () = there is one."""
         return ()
+
+    def with_panel(self, source: str) -> Self:
+        """The same with the evaluation panel from ``source``: a file or folder, all of it, or the
+        name of a split. Raises ConfigError where that is neither."""
+        name: str = self.type  # type: ignore[attr-defined]  # of every kind of section
+        raise ConfigError(
+            f"--panel {source}: the panel of env.type={name} is given by its env.* settings"
+        )

@@ -54,8 +54,8 @@ class AlfworldFamily(EnvironmentFamily):
             games[game.task_type].append(game)
         return {kind: _loaded(own, order_seed) for kind, own in games.items() if own}
 
-    def panel(self, size: int, made_seed: int) -> Panel:
-        """Generated games, or a spread of the evaluation split."""
+    def panel(self, size: int | None, made_seed: int) -> Panel:
+        """Generated games, or a spread of the evaluation split, or all of it."""
         return task.make_panel(self._section, size, made_seed)
 
     def demonstration(self, section: SftSection, made_seed: int, index: int) -> Demonstration:

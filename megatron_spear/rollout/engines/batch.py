@@ -204,8 +204,11 @@ class Batch:
         keys = np.array([job.key for job in jobs], np.uint64)
         counters = np.array([len(job.tokens) for job in jobs], np.uint64)
         temperatures = torch.tensor([job.request.sampling.temperature for job in jobs])
+        shares = [job.request.sampling.top_p for job in jobs]
+        top_ps = torch.tensor(shares, dtype=torch.float64) if min(shares) < 1 else None
         with torch.inference_mode():
-            drawn = sample(logits, temperatures, torch.from_numpy(uniforms(keys, counters)))
+            draws = torch.from_numpy(uniforms(keys, counters))
+            drawn = sample(logits, temperatures, draws, top_ps)
         columns = (column.tolist() for column in drawn)
         for job, token, logprob, finite in zip(jobs, *columns, strict=True):
             if not finite:

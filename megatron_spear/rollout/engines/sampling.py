@@ -52,15 +52,21 @@ def uniforms(
 
 
 def sample(
-    logits: torch.Tensor, temperatures: torch.Tensor, draws: torch.Tensor
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    draws: torch.Tensor,
+    top_ps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Draw one token a row: tokens int64 ``[B]``, log-probs float32 ``[B]``, finite bool ``[B]``.
 
     ``logits`` ``[B, V]``, ``temperatures`` float32 ``[B]`` (0 = greedy, log-probs of the raw
     distribution), ``draws`` float64 ``[B]`` in (0, 1). The token is the inverse of the cumulative
     distribution at the draw. A row with ``finite`` False had NaN or infinite logits: do not use it.
+    ``top_ps`` float64 ``[B]`` in (0, 1] (None = 1 everywhere) draws from the nucleus, with the
+    log-prob of the whole distribution; rows of 1 are drawn as without it.
 
-    Example: probabilities ``[0.2, 0.5, 0.3]`` and draw 0.6 give token 1 (0.2 <= 0.6 < 0.7).
+    Example: probabilities ``[0.2, 0.5, 0.3]`` and draw 0.6 give token 1 (0.2 <= 0.6 < 0.7); with
+    top_p 0.6 tokens 1 and 2 are left, token 1 for draws below 0.625.
     """
     logits = logits.float()
     finite = torch.isfinite(logits).all(-1)
@@ -68,8 +74,24 @@ def sample(
     scale = torch.where(greedy, 1.0, temperatures)
     logprobs = torch.log_softmax(logits / scale[:, None], -1)
     # float64: a float32 sum over a large vocabulary would shift the boundaries between tokens.
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    probabilities = logprobs.exp()
+    if top_ps is not None:
+        probabilities = torch.where(
+            top_ps[:, None] < 1, _nucleus(probabilities, top_ps), probabilities
+        )
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     tokens = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(-1)
     if bool(greedy.any()):
         tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0], finite
+
+
+def _nucleus(probabilities: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
+    """``probabilities`` ``[B, V]`` with 0 outside the fewest likeliest tokens that reach top_p.
+
+    The likeliest one is always in; of equal ones the first comes first.
+    """
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+    kept = torch.where(before < top_ps[:, None], ordered, 0.0)
+    return torch.zeros_like(probabilities).scatter(-1, tokens, kept)

@@ -210,7 +210,7 @@ def _sampling(sampling: SamplingParams) -> str:
     """
     shared = {
         "temperature": sampling.temperature,
-        "top_p": 1.0,
+        "top_p": sampling.top_p,
         "top_k": -1,
         "min_p": 0.0,
         "frequency_penalty": 0.0,

@@ -207,7 +207,7 @@ def _sampling(sampling: SamplingParams) -> str:
     """The part of ``sampling_params`` that many requests share, as JSON without its braces."""
     shared = {
         "temperature": sampling.temperature,
-        "top_p": 1.0,
+        "top_p": sampling.top_p,
         "top_k": -1,
         "min_p": 0.0,
         "frequency_penalty": 0.0,

@@ -96,16 +96,4 @@ def test_help_still_helps(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="0"):
             main.run(arguments)
     told = capsys.readouterr().out
-    assert "train --resume DIR" in " ".join(told.split()) and "--model MODEL" in told
-
-
-def test_the_model_of_an_evaluation_is_no_setting(
-    monkeypatch: pytest.MonkeyPatch, run_dir: Path
-) -> None:
-    from megatron_spear.trainer import jobs
-
-    seen: list[Any] = []
-    monkeypatch.setattr("megatron_spear.deadlines.install_stop_signals", StopFlag)
-    monkeypatch.setattr(jobs, "evaluate_model", lambda config, model, stop: seen.append(model))
-    assert main.run(["evaluate", "--model", "hf", str(run_dir / "config.yaml")]) == 0
-    assert seen == ["hf"]
+    assert "train --resume DIR" in " ".join(told.split()) and "--panel PATH" in told

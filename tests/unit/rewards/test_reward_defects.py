@@ -9,6 +9,7 @@ import pytest
 
 from megatron_spear.config.load import load_config
 from megatron_spear.config.method import RewardSection
+from megatron_spear.config.schema import EvaluationSection
 from megatron_spear.curriculum.coefficients import coefficients
 from megatron_spear.curriculum.schedules import cosine_warmup
 from megatron_spear.envs.family import Panel
@@ -81,7 +82,7 @@ def test_defect_26_the_bonus_is_in_the_released_validation_reward() -> None:
         for won in (False, True):
             played = make_trajectory("a", 0, segments, won=won)
             assert trajectory_reward(played, RewardSection()).intrinsic > 0.0
-            result = evaluate(_Rollouter(played), panel, seed=0, temperature=0.0)
+            result = evaluate(_Rollouter(played), panel, section=EvaluationSection())
             assert result.metrics()["eval/success"] == result.success == float(won)
 
 

@@ -17,11 +17,13 @@ VOCAB = 100
 PROMPT = (3, 1, 4)
 
 
-def ask(number=0, *, prompt=PROMPT, new=8, session=None, temperature=1.0, stop=()):
+def ask(number=0, *, prompt=PROMPT, new=8, session=None, temperature=1.0, top_p=1.0, stop=()):
     return GenerationRequest(
         session=f"session {number}" if session is None else session,
         token_ids=np.array(prompt, np.int32),
-        sampling=SamplingParams(temperature=temperature, max_new_tokens=new, stop_token_ids=stop),
+        sampling=SamplingParams(
+            temperature=temperature, top_p=top_p, max_new_tokens=new, stop_token_ids=stop
+        ),
         seed=(7, number),
     )
 

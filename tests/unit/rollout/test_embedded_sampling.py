@@ -43,6 +43,33 @@ def test_greedy_takes_the_largest_with_its_raw_logprob():
     assert torch.allclose(logprobs, torch.log_softmax(logits, -1)[0, 1])
 
 
+def test_top_p_by_hand():
+    """Of 0.2, 0.5, 0.3 the two likeliest reach 0.6; the draw is from these, 5 to 3."""
+    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]] * 4))
+    draws = torch.tensor([0.01, 0.624, 0.626, 0.99], dtype=torch.float64)
+    top_ps = torch.full((4,), 0.6, dtype=torch.float64)
+    tokens, logprobs, _ = sample(logits, torch.ones(4), draws, top_ps)
+    assert tokens.tolist() == [1, 1, 2, 2]
+    assert torch.allclose(logprobs.exp(), torch.tensor([0.5, 0.5, 0.3, 0.3])), "of all tokens"
+
+
+def test_a_nucleus_stops_at_the_token_that_reaches_it():
+    logits = torch.log(torch.tensor([[0.25, 0.25, 0.5]]))
+    for top_p, expected in ((1e-9, {2}), (0.49, {2}), (0.51, {0, 2}), (0.76, {0, 1, 2})):
+        draws = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
+        rows, top_ps = logits.expand(200, -1), torch.full((200,), top_p, dtype=torch.float64)
+        assert {*sample(rows, torch.ones(200), draws, top_ps)[0].tolist()} == expected
+
+
+def test_rows_of_top_p_1_and_greedy_ones_are_drawn_as_without_it():
+    logits = torch.randn(300, 50, generator=torch.Generator().manual_seed(3))
+    draws = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    temperatures = torch.tensor([1.0, 0.7, 0.0]).repeat(100)
+    top_ps = torch.tensor([1.0, 1.0, 0.3], dtype=torch.float64).repeat(100)
+    plain, narrow = (sample(logits, temperatures, draws, own) for own in (None, top_ps))
+    assert all(torch.equal(one, other) for one, other in zip(plain, narrow, strict=True))
+
+
 def test_impossible_tokens_are_never_drawn():
     logits = torch.tensor([[-1e9, 0.0, -1e9, 0.0, -1e9]] * 3)
     draws = torch.tensor([2.0**-33, 0.5, 1 - 2.0**-33], dtype=torch.float64)

@@ -41,7 +41,7 @@ def sent(request, token_ids=(3, 1, 4), new=8):
 
 
 def test_a_request_names_all_that_shapes_the_distribution():
-    assert sent(ask(2, stop=(5, 6), temperature=0.5)) == {
+    assert sent(ask(2, stop=(5, 6), temperature=0.5, top_p=0.6)) == {
         "rid": "rid 1",
         "session_id": "session 2",
         "input_ids": [3, 1, 4],
@@ -51,7 +51,7 @@ def test_a_request_names_all_that_shapes_the_distribution():
             "max_new_tokens": 8,
             "sampling_seed": signed_key(seed_key((7, 2))),
             "temperature": 0.5,
-            "top_p": 1.0,
+            "top_p": 0.6,
             "top_k": -1,
             "min_p": 0.0,
             "frequency_penalty": 0.0,

@@ -97,14 +97,14 @@ def sent(request, token_ids=(3, 1, 4)):
 
 
 def test_a_request_names_all_that_shapes_the_distribution():
-    assert sent(ask(2, stop=(5, 6), temperature=0.5)) == {
+    assert sent(ask(2, stop=(5, 6), temperature=0.5, top_p=0.6)) == {
         "request_id": "rid 1",
         "token_ids": [3, 1, 4],
         "sampling_params": {
             "max_tokens": 8,
             "seed": seed_key((7, 2)) & 0x7FFFFFFF,
             "temperature": 0.5,
-            "top_p": 1.0,
+            "top_p": 0.6,
             "top_k": -1,
             "min_p": 0.0,
             "frequency_penalty": 0.0,

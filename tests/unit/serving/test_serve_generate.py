@@ -156,7 +156,11 @@ def test_text_goes_through_the_tokenizer(tmp_path):
         ({"input_ids": [1], "return_logprobs": True}, "unknown field return_logprobs"),
         ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "Duplicate request IDs detected"),
         ({"input_ids": [1], "sampling_params": {"foo": 1}}, "unknown field `foo`"),
-        ({"input_ids": [1], "sampling_params": {"top_p": 0.9}}, "top_p=0.9"),
+        ({"input_ids": [1], "sampling_params": {"top_p": 0}}, "top_p must be in (0, 1], got 0."),
+        (
+            {"input_ids": [1], "sampling_params": {"top_p": 1.1}},
+            "top_p must be in (0, 1], got 1.1.",
+        ),
         ({"input_ids": [1], "sampling_params": {"top_k": 50}}, "top_k=50"),
         ({"input_ids": [1], "sampling_params": {"temperature": -1}}, "non-negative finite"),
         ({"input_ids": [1], "sampling_params": {"max_new_tokens": 0}}, "max_new_tokens=0"),

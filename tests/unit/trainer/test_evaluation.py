@@ -1,9 +1,11 @@
 """Success on the panel: what failed counts nowhere, by task type, and the paired interval."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from megatron_spear.config.schema import EvaluationSection
 from megatron_spear.envs.family import Panel
 from megatron_spear.testing.hand_made import make_trajectory
 from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval
@@ -50,21 +52,48 @@ def test_a_failed_rollout_is_neither_won_nor_lost() -> None:
         ]
     )
     seen: list[int] = []
-    result = evaluate(rollouter, PANEL, seed=9, temperature=0.7, progress=seen.append)
-    assert result.won == (True, False, None, True) and result.kinds == KINDS
-    assert result.failed == 1 and result.success == 2 / 3
+    section = EvaluationSection(seed=9, temperature=0.7)
+    result = evaluate(rollouter, PANEL, section=section, progress=seen.append)
+    assert result.won == (1.0, 0.0, None, 1.0) and result.kinds == KINDS
+    assert result.failed == 1 and result.success == 2 / 3 and result.num_games == 3
     (call,) = rollouter.calls
     assert call == {
         "prompts": PANEL.prompts,
         "group_size": 1,
         "seed": (9, 0),
         "temperature": 0.7,
+        "top_p": 1.0,
         "progress": seen.append,
     }
 
 
+def test_several_attempts_give_the_share_won() -> None:
+    class Twice(_Rollouter):
+        def collect_sync(self, prompts: Any, **settings: Any) -> list[TrajectoryGroup]:
+            first, second, third, fourth = super().collect_sync(prompts, **settings)
+            lost = make_trajectory("x", 1, won=False)
+            broken = make_trajectory("y", 1, won=True, status=Status.FAILED_ENGINE)
+            return [
+                replace(first, members=(*first.members, lost)),
+                replace(second, members=(*second.members, lost)),
+                replace(third, failures=(*third.failures, broken)),
+                replace(fourth, failures=(broken,)),
+            ]
+
+    failed = make_trajectory("c", 0, status=Status.FAILED_TOOL)
+    won, lost = make_trajectory("a", 0, won=True), make_trajectory("b", 0, won=False)
+    rollouter = Twice([won, lost, failed, won])
+    result = evaluate(rollouter, PANEL, section=EvaluationSection(attempts=2, top_p=0.6))
+    assert result.won == (0.5, 0.0, None, 1.0) and result.failed == 3
+    assert result.metrics()["eval/success"] == 0.5 and result.by_kind() == {
+        "look": 0.5,
+        "pick": 0.5,
+    }
+    assert (rollouter.calls[0]["group_size"], rollouter.calls[0]["top_p"]) == (2, 0.6)
+
+
 def test_metrics_by_hand() -> None:
-    result = PanelResult(kinds=KINDS, won=(None, False, True, True), wall_s=2.5)
+    result = PanelResult(kinds=KINDS, won=(None, False, True, True), failed=1, wall_s=2.5)
     assert result.metrics() == {
         "eval/success": pytest.approx(2 / 3),
         "eval/failed": 1.0,
@@ -74,7 +103,7 @@ def test_metrics_by_hand() -> None:
 
 
 def test_prompts_of_no_kind_are_in_the_whole_only() -> None:
-    result = PanelResult(kinds=("", "pick", ""), won=(True, False, True), wall_s=1.0)
+    result = PanelResult(kinds=("", "pick", ""), won=(True, False, True), failed=0, wall_s=1.0)
     assert result.by_kind() == {"pick": 0.0} and result.success == pytest.approx(2 / 3)
 
 

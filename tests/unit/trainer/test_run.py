@@ -276,7 +276,7 @@ def test_failed_games_are_told_and_count_nowhere(
     # The second and the fourth game were played both times: one newly won, one won again.
     assert summary["success_gain"] == 0.5
     assert summary["success_gain_95"] == pytest.approx([0.5 - 0.98, 0.5 + 0.98])
-    assert caplog.text.count("1 of the 4 games failed") == 2
+    assert caplog.text.count("1 of the 4 attempts failed") == 2
     assert json.loads(json.dumps(summary)) == summary
 
 
