@@ -2,7 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from megatron_spear.user_code import is_code_path
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -10,6 +12,15 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+def _is_code_path(value: str) -> str:
+    if not is_code_path(value):
+        raise ValueError(f"got {value!r}, expected 'package.module:Class' or 'FILE.py:Class'")
+    return value
+
+
+CodePath = Annotated[str, AfterValidator(_is_code_path)]
 
 
 class Section(BaseModel):

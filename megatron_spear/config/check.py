@@ -1,10 +1,12 @@
 """Combinations of settings that cannot work, found before anything is built."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.base import WindowHistory
 from megatron_spear.config.layout import layout_problems
+from megatron_spear.config.method import TaskSamplingSection
 from megatron_spear.config.precision import (
     REFERENCE_PROBLEM,
     linear_sizes,
@@ -232,7 +234,22 @@ def _replay(config: RunConfig) -> Iterator[str]:
 
 def _tasks(config: RunConfig) -> Iterator[str]:
     """Drawing tasks by difficulty needs several, and room for the smallest share of each."""
-    tasks, count = config.curriculum.tasks, len(config.env.task_kinds)
+    kinds = config.env.task_kinds
+    if not config.curriculum.tasks.enabled:
+        return
+    if kinds is not None:
+        yield from task_kind_problems(config.curriculum.tasks, kinds)
+    if config.algorithm.dynamic_sampling_rounds:
+        yield (
+            "curriculum.tasks.enabled=true measures success on the groups that go on, and "
+            "algorithm.dynamic_sampling_rounds takes those of equal rewards out before; set one "
+            "of them off"
+        )
+
+
+def task_kind_problems(tasks: TaskSamplingSection, kinds: Sequence[str]) -> Iterator[str]:
+    """What keeps these kinds of tasks from being drawn by difficulty, if that is asked for."""
+    count = len(kinds)
     if not tasks.enabled:
         return
     if count < 2:
@@ -244,12 +261,6 @@ def _tasks(config: RunConfig) -> Iterator[str]:
         yield (
             f"curriculum.tasks.min_share={tasks.min_share:g} times {count} task types is above 1; "
             f"use at most {1 / count:.3g}"
-        )
-    if config.algorithm.dynamic_sampling_rounds:
-        yield (
-            "curriculum.tasks.enabled=true measures success on the groups that go on, and "
-            "algorithm.dynamic_sampling_rounds takes those of equal rewards out before; set one "
-            "of them off"
         )
 
 
@@ -319,6 +330,8 @@ def _length(config: RunConfig) -> Iterator[str]:
 
 def _games(config: RunConfig) -> Iterator[str]:
     env = config.env
+    if not isinstance(env, AlfworldSection):
+        return
     if env.games is not None and env.games.expanduser().is_file():
         yield (
             f"env.games={env.games} is one file, which has no splits: the panel would be games "

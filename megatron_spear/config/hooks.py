@@ -5,10 +5,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from megatron_spear.config.base import Section
+from megatron_spear.config.base import CodePath, Section
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_PATH = re.compile(r"[^:]+:[A-Za-z_]\w*")
 
 
 class HookSection(Section):
@@ -19,7 +18,7 @@ class HookSection(Section):
 
     name: str
     """Names the hook in messages and its state in checkpoints; each entry has another one."""
-    path: str
+    path: CodePath
     """``package.module:Class`` as Python imports it, or ``FILE.py:Class``; a relative file starts
     at the current directory."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -30,13 +29,6 @@ class HookSection(Section):
     def _is_a_name(cls, value: str) -> str:
         if not _NAME.fullmatch(value):
             raise ValueError(f"got {value!r}, expected small letters, digits and _, a letter first")
-        return value
-
-    @field_validator("path")
-    @classmethod
-    def _has_two_parts(cls, value: str) -> str:
-        if not _PATH.fullmatch(value):
-            raise ValueError(f"got {value!r}, expected 'package.module:Class' or 'FILE.py:Class'")
         return value
 
     @property

@@ -4,18 +4,22 @@
 environment of the user's own goes through this class.
 """
 
+import functools
+import hashlib
 import importlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_spear.config.base import Section
 from megatron_spear.config.environments.base import EnvironmentSection
 from megatron_spear.config.schema import SftSection
 from megatron_spear.data.prompts import PromptSource
 from megatron_spear.envs.demonstration import Demonstration
 from megatron_spear.envs.views import AgentView
-from megatron_spear.errors import ConfigError
+from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.types import Prompt
 
 
@@ -25,6 +29,22 @@ class Panel:
 
     prompts: tuple[Prompt, ...]
     sha256: str
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt]) -> "Panel":
+        """The panel of these prompts. Raises DataError unless their metadata are JSON values."""
+        digest = hashlib.sha256()
+        for prompt in prompts:
+            parts = [prompt.prompt_id, prompt.kind, prompt.answer, list(prompt.messages)]
+            try:
+                text = json.dumps([*parts, dict(prompt.metadata)], sort_keys=True)
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"prompt {prompt.prompt_id}: its metadata are no plain values ({error}); use "
+                    "texts, numbers, lists and maps, which every machine writes the same way"
+                ) from error
+            digest.update(text.encode())
+        return cls(tuple(prompts), digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -37,11 +57,22 @@ class Vocabulary:
 
 
 class EnvironmentFamily(ABC):
-    """Made from its section of the settings, in the trainer and again in worker processes."""
+    """Made from its section of the settings, in the trainer and again in worker processes.
+
+    One of the user's own (``env.type=custom``) is made as ``MyFamily(settings)``, or as
+    ``MyFamily()`` where it declares no ``Settings``; `envs.simple.SimpleFamily` is a shorter way.
+    """
+
+    class Settings(Section):
+        """No settings; a user's family that has some derives its ``Settings`` from this."""
 
     factory: str
-    """``package.module:callable`` that makes one environment in a worker, of
-    ``factory_options``."""
+    """``package.module:callable`` or ``/FOLDER/FILE.py:callable`` that makes one environment in a
+    worker, of ``factory_options``."""
+
+    task_kinds: tuple[str, ...] = ()
+    """The kinds of tasks that can be drawn apart from each other, where the section does not say
+    them (``env.type=custom``)."""
 
     @property
     def factory_options(self) -> Mapping[str, Any]:
@@ -93,13 +124,30 @@ class EnvironmentFamily(ABC):
 
 _FAMILIES = {
     "alfworld": "megatron_spear.envs.alfworld.family:AlfworldFamily",
+    "custom": "megatron_spear.envs.custom:custom_family",
 }
 """The class for each ``env.type``, imported when it is needed."""
 
 
 def family_of(section: EnvironmentSection) -> EnvironmentFamily:
-    """The family that a section of the settings describes."""
-    name: str = section.type  # type: ignore[attr-defined]  # of every kind of section
+    """The family that a section of the settings describes; made once in a process.
+
+    Raises ConfigError where it cannot be made.
+    """
+    return _made(_Key(section, section.model_dump_json()))
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A section by its values, which may hold maps."""
+
+    section: EnvironmentSection = field(compare=False)
+    values: str
+
+
+@functools.lru_cache(maxsize=4)
+def _made(key: _Key) -> EnvironmentFamily:
+    name: str = key.section.type  # type: ignore[attr-defined]  # of every kind of section
     module, _, attribute = _FAMILIES[name].partition(":")
-    made: EnvironmentFamily = getattr(importlib.import_module(module), attribute)(section)
+    made: EnvironmentFamily = getattr(importlib.import_module(module), attribute)(key.section)
     return made

@@ -8,7 +8,6 @@ that both sides hold open, says which call is being served: the one to blame if 
 """
 
 import contextlib
-import importlib
 import os
 import pickle
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 from megatron_spear.envs.protocol import TextEnvironment
 from megatron_spear.errors import describe
 from megatron_spear.rollout.env_frames import READ_BYTES, FrameReader, pack
+from megatron_spear.user_code import load_callable
 
 HELLO = 0
 _FLUSH_S = 0.02
@@ -42,11 +42,11 @@ def read_note(file: int) -> int:
 
 
 def load_factory(name: str) -> Callable[..., TextEnvironment]:
-    """The callable named ``package.module:callable``."""
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise ValueError(f"environment factory {name!r}: expected 'package.module:callable'")
-    factory: Callable[..., TextEnvironment] = getattr(importlib.import_module(module), attribute)
+    """The callable named ``package.module:callable`` or ``FILE.py:callable``.
+
+    Raises ConfigError.
+    """
+    factory: Callable[..., TextEnvironment] = load_callable(name, f"environment factory {name!r}")
     return factory
 
 

@@ -6,14 +6,16 @@
         check_environment(MyGame, options={"level": 3}, actions=["look", "go north"])
 
 Each check makes environments of its own and raises ContractViolation with what was got and
-expected.
+expected. `testing.families` checks a whole family of tasks, its environments included.
 """
 
 import pickle
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_spear.envs.protocol import StepResult, TextEnvironment
+from megatron_spear.errors import EnvironmentFault
 from megatron_spear.testing.contract import ContractViolation, fail
 
 WEIRD_TEXTS = (
@@ -29,6 +31,8 @@ WEIRD_TEXTS = (
     "go to " * 2000,
 )
 """Texts a model may well produce; an environment answers each with ``info["valid"] = False``."""
+HUGE_TEXT = "9" * 1_000_000
+"""Too long to be meant, and slow to read as a number."""
 
 Make = Callable[[], TextEnvironment]
 _INFO_TYPES: Mapping[str, type] = {
@@ -43,13 +47,20 @@ _CALL_TYPES: Mapping[str, type] = {"name": str, "arguments": str, "succeeded": b
 
 
 def check_environment(
-    make: Make, *, options: Mapping[str, Any], actions: Sequence[str], seed: int = 0
+    make: Make,
+    *,
+    options: Mapping[str, Any],
+    actions: Sequence[str],
+    seed: int = 0,
+    free_text: bool = False,
 ) -> None:
-    """All checks below. ``actions`` are a few texts the environment understands after reset."""
+    """All checks below but the time's. ``actions`` are a few texts the environment understands
+    after reset; the end is checked where they reach it. ``free_text``: see `check_weird_text`."""
     check_reset_and_step(make, options=options, actions=actions, seed=seed)
-    check_weird_text(make, options=options, seed=seed)
+    check_weird_text(make, options=options, seed=seed, free_text=free_text)
     check_determinism(make, options=options, actions=actions, seed=seed)
     check_reset_again(make, options=options, actions=actions, seed=seed)
+    check_after_end(make, options=options, actions=actions, seed=seed)
 
 
 def check_reset_and_step(
@@ -68,9 +79,16 @@ def check_reset_and_step(
             fail("after winning, terminated is", "False", "True")
 
 
-def check_weird_text(make: Make, *, options: Mapping[str, Any], seed: int = 0) -> None:
-    """No text raises, and none of the weird ones counts as valid."""
-    for text in WEIRD_TEXTS:
+def check_weird_text(
+    make: Make, *, options: Mapping[str, Any], seed: int = 0, free_text: bool = False
+) -> None:
+    """No text raises or takes 10 s, and none of the weird ones counts as valid.
+
+    ``free_text``: where any text is an answer (a question with a free answer), they may be; then
+    only the empty one, and what is far too long, must not.
+    """
+    for text in (*WEIRD_TEXTS, HUGE_TEXT):
+        started = time.perf_counter()
         try:
             result = _play(make(), options, [text], seed)[-1]
         except ContractViolation:
@@ -79,7 +97,11 @@ def check_weird_text(make: Make, *, options: Mapping[str, Any], seed: int = 0) -
             raise ContractViolation(
                 f"step({text[:40]!r}) raised {error!r}; expected an observation and valid=False"
             ) from error
-        if result.info.get("valid", False):
+        took_s = time.perf_counter() - started
+        if took_s > 10.0:
+            fail(f"step({text[:40]!r}) took", f"{took_s:.1f} s", "an answer in bounded time")
+        refused = not free_text or not text.strip() or text is HUGE_TEXT
+        if refused and result.info.get("valid", False):
             fail(f"step({text[:40]!r}) gave valid =", "True", "False")
 
 
@@ -103,6 +125,54 @@ def check_reset_again(
     again = _play(environment, options, actions, seed)
     if first != again:
         fail("after a second reset the transcript is", repr(again), repr(first))
+
+
+def check_after_end(
+    make: Make, *, options: Mapping[str, Any], actions: Sequence[str], seed: int = 0
+) -> None:
+    """Where ``actions`` end the task, a further one raises EnvironmentFault or is not valid."""
+    environment = make()
+    try:
+        transcript = _play(environment, options, actions, seed, close=False)
+        last = transcript[-1]
+        if len(transcript) == 1 or not (last[2] or last[3]):
+            return
+        try:
+            result = environment.step(actions[0])
+        except EnvironmentFault:
+            return
+        if result.info.get("valid", True):
+            fail("a step after the end gave", repr(result), "EnvironmentFault, or valid=False")
+    finally:
+        environment.close()
+
+
+def check_step_time(
+    make: Make,
+    *,
+    options: Mapping[str, Any],
+    actions: Sequence[str],
+    seed: int = 0,
+    max_s: float = 5.0,
+) -> None:
+    """A reset, and each step, take at most ``max_s``: a worker serves its environments in turn."""
+    environment = make()
+    try:
+        for number, text in enumerate([None, *actions]):
+            started = time.perf_counter()
+            result: Any = (
+                environment.reset(seed=seed, options=dict(options))
+                if text is None
+                else environment.step(text)
+            )
+            took_s = time.perf_counter() - started
+            if took_s > max_s:
+                what = f"step {number}" if number else "reset"
+                fail(f"{what} took", f"{took_s:.2f} s", f"at most {max_s:g} s")
+            if text is not None and (result[2] or result[3]):
+                break
+    finally:
+        environment.close()
 
 
 def _play(

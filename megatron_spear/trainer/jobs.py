@@ -27,7 +27,7 @@ from megatron_spear.trainer.evaluation_report import (
     write_report,
 )
 from megatron_spear.trainer.evaluation_stats import statistics
-from megatron_spear.trainer.hooks.user import user_hooks
+from megatron_spear.trainer.own_code import own_code
 from megatron_spear.trainer.registered import find_servers
 from megatron_spear.trainer.run_directory import RunDirectory
 from megatron_spear.trainer.watch import COLLECTIVE_LIMIT_S, watched
@@ -59,7 +59,7 @@ def train(config: RunConfig, stop: Any, attempt: Attempt | None = None) -> dict[
 
 def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, Any]:
     console, controller = _start(config, "train")
-    own_hooks = user_hooks(config.hooks) if controller else {}
+    own_hooks = own_code(config) if controller else {}
     with (
         console,
         _run_directory(config, controller) as directory,

@@ -29,8 +29,9 @@ class EnvironmentSection(Section):
     """Turns after which an attempt is over (paper: 50 in ALFWorld, 15 in WebShop)."""
 
     @property
-    def task_kinds(self) -> tuple[str, ...]:
-        """The kinds of tasks that can be drawn apart from each other; () = there is one."""
+    def task_kinds(self) -> tuple[str, ...] | None:
+        """The kinds of tasks that can be drawn apart from each other; () = there is one, None =
+        the family knows (``EnvironmentFamily.task_kinds``)."""
         return ()
 
     def with_panel(self, source: str) -> Self:

@@ -3,6 +3,7 @@
 import functools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.schema import SftSection
@@ -64,9 +65,11 @@ class AlfworldFamily(EnvironmentFamily):
         for attempt in range(_MAX_TRIES):
             if env.games is None:
                 number = index + attempt * 1_000_003
-                game = parse_game(task.fresh_game(made_seed, number, env.task_types, env.generator))
+                file = task.fresh_game(made_seed, number, env.task_types, env.generator)
+                game = parse_game(file)
             else:
-                game = require_winnable(rng.choice(_training_games(env)))
+                file = rng.choice(_training_games(env))
+                game = require_winnable(file)
             played = demonstrate(
                 game,
                 rng,
@@ -76,7 +79,7 @@ class AlfworldFamily(EnvironmentFamily):
                 admissible=self.view().needs_admissible,
             )
             if played is not None:
-                return played
+                return replace(played, prompt=task.game_prompt(file))
         raise DataError(
             f"sft: got no demonstration within env.max_turns={env.max_turns} in {_MAX_TRIES} "
             "games; raise env.max_turns or lower sft.explore and sft.noise"

@@ -234,7 +234,7 @@ def test_an_answer_restores_the_budget(make_pool):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("no_such_module:Game", "No module named 'no_such_module'"),
+        ("no_such_module:Game", "no module 'no_such_module' on Python's path"),
         ("megatron_spear.errors:NoGame", "NoGame"),
         ("megatron_spear", "package.module:callable"),
     ],
