@@ -32,6 +32,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
             _preset(config),
             _tiny_model(config),
             _groups(config),
+            _reward(config),
             _replay(config),
             _tasks(config),
             _official(config),
@@ -205,6 +206,15 @@ def _deadlines(config: RunConfig) -> Iterator[str]:
                 f"{name}={deadline_s:g} is not below run.hang_limit_s={limit_s:g}, after which a "
                 "wait ends the run; lower the first or raise the second"
             )
+
+
+def _reward(config: RunConfig) -> Iterator[str]:
+    reward = config.reward
+    if reward.failure >= reward.success:
+        yield (
+            f"reward.failure={reward.failure:g} is not below reward.success={reward.success:g}, so "
+            "winning would not pay; lower the first or raise the second"
+        )
 
 
 def _replay(config: RunConfig) -> Iterator[str]:

@@ -121,6 +121,7 @@ SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
         (["model.tiny.hidden_size=130"], 1, "hidden_size=130 is not a multiple of"),
         (["model.tiny.hidden_size=132"], 1, "is odd"),
         (["rollout.max_new_tokens=512"], 1, "leaves no room for a prompt"),
+        (["reward.failure=1"], 1, "reward.failure=1 is not below reward.success=1"),
         (["rollout.servers=[http://a:1]"], 1, "rollout.engine=embedded has no servers"),
         (["rollout.engine=sglang"], 1, "needs rollout.servers"),
         ([*SERVED, "rollout.servers=[a:1]"], 1, "expected a URL"),
