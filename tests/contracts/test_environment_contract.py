@@ -20,6 +20,7 @@ from megatron_spear.testing.environments import (
     check_reset_and_step,
     check_weird_text,
 )
+from megatron_spear.testing.market_environment import MarketEnvironment
 from megatron_spear.testing.toy_environment import CorridorEnvironment
 
 
@@ -27,6 +28,27 @@ def test_corridor_keeps_the_contract():
     check_environment(CorridorEnvironment, options={"length": 5}, actions=["left", "right"] * 4)
 
 
+PRICE = '<tool_call>{"name": "price", "arguments": {"item": "fig"}}</tool_call>'
+PURCHASE = [
+    PRICE,
+    f"<think>again, with a slip</think>{PRICE}<tool_call>price(fig)</tool_call>",
+    '<tool_call>{"name": "multiply", "arguments": {"a": 4, "b": 43}}</tool_call>',
+    "172",
+]
+
+
+def test_an_environment_with_tools_keeps_the_contract():
+    options = {"item": "fig", "count": 4}
+    check_environment(MarketEnvironment, options=options, actions=PURCHASE)
+    environment = MarketEnvironment()
+    environment.reset(seed=0, options=options)
+    results = [environment.step(action) for action in PURCHASE]
+    assert [r.observation.split("\n")[0] for r in results] == ["43", "43", "172", ""]
+    assert [r.info["valid"] for r in results] == [True, False, True, True]
+    assert results[-1].terminated and results[-1].info["won"] and results[-1].reward == 1.0
+
+
+MARKET = "megatron_spear.testing.market_environment:MarketEnvironment"
 CORRIDOR = "megatron_spear.testing.toy_environment:CorridorEnvironment"
 ALFWORLD = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
 
@@ -69,6 +91,11 @@ def workers_of(request, tmp_path):
 def test_corridor_keeps_the_contract_in_a_worker(workers_of):
     make = workers_of(CORRIDOR)
     check_environment(make, options={"length": 5}, actions=["left", "right"] * 4)
+
+
+def test_an_environment_with_tools_keeps_the_contract_in_a_worker(workers_of):
+    options = {"item": "fig", "count": 4}
+    check_environment(workers_of(MARKET), options=options, actions=PURCHASE)
 
 
 def test_alfworld_keeps_the_contract_in_a_worker(workers_of):

@@ -1,0 +1,1 @@
+"""Environments whose actions are calls of tools: `environment` is the pattern for one's own."""
