@@ -34,6 +34,8 @@ class Vocabulary:
     words: tuple[str, ...]
     phrases: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    single_digits: bool = False
 
 
 class EnvironmentFamily(ABC):
@@ -92,6 +94,7 @@ class EnvironmentFamily(ABC):
 
 _FAMILIES = {
     "alfworld": "megatron_spear.envs.alfworld.family:AlfworldFamily",
+    "math_code": "megatron_spear.envs.math_code.family:MathCodeFamily",
 }
 """The class for each ``env.type``, imported when it is needed."""
 
