@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from megatron_spear.config.environments.alfworld import AlfworldSection
+from megatron_spear.config.environments.math_code import MathCodeSection
 from megatron_spear.config.layout import layout_problems
 from megatron_spear.config.precision import (
     REFERENCE_PROBLEM,
@@ -32,6 +34,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
             _preset(config),
             _tiny_model(config),
             _groups(config),
+            _math_model(config),
             _reward(config),
             _replay(config),
             _tasks(config),
@@ -100,6 +103,25 @@ def _tiny_model(config: RunConfig) -> Iterator[str]:
             f"model.tiny.hidden_size / model.tiny.num_heads = {tiny.hidden_size // tiny.num_heads} "
             "is odd; rotary embeddings need an even head size"
         )
+
+
+def _math_model(config: RunConfig) -> Iterator[str]:
+    """The made model reads generated problems alone."""
+    env = config.env
+    if not isinstance(env, MathCodeSection) or config.model.path is not None:
+        return
+    if env.prompt != "compact":
+        yield (
+            f"env.prompt={env.prompt} needs a model whose chat template lists tools, and "
+            "model.path=null makes the tiny one; set model.path, or env.prompt=compact"
+        )
+    for name in ("problems", "eval_problems"):
+        if getattr(env, name) is not None:
+            yield (
+                f"env.{name} are for a model that reads English, and model.path=null makes the "
+                f"tiny one, whose words are those of generated problems; set model.path, or "
+                f"env.{name}=null"
+            )
 
 
 def _context(config: RunConfig) -> Iterator[str]:
@@ -327,6 +349,8 @@ def _length(config: RunConfig) -> Iterator[str]:
 
 def _games(config: RunConfig) -> Iterator[str]:
     env = config.env
+    if not isinstance(env, AlfworldSection):
+        return
     if env.games is not None and env.games.expanduser().is_file():
         yield (
             f"env.games={env.games} is one file, which has no splits: the panel would be games "

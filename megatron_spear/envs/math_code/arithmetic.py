@@ -9,11 +9,11 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from megatron_spear.config.environments.math_code import ArithmeticKind
 from megatron_spear.errors import DataError
 
-ArithmeticKind = Literal["sum", "product", "mixed", "remainder", "range"]
 ARITHMETIC_KINDS: tuple[ArithmeticKind, ...] = get_args(ArithmeticKind)
 
 HELD_OUT_ONE_IN = 8

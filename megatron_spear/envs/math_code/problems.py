@@ -12,7 +12,6 @@ kind of its problems, so that success is told for each file. Rows that repeat an
 one, a text are left out: DAPO-Math-17k is published with each problem a hundred times.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,16 +78,6 @@ def problem_files(paths: Sequence[Path]) -> list[Path]:
             )
         files += inside or [path]
     return list(dict.fromkeys(files))
-
-
-def problems_sha256(paths: Sequence[Path]) -> str:
-    """sha256 (hex) over the names and bytes of the files, wherever they lie."""
-    digest = hashlib.sha256()
-    for file in problem_files(paths):
-        digest.update(file.name.encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def plain_text(text: str) -> str:
