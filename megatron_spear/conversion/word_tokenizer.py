@@ -92,7 +92,16 @@ def make_tokenizer(
         pad_token=PAD,
         eos_token=END,
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=_only_roles(roles) + CHAT_TEMPLATE if roles else CHAT_TEMPLATE,
+    )
+
+
+def _only_roles(roles: Sequence[str]) -> str:
+    """The start of a template that refuses other roles, so that it is known to have these."""
+    known = ["system", "user", "assistant", *roles]
+    return (
+        f"{{% for message in messages %}}{{% if message['role'] not in {known} %}}"
+        "{{ raise_exception('no such role: ' + message['role']) }}{% endif %}{% endfor %}"
     )
 
 

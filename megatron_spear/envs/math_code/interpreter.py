@@ -69,6 +69,6 @@ def output_text(ran: Ran, stderr_lines: int) -> str:
     if ran.status == "ok":
         return printed or NO_OUTPUT
     told = [line.rstrip() for line in ran.stderr.rstrip().splitlines()][-stderr_lines:]
-    if ran.status != "error" or not told:
+    if not told:
         told.append(f"error: {_ENDS.get(ran.status, ran.status)}")
     raise ToolFailure("\n".join([printed, *told] if printed else told))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spear.config.schema import TinyModelSection
@@ -149,6 +150,8 @@ def test_a_further_role_is_one_token():
     assert calling.convert_ids_to_tokens(ids) == ["<|user|>", "take", "<|tool|>", "mug", " 2"]
     assert calling.decode(ids, skip_special_tokens=True) == "takemug 2"
     assert "<|tool|>" not in TOKENIZER.get_vocab()
+    with pytest.raises(TemplateError, match="no such role: critic"):
+        calling.apply_chat_template([{"role": "critic", "content": "take"}])
 
 
 def test_unknown_words_show():

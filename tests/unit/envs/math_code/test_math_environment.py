@@ -119,7 +119,8 @@ def test_a_failing_program_is_told_and_no_invalid_turn():
         (_Ran("", "a\nb\nc\n", "error"), "b\nc"),
         (_Ran("", "", "error"), "error: the program ended with another exit status than 0"),
         (_Ran("1\n", "", "timeout"), "1\nerror: the program took too long and was stopped"),
-        (_Ran("", "MemoryError\n", "memory"), "MemoryError\nerror: the program wanted more"),
+        (_Ran("", "MemoryError\n", "memory"), "MemoryError"),
+        (_Ran("", "", "memory"), "error: the program wanted more memory than it may have"),
         (_Ran("", "", "unheard-of"), "error: unheard-of"),
     ],
 )
