@@ -36,11 +36,13 @@ setup: to take the CUDA build all the same:
 MESSAGE
         exit 2
     fi
-    echo "setup: 1 of 3: $torch_spec (about 200 MB)"
+    echo "setup: 1 of 4: $torch_spec (about 200 MB)"
     pip_install "${torch_index[@]}" "$torch_spec"
 fi
-echo "setup: 2 of 3: setuptools"
+echo "setup: 2 of 4: setuptools"
 pip_install setuptools
-echo "setup: 3 of 3: the other dependencies and megatron_spear"
+echo "setup: 3 of 4: the other dependencies and megatron_spear"
 pip_install --no-build-isolation -e '.[dev]'
+echo "setup: 4 of 4: trl, for the chat templates in it (its dependencies are left out)"
+pip_install --no-deps "$(grep -E '^trl==' "$constraints")"
 finish_env "$stamp"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from megatron_spear.config.environments.alfworld import AlfworldSection
+from megatron_spear.config.environments.base import WindowHistory
 from megatron_spear.config.environments.math_code import MathCodeSection
 from megatron_spear.config.layout import layout_problems
 from megatron_spear.config.precision import (
@@ -289,9 +290,10 @@ def _official(config: RunConfig) -> Iterator[str]:
     algorithm, replay = config.algorithm, config.replay
     if algorithm.compat != "official":
         return
-    tree, full = algorithm.official.tree, config.env.history == "full"
-    if full is (tree == "agent"):
-        rows, needed = ("a turn", "{window: 2}") if tree == "agent" else ("a trajectory", "full")
+    tree, history = algorithm.official.tree, config.env.history
+    agent = tree == "agent"
+    if (not isinstance(history, WindowHistory)) if agent else history != "full":
+        rows, needed = ("a turn", "{window: 2}") if agent else ("a trajectory", "full")
         yield (
             f"algorithm.official.tree={tree} has rows of {rows}; "
             f"set env.history={needed} or the other tree"

@@ -1,8 +1,8 @@
 """Which rows of a step are unfit to learn from: Dr.BoT's row filters (SPEAR, arXiv 2509.22601).
 
 A row is a segment: the whole trajectory with ``env.history: full``, one turn with a window, as in
-the two official trees. A stage of its own between scoring and advantages: it reads trajectories
-alone, so it acts whoever gave the rewards.
+the two official trees; with ``rendered`` the turns between two branches. A stage of its own between
+scoring and advantages: it reads trajectories alone, so it acts whoever gave the rewards.
 """
 
 from collections.abc import Sequence
@@ -72,12 +72,15 @@ def used_up_budget(trajectory: Trajectory, segment: Segment) -> bool:
 
     A row of one turn has the budget of an answer (``rollout.max_new_tokens``); every row has that
     of its context (``rollout.max_context``). A conversation that grows may also end between turns,
-    where its next prompt finds no room: its status then says so. A long answer in the middle of a
+    where its next prompt finds no room: its status then says so (of the last segment, where it has
+    branched). A long answer in the middle of a
     conversation that goes on did not end the row.
     """
     turns = segment.turns
     answer_was_cut = len(turns) == 1 and turns[0].finish_reason == "length"
+    is_last = segment is trajectory.segments[-1]
+    grows = is_last and (len(turns) > 1 or len(trajectory.segments) == 1)
     context_is_full = turns[-1].finish_reason == "context" or (
-        len(trajectory.segments) == 1 and trajectory.status is Status.TRUNCATED_LENGTH
+        grows and trajectory.status is Status.TRUNCATED_LENGTH
     )
     return answer_was_cut or context_is_full

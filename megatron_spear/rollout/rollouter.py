@@ -9,15 +9,16 @@ from concurrent.futures import Future
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from megatron_spear.config.environments.base import WindowHistory
+from megatron_spear.config.environments.base import History
 from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.envs.views import AgentView
 from megatron_spear.errors import EngineError, EnvironmentFault, EnvironmentsLost, StopRequested
 from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.drift import TokenDrift
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.event_loop import EventLoop
-from megatron_spear.rollout.trajectory import Attempt, Stage, play, window_of
+from megatron_spear.rollout.trajectory import Attempt, Stage, play
 from megatron_spear.types import Prompt, Status, Trajectory, TrajectoryGroup, TrajectoryId
 
 _LOG = logging.getLogger(__name__)
@@ -28,9 +29,9 @@ _Outcome = tuple[Trajectory, Exception | None]
 class Rollouter:
     """Plays ``group_size`` attempts of each prompt with one engine and one environment pool.
 
-    ``history`` is ``full`` (one segment that grows) or a ``WindowHistory`` (each turn is a segment,
-    rendered anew). At most ``rollout.max_slots`` attempts run at once, which the engine has
-    room for. Engine and pool belong to ``loop``; None = one is run for each ``collect_sync``.
+    ``history`` is ``env.history``, see `conversation`. At most ``rollout.max_slots`` attempts run
+    at once, which the engine has room for. Engine and pool belong to ``loop``; None = one is run
+    for each ``collect_sync``.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Rollouter:
         view: AgentView,
         rollout: RolloutSection,
         *,
-        history: str | WindowHistory,
+        history: History,
         max_turns: int,
         loop: EventLoop | None = None,
     ) -> None:
@@ -53,7 +54,7 @@ class Rollouter:
             renderer=renderer,
             view=view,
             rollout=rollout,
-            window=window_of(history),
+            history=history,
             max_turns=max_turns,
         )
 
@@ -227,7 +228,10 @@ def _failed(attempt: Attempt, status: Status, error: Exception) -> Trajectory:
         prompt=attempt.prompt,
         segments=(),
         status=status,
-        info={"error": f"{type(error).__name__}: {error}"},
+        info={
+            "error": f"{type(error).__name__}: {error}",
+            "token_drift": error.num_tokens if isinstance(error, TokenDrift) else 0,
+        },
     )
 
 

@@ -11,12 +11,18 @@ _TRUNCATED = (Status.TRUNCATED_LENGTH, Status.TRUNCATED_TURNS)
 def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     """``rollout/...`` metrics; means are over trajectories that did not fail.
 
+    ``branches`` are the segments of a trajectory after its first. ``token_drift`` counts tokens
+    that would have been trained on and are not what the engine was given and sampled, over all
+    trajectories: one that has any failed (`drift.TokenDrift`).
+
     Example: one win in 2 turns and one loss in 6, no failure: success 0.5, turns_mean 4.0, failed
     0.
     """
     members = [member for group in groups for member in group.members]
+    failures = [failure for group in groups for failure in group.failures]
     metrics = {
-        "rollout/failed": float(sum(len(group.failures) for group in groups)),
+        "rollout/failed": float(len(failures)),
+        "rollout/token_drift": float(sum(f.info.get("token_drift", 0) for f in failures)),
         "rollout/num_trajectories": float(len(members)),
     }
     if not members:
@@ -30,6 +36,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "rollout/turns_mean": len(turns) / count,
         "rollout/action_tokens": float(sum(member.num_action_tokens for member in members)),
         "rollout/valid_fraction": sum(turn.valid for turn in turns) / max(1, len(turns)),
+        "rollout/branches": sum(max(0, len(m.segments) - 1) for m in members) / count,
         "rollout/truncated_fraction": sum(m.status in _TRUNCATED for m in members) / count,
         "rollout/context_full_fraction": (
             sum(m.status is Status.TRUNCATED_LENGTH for m in members) / count

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from megatron_spear.config.environments.base import WindowHistory
+from megatron_spear.config.environments.base import History, WindowHistory
 from megatron_spear.config.rollout import RolloutSection
-from megatron_spear.envs.views import AgentView, HistoryStep
+from megatron_spear.envs.views import AgentView
 from megatron_spear.errors import EngineError, EnvironmentFault
 from megatron_spear.heartbeats.heart import beat
-from megatron_spear.rollout.chat import ChatRenderer, next_tokens
+from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.conversation import Conversation, NextPrompt
+from megatron_spear.rollout.drift import SeenTokens, TokenDrift
 from megatron_spear.rollout.engine import (
     Generation,
     GenerationRequest,
@@ -24,7 +24,6 @@ from megatron_spear.types import (
     Prompt,
     Segment,
     Status,
-    TokenArray,
     ToolCall,
     Trajectory,
     TrajectoryId,
@@ -41,7 +40,7 @@ class Stage:
     renderer: ChatRenderer
     view: AgentView
     rollout: RolloutSection
-    window: int | None
+    history: History
     max_turns: int
 
     @property
@@ -59,11 +58,6 @@ class Attempt:
     seed: tuple[int, ...]
     env_seed: int
     temperature: float
-
-
-def window_of(history: str | WindowHistory) -> int | None:
-    """The window of ``env.history``; None for the full conversation."""
-    return history.window if isinstance(history, WindowHistory) else None
 
 
 async def play(stage: Stage, attempt: Attempt) -> Trajectory:
@@ -85,11 +79,12 @@ class _Player:
 
     def __init__(self, stage: Stage, attempt: Attempt, slot: Slot) -> None:
         self._stage, self._attempt, self._slot = stage, attempt, slot
-        self._turns: list[Turn] = []
-        self._history: list[HistoryStep] = []
-        self._sessions: set[str] = set()
-        # The tokens of the full conversation so far; unused in window mode.
-        self._context: TokenArray = np.zeros(0, np.int32)
+        self._segments: list[list[Turn]] = []
+        self._conversation = Conversation(
+            stage.renderer, stage.view, attempt.prompt.messages, stage.history
+        )
+        self._seen = SeenTokens()
+        self._session: str | None = None
         self._observation = ""
         self._info: Mapping[str, Any] = {}
         self._env_reward = 0.0
@@ -106,25 +101,26 @@ class _Player:
         return self._trajectory(status)
 
     def release(self) -> None:
-        """Let the engine forget this attempt's contexts."""
-        for session in self._sessions:
-            self._stage.engine.release(session)
+        """Let the engine forget this attempt's context."""
+        if self._session is not None:
+            self._stage.engine.release(self._session)
+            self._session = None
 
     async def _turn(self) -> Status | None:
         """One generation and the environment's reply; the status once the attempt is over."""
-        stage, turn = self._stage, len(self._turns)
+        stage, turn = self._stage, sum(map(len, self._segments))
         started = time.perf_counter()
-        new_tokens = self._new_tokens()
-        token_ids = np.concatenate([self._context, new_tokens])
-        room = stage.max_context - len(token_ids)
+        prompt = self._conversation.next_prompt(self._observation, self._info)
+        room = stage.max_context - len(prompt.token_ids)
         if room < 1:
-            return self._no_room(len(token_ids))
-        generation = await self._generate(token_ids, turn, min(room, stage.rollout.max_new_tokens))
+            return self._no_room(len(prompt.token_ids))
+        generation = await self._generate(prompt, turn, min(room, stage.rollout.max_new_tokens))
         cut = generation.finish_reason == "context" or (
             generation.finish_reason == "length" and room < stage.rollout.max_new_tokens
         )
         text = stage.renderer.decode_action(generation.token_ids)
         action, valid = stage.view.parse(text)
+        self._conversation.answered(generation.token_ids, action)
         anchor = str(self._info.get("anchor", ""))
         status: Status | None = Status.TRUNCATED_LENGTH
         if cut:
@@ -133,9 +129,11 @@ class _Player:
             status = await self._step(action, turn)
             valid = valid and bool(self._info.get("valid", True))
         beat()
-        self._turns.append(
+        if prompt.begins_segment:
+            self._segments.append([])
+        self._segments[-1].append(
             Turn(
-                observation_tokens=new_tokens,
+                observation_tokens=prompt.new_tokens,
                 action_tokens=generation.token_ids,
                 action_logprobs=generation.logprobs,
                 finish_reason=generation.finish_reason,
@@ -149,41 +147,32 @@ class _Player:
                 anchor=anchor,
             )
         )
-        if stage.window is None:
-            self._context = np.concatenate([token_ids, generation.token_ids])
         return status
 
-    def _new_tokens(self) -> TokenArray:
-        """int32 ``[O]``: what the next prompt adds to the context (everything, in window mode)."""
-        stage = self._stage
-        return next_tokens(
-            stage.renderer,
-            stage.view,
-            self._attempt.prompt.messages,
-            self._history,
-            self._turns[-1].action_tokens if self._turns else (),
-            self._observation,
-            self._info,
-            stage.window,
-        )
-
-    async def _generate(self, token_ids: TokenArray, turn: int, max_new_tokens: int) -> Generation:
+    async def _generate(self, prompt: NextPrompt, turn: int, max_new_tokens: int) -> Generation:
         stage, attempt = self._stage, self._attempt
-        session = str(attempt.id) if stage.window is None else f"{attempt.id}/{turn}"
-        self._sessions.add(session)
+        if prompt.begins_segment:
+            self.release()
+        if self._session is None:
+            full = stage.history == "full"
+            self._session = str(attempt.id) if full else f"{attempt.id}/{turn}"
         sampling = SamplingParams(
             temperature=attempt.temperature,
             max_new_tokens=max_new_tokens,
             stop_token_ids=stage.renderer.stop_token_ids,
         )
-        generation = await stage.engine.generate(
-            GenerationRequest(
-                session=session, token_ids=token_ids, sampling=sampling, seed=(*attempt.seed, turn)
-            )
+        request = GenerationRequest(
+            session=self._session,
+            token_ids=prompt.token_ids,
+            sampling=sampling,
+            seed=(*attempt.seed, turn),
         )
-        if stage.window is not None:
-            stage.engine.release(session)
-            self._sessions.discard(session)
+        generation = await stage.engine.generate(request)
+        if isinstance(stage.history, WindowHistory):
+            self.release()
+        self._seen.note(
+            request.token_ids, generation.token_ids, begins_segment=prompt.begins_segment
+        )
         if not 0 < len(generation.token_ids) == len(generation.logprobs):
             raise EngineError(
                 f"a generation has {len(generation.token_ids)} tokens and "
@@ -194,7 +183,6 @@ class _Player:
     async def _step(self, action: str, turn: int) -> Status | None:
         stage = self._stage
         result = await stage.pool.step(self._slot, action)
-        self._history.append((self._observation, action))
         self._observation, self._info = result.observation, result.info
         self._env_reward += float(result.reward)
         if result.terminated:
@@ -204,7 +192,7 @@ class _Player:
         return None
 
     def _no_room(self, num_tokens: int) -> Status:
-        if not self._turns:
+        if not self._segments:
             raise EngineError(
                 f"the first prompt has {num_tokens} tokens, which leaves no room to answer in a "
                 f"context of {self._stage.max_context}; raise rollout.max_context"
@@ -212,15 +200,9 @@ class _Player:
         return Status.TRUNCATED_LENGTH
 
     def _trajectory(self, status: Status) -> Trajectory:
-        if self._stage.window is None:
-            segments: tuple[Segment, ...] = (Segment(turns=tuple(self._turns)),)
-            # What will be trained on is what the engine saw: its last prompt and answer.
-            if not np.array_equal(segments[0].token_ids, self._context):
-                raise EngineError(
-                    f"the turns of {self._attempt.id} do not add up to its last prompt"
-                )
-        else:
-            segments = tuple(Segment(turns=(turn,)) for turn in self._turns)
+        segments = tuple(Segment(turns=tuple(turns)) for turns in self._segments)
+        if drift := self._seen.drift(segments):
+            raise TokenDrift(str(self._attempt.id), drift)
         plain = {k: v for k, v in self._info.items() if isinstance(v, str | int | float | bool)}
         return Trajectory(
             id=self._attempt.id,

@@ -37,6 +37,7 @@ _INFO_TYPES: Mapping[str, type] = {
     "anchor": str,
     "admissible": list,
     "tool_calls": list,
+    "replies": list,
 }
 _CALL_TYPES: Mapping[str, type] = {"name": str, "arguments": str, "succeeded": bool}
 
@@ -143,6 +144,11 @@ def _check_texts(observation: Any, info: Any) -> None:
         found = {key: type(value) for key, value in call.items()} if type(call) is dict else None
         if found != _CALL_TYPES:
             fail("info['tool_calls'] has", repr(call), f"dicts of {', '.join(_CALL_TYPES)}")
+    for text in (observation, *info.get("replies", ()), *info.get("admissible", ())):
+        if not isinstance(text, str):
+            fail("what the model reads has", repr(text), "texts alone")
+        if text != text.encode("utf-8", "replace").decode("utf-8"):
+            fail("what the model reads has a lone surrogate:", repr(text), "text as UTF-8 has it")
     try:
         same = pickle.loads(pickle.dumps(info)) == info
     except Exception as error:

@@ -14,9 +14,9 @@ ITEMS = ("apple", "pear", "plum", "fig", "melon")
 class MarketEnvironment(ToolEnvironment):
     """Say what a purchase costs, in cents; prices are drawn from the seed and must be asked for.
 
-    Options of ``reset``: ``item`` (default: drawn from the seed), ``count`` (default 3). Reward 1.0
-    for the right sum. An answer that is no whole number is invalid, and
-    the task goes on.
+    Options of ``reset``: ``item`` and its ``price`` (default: drawn from the seed), ``count``
+    (default 3). Reward 1.0 for the right sum. An answer that is no whole number is invalid, and the
+    task goes on.
     """
 
     def __init__(self) -> None:
@@ -28,6 +28,7 @@ class MarketEnvironment(ToolEnvironment):
         rng = random.Random(seed)
         self._prices = {item: rng.randrange(10, 100) for item in ITEMS}
         item, count = str(options.get("item", rng.choice(ITEMS))), int(options.get("count", 3))
+        self._prices[item] = int(options.get("price", self._prices[item]))
         self._total = count * self._prices[item]
         return f"What do {count} pieces of {item} cost, in cents? Answer with the number alone."
 

@@ -13,18 +13,18 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from megatron_spear.algorithms.aggregation import WeightArray
-from megatron_spear.config.environments.base import EnvironmentSection
+from megatron_spear.config.environments.base import EnvironmentSection, History
 from megatron_spear.config.schema import SftSection
 from megatron_spear.envs.demonstration import Demonstration
 from megatron_spear.envs.family import family_of
-from megatron_spear.envs.views import AgentView, HistoryStep
+from megatron_spear.envs.views import AgentView
 from megatron_spear.errors import EnvironmentsLost
-from megatron_spear.rollout.chat import ChatRenderer, next_tokens
+from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.conversation import Conversation
 from megatron_spear.rollout.env_worker import exit_with_parent
 from megatron_spear.types import (
     Reward,
     Segment,
-    TokenArray,
     TrainSample,
     TrajectoryId,
     Turn,
@@ -127,44 +127,34 @@ def to_samples(
     renderer: ChatRenderer,
     view: AgentView,
     *,
-    window: int | None,
+    history: History,
     observation_weight: float,
     max_tokens: int,
     decision_weight: float = 1.0,
 ) -> list[tuple[TrainSample, WeightArray]]:
     """The samples of one demonstration (one per segment), rendered as rollouts are.
 
-    ``window`` is that of ``env.history`` (None: the full conversation). Weights ``[L]`` are not
+    ``history`` is ``env.history``. Weights ``[L]`` are not
     normalised yet: 1 on learned actions (``decision_weight`` on their first token), 0 on slips,
     ``observation_weight`` on what is read. Segments are cut at ``max_tokens``.
     """
-    past: list[HistoryStep] = []
+    conversation = Conversation(renderer, view, demonstration.messages, history)
     segments: list[list[Turn]] = []
-    answer: TokenArray = np.zeros(0, np.int32)
     for played in demonstration.turns:
-        observation = next_tokens(
-            renderer,
-            view,
-            demonstration.messages,
-            past,
-            answer,
-            played.observation,
-            played.info,
-            window,
-        )
+        prompt = conversation.next_prompt(played.observation, played.info)
         answer = renderer.encode_action(view.demonstrate(played.action))
+        conversation.answered(answer, played.action)
         turn = Turn(
-            observation_tokens=observation,
+            observation_tokens=prompt.new_tokens,
             action_tokens=answer,
             action_logprobs=np.zeros(len(answer), np.float32),
             finish_reason="stop",
             versions=(VersionSpan(0, len(answer)),),
             valid=played.trained,
         )
-        if window is not None or not segments:
+        if prompt.begins_segment:
             segments.append([])
         segments[-1].append(turn)
-        past.append((played.observation, played.action))
     return [
         _sample(
             (name, number, len(segments)), turns, (observation_weight, decision_weight), max_tokens

@@ -17,7 +17,6 @@ from megatron_spear.heartbeats.heart import begin
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
-from megatron_spear.rollout.trajectory import window_of
 from megatron_spear.tracking.progress import Bar
 from megatron_spear.trainer.demonstrations import DemonstrationSource, to_samples
 from megatron_spear.trainer.models import made_once
@@ -25,7 +24,7 @@ from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.seeds import warm_start_games
 from megatron_spear.types import Origin
 
-_FORMAT = 2  # raise it when demonstrations or rendering change, so that old caches are not used
+_FORMAT = 3  # raise it when demonstrations or rendering change, so that old caches are not used
 
 
 def cached_folder(config: RunConfig, model: Path) -> Path:
@@ -100,7 +99,7 @@ def _pack(
     step: int,
 ) -> PackedStep:
     """One batch; weights are divided by their sum, so the loss is a weighted mean over tokens."""
-    view, window = family_of(config.env).view(), window_of(config.env.history)
+    view = family_of(config.env).view()
     rows = [
         row
         for index, played in enumerate(demonstrations or ())
@@ -109,7 +108,7 @@ def _pack(
             f"sft/{step}/{index}",
             renderer,
             view,
-            window=window,
+            history=config.env.history,
             observation_weight=config.sft.observation_weight,
             decision_weight=config.sft.decision_weight,
             max_tokens=config.rollout.max_context,

@@ -38,7 +38,7 @@ PURCHASE = [
 
 
 def test_an_environment_with_tools_keeps_the_contract():
-    options = {"item": "fig", "count": 4}
+    options = {"item": "fig", "count": 4, "price": 43}
     check_environment(MarketEnvironment, options=options, actions=PURCHASE)
     environment = MarketEnvironment()
     environment.reset(seed=0, options=options)
@@ -94,7 +94,7 @@ def test_corridor_keeps_the_contract_in_a_worker(workers_of):
 
 
 def test_an_environment_with_tools_keeps_the_contract_in_a_worker(workers_of):
-    options = {"item": "fig", "count": 4}
+    options = {"item": "fig", "count": 4, "price": 43}
     check_environment(workers_of(MARKET), options=options, actions=PURCHASE)
 
 
@@ -175,6 +175,11 @@ class _TakesAnything(CorridorEnvironment):
         return result._replace(info={**result.info, "valid": True})
 
 
+class _Echoes(CorridorEnvironment):
+    def step(self, action):
+        return super().step(action)._replace(observation=f"what is {action}?")
+
+
 class _HalfACall(CorridorEnvironment):
     def step(self, action):
         result = super().step(action)
@@ -186,6 +191,7 @@ class _HalfACall(CorridorEnvironment):
     [
         (check_weird_text, _Raises, "raised"),
         (check_weird_text, _TakesAnything, "valid"),
+        (check_weird_text, _Echoes, "lone surrogate"),
         (check_reset_and_step, _Unpicklable, "pickled"),
         (check_reset_and_step, _FourTuple, "observation"),
         (check_reset_and_step, _WonGoesOn, "terminated"),

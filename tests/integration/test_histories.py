@@ -36,6 +36,18 @@ def test_window_history_makes_a_segment_a_turn(
     assert record["rollout/max_context"] < 200
 
 
+def test_rendered_history_is_one_segment_where_the_template_keeps_what_was_said(
+    spear: Callable[..., Any], tmp_path: Path, training_records: Records
+) -> None:
+    run_dir = tmp_path / "run"
+    spear("train", f"run.dir={run_dir}", "run.steps=2", "env.history=rendered")
+    for record in training_records(run_dir).values():
+        assert record["rollout/turns_mean"] > 1 and record["rollout/failed"] == 0
+        assert record["rollout/token_drift"] == 0
+        assert record["rollout/branches"] < record["rollout/turns_mean"] - 1, "most turns extend"
+        assert record["mismatch/max_logprob_gap"] < 1e-3
+
+
 @pytest.mark.parametrize("history", ["full", "{window: 2}"])
 def test_official_prompt(
     history: str, spear: Callable[..., Any], tmp_path: Path, training_records: Records

@@ -12,11 +12,18 @@ class WindowHistory(Section):
     """Steps of history in the prompt (the paper uses 2)."""
 
 
+History = Literal["full", "rendered"] | WindowHistory
+"""How earlier turns stand in a turn's prompt."""
+
+
 class EnvironmentSection(Section):
     """The task that is trained on. Each environment has a section of its own, told by ``type``."""
 
-    history: Literal["full"] | WindowHistory = "full"
-    """``full``: the conversation grows; ``{window: k}``: each prompt shows the last k steps."""
+    history: History = "full"
+    """``full``: the conversation grows, token by token; ``{window: k}``: each prompt shows the last
+    k steps; ``rendered``: the chat template renders the whole conversation anew each turn, as a
+    server of messages does; a turn whose prompt does not begin with the tokens so far begins a
+    segment."""
     max_turns: PositiveInt = 20
     """Turns after which an attempt is over (paper: 50 in ALFWorld, 15 in WebShop)."""
 

@@ -208,6 +208,7 @@ OFFICIAL = (
     ("override", "told"),
     [
         ("env.history=full", "has rows of a turn; set env.history={window: 2}"),
+        ("env.history=rendered", "has rows of a turn; set env.history={window: 2}"),
         ("algorithm.official.tree=math", "has rows of a trajectory; set env.history=full"),
         ("algorithm.off_policy_correction.mode=token-mask", "corrects no mismatch"),
         ("replay.combine=joint", "set replay.combine=separate_step"),

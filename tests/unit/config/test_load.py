@@ -94,7 +94,7 @@ def test_window_of_the_file_can_be_changed_or_replaced(tmp_path: Path) -> None:
             "algorithm.loss={type: gpg, clip_low: 0.1}",
             "algorithm.loss.clip_low: algorithm.loss.type=gpg has no such key",
         ),
-        ("env.history=3", "expected 'full', or a map with keys among window"),
+        ("env.history=3", "expected one of 'full', 'rendered', or a map with keys among window"),
         (
             "env.history={window: 0}",
             "env.history.window: got 0 (integer), expected an integer >= 1",

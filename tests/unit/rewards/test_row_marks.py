@@ -71,6 +71,9 @@ def test_a_row_is_a_segment_and_every_row_is_counted_once_a_mark() -> None:
         # With a window the rows before the cut one did not use theirs up.
         ([["stop"], ["stop"], ["context"]], Status.TRUNCATED_LENGTH, [False, False, True]),
         ([["stop"], ["stop"]], Status.TRUNCATED_LENGTH, [False, False]),
+        # A conversation that has branched, and one that goes on to an end of its own.
+        ([["stop", "stop"], ["stop", "stop"]], Status.TRUNCATED_LENGTH, [False, True]),
+        ([["stop", "stop"], ["stop", "stop"]], Status.COMPLETED, [False, False]),
     ],
 )
 def test_what_used_up_its_token_budget(

@@ -355,12 +355,18 @@ def test_metrics_by_hand(rollouter):
         "rollout/failed": 0.0,
         "rollout/num_trajectories": 2.0,
         "rollout/env_reward": 0.5,
+        "rollout/branches": 0.0,
+        "rollout/token_drift": 0.0,
     }
     assert expected == {name: metrics[name] for name in expected}
     lengths = [member.segments[0].num_tokens for member in groups[0].members]
     assert metrics["rollout/context_tokens_mean"] == sum(lengths) / 2
     assert metrics["rollout/max_context"] == max(lengths)
-    assert rollout_metrics([]) == {"rollout/failed": 0.0, "rollout/num_trajectories": 0.0}
+    assert rollout_metrics([]) == {
+        "rollout/failed": 0.0,
+        "rollout/token_drift": 0.0,
+        "rollout/num_trajectories": 0.0,
+    }
 
 
 def test_collects_of_one_loop_share_the_slots_in_the_order_they_came(rollouter):

@@ -116,24 +116,26 @@ def test_setup_installs_and_says_what_it_does(
 ) -> None:
     done = run("setup_env.sh", requires, **env)
     assert done.returncode == 0, done.stderr
-    looked_up, torch, tools, rest = calls()
+    looked_up, torch, tools, rest, templates = calls()
     asked_index = "SPEAR_CPU_INDEX" in env
     for call in (looked_up, torch):
         assert (f"--index-url {INDEX}" in call) == asked_index, "torch alone comes from it"
-    assert "--index-url" not in tools + rest
+    assert "--index-url" not in tools + rest + templates
+    assert "--no-deps" in templates and " trl==" in templates
     assert torch.endswith(f" {PINNED}") and rest.endswith(" -e .[dev]")
-    assert all("--constraint tools/constraints-cpu.txt" in call for call in (torch, tools, rest))
+    assert all("--constraint tools/constraints-cpu.txt" in call for call in calls()[1:])
     shown = done.stdout.splitlines()
     pip_says = ["setup:   Downloading torch-2.whl (190 MB)", "setup:   Installing 3 packages"]
     assert shown[0] == f"setup: looking up {PINNED}"
-    assert shown[1] == f"setup: 1 of 3: {PINNED} (about 200 MB)" and shown[2:4] == pip_says
-    assert [x for x in shown if " of 3: " in x][1:] == [
-        "setup: 2 of 3: setuptools",
-        "setup: 3 of 3: the other dependencies and megatron_spear",
+    assert shown[1] == f"setup: 1 of 4: {PINNED} (about 200 MB)" and shown[2:4] == pip_says
+    assert [x for x in shown if " of 4: " in x][1:] == [
+        "setup: 2 of 4: setuptools",
+        "setup: 3 of 4: the other dependencies and megatron_spear",
+        "setup: 4 of 4: trl, for the chat templates in it (its dependencies are left out)",
     ]
     assert shown[-1] == f"setup: done ({tmp_path / 'venv'})"
     again = run("setup_env.sh", requires, **env)
-    assert (again.returncode, again.stdout, len(calls())) == (0, "", 4)
+    assert (again.returncode, again.stdout, len(calls())) == (0, "", 5)
 
 
 def test_setup_refuses_another_python(run: Run, calls: Callable[[], list[str]]) -> None:

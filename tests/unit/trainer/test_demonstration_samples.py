@@ -35,7 +35,6 @@ from megatron_spear.envs.protocol import StepResult
 from megatron_spear.errors import DataError, EnvironmentsLost
 from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.rollout.rollouter import Rollouter
-from megatron_spear.rollout.trajectory import window_of
 from megatron_spear.testing.fakes import ScriptedEngine
 from megatron_spear.trainer.demonstrations import (
     DemonstrationSource,
@@ -115,7 +114,7 @@ def _rollout(
 
 
 def _shown(env: AlfworldSection) -> dict[str, Any]:
-    return {"view": alfworld_view(env.prompt), "window": window_of(env.history)}
+    return {"view": alfworld_view(env.prompt), "history": env.history}
 
 
 def _samples(
@@ -127,7 +126,7 @@ def _samples(
 
 
 @pytest.mark.parametrize("prompt", ["compact", "official"])
-@pytest.mark.parametrize("history", ["full", WindowHistory(window=2)])
+@pytest.mark.parametrize("history", ["full", "rendered", WindowHistory(window=2)])
 @pytest.mark.parametrize("messages", [(), ({"role": "system", "content": "take mug 1"},)])
 def test_tokens_are_those_of_a_rollout_of_the_same_actions(
     prompt: str, history: Any, messages: Any
@@ -141,7 +140,7 @@ def test_tokens_are_those_of_a_rollout_of_the_same_actions(
     samples = [sample for sample, _ in to_samples(shown, "sft/0", RENDERER, **options)]
     plain = _samples(played, env)[0][0]
     assert (len(samples[0].token_ids) > len(plain.token_ids)) == bool(messages)
-    assert len(samples) == (1 if history == "full" else len(played.turns))
+    assert len(samples) == (len(played.turns) if isinstance(history, WindowHistory) else 1)
     for number, (sample, segment) in enumerate(zip(samples, trajectory.segments, strict=True)):
         assert sample.token_ids.tolist() == segment.token_ids.tolist()
         assert sample.response_mask.tolist() == segment.response_mask.tolist()
@@ -184,7 +183,7 @@ def test_a_window_has_one_sample_a_turn() -> None:
         assert weights.tolist() == sample.response_mask.tolist()
 
 
-@pytest.mark.parametrize("history", ["full", WindowHistory(window=1)])
+@pytest.mark.parametrize("history", ["full", "rendered", WindowHistory(window=1)])
 def test_the_first_token_of_a_learned_action_weighs_the_decision(history: Any) -> None:
     shown = _shown(_env(history=history))
     options = {"observation_weight": 0.25, "max_tokens": 100_000, **shown}
@@ -199,7 +198,7 @@ def test_the_first_token_of_a_learned_action_weighs_the_decision(history: Any) -
     assert decisions == ["go to", "look"], "each one token; not that of the slip"
 
 
-@pytest.mark.parametrize("history", ["full", WindowHistory(window=1)])
+@pytest.mark.parametrize("history", ["full", "rendered", WindowHistory(window=1)])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_nothing_predicts_the_first_token(history: Any, weight: float) -> None:
     for sample, weights in _samples(HAND_MADE, _env(history=history), weight=weight):
