@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# Grading by value, and DAPO-Math-17k as it is published.
+MATH = ["math-verify[antlr4-13-2]>=0.9,<0.10", "pyarrow>=15"]
 
 setup(
     name="megatron-spear",
@@ -44,7 +46,9 @@ setup(
             "types-PyYAML",
             "psutil",
             "accelerate>=1.10",  # transformers reads GGUF files and FP8 folders with it
+            *MATH,
         ],
+        "math": MATH,
     },
     entry_points={"console_scripts": ["megatron-spear = megatron_spear.cli.main:main"]},
 )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.base import WindowHistory
+from megatron_spear.config.environments.math_code import MathCodeSection
 from megatron_spear.config.layout import layout_problems
 from megatron_spear.config.method import TaskSamplingSection
 from megatron_spear.config.precision import (
@@ -35,6 +36,8 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
             _preset(config),
             _tiny_model(config),
             _groups(config),
+            _math_model(config),
+            _reward(config),
             _replay(config),
             _tasks(config),
             _official(config),
@@ -102,6 +105,25 @@ def _tiny_model(config: RunConfig) -> Iterator[str]:
             f"model.tiny.hidden_size / model.tiny.num_heads = {tiny.hidden_size // tiny.num_heads} "
             "is odd; rotary embeddings need an even head size"
         )
+
+
+def _math_model(config: RunConfig) -> Iterator[str]:
+    """The made model reads generated problems alone."""
+    env = config.env
+    if not isinstance(env, MathCodeSection) or config.model.path is not None:
+        return
+    if env.prompt != "compact":
+        yield (
+            f"env.prompt={env.prompt} needs a model whose chat template lists tools, and "
+            "model.path=null makes the tiny one; set model.path, or env.prompt=compact"
+        )
+    for name in ("problems", "eval_problems"):
+        if getattr(env, name) is not None:
+            yield (
+                f"env.{name} are for a model that reads English, and model.path=null makes the "
+                f"tiny one, whose words are those of generated problems; set model.path, or "
+                f"env.{name}=null"
+            )
 
 
 def _context(config: RunConfig) -> Iterator[str]:
@@ -208,6 +230,15 @@ def _deadlines(config: RunConfig) -> Iterator[str]:
                 f"{name}={deadline_s:g} is not below run.hang_limit_s={limit_s:g}, after which a "
                 "wait ends the run; lower the first or raise the second"
             )
+
+
+def _reward(config: RunConfig) -> Iterator[str]:
+    reward = config.reward
+    if reward.failure >= reward.success:
+        yield (
+            f"reward.failure={reward.failure:g} is not below reward.success={reward.success:g}, so "
+            "winning would not pay; lower the first or raise the second"
+        )
 
 
 def _replay(config: RunConfig) -> Iterator[str]:

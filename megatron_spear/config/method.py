@@ -58,7 +58,9 @@ class RewardSection(Section):
     """What a trajectory earns."""
 
     success: float = 1.0
-    """Outcome of a won game; a lost one gets 0."""
+    """Outcome of a won attempt."""
+    failure: float = 0.0
+    """Outcome of a lost attempt, below ``success`` (paper: -1 in math, 0 in games)."""
     intrinsic: Annotated[IntrinsicSection, Field(discriminator="type")] = DistinctCallsSection()
     """The intrinsic part (Eq. 15), weighed with mu: ``type`` is distinct_calls, official_linear,
     official_qwen3, official_steps or none."""

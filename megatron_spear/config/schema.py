@@ -21,6 +21,7 @@ from megatron_spear.config.base import (
 from megatron_spear.config.cluster import ClusterSection
 from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.custom import CustomSection
+from megatron_spear.config.environments.math_code import MathCodeSection
 from megatron_spear.config.hooks import HookSection
 from megatron_spear.config.method import (
     AlgorithmSection,
@@ -249,6 +250,13 @@ class TrackingSection(Section):
     """Progress bars on a terminal; plain lines otherwise."""
 
 
+AnyEnvironment = Annotated[
+    AlfworldSection | CustomSection | MathCodeSection,
+    Field(discriminator="type"),
+]
+"""Any of the environments, chosen by ``type``."""
+
+
 class RunConfig(Section):
     """Everything a run needs."""
 
@@ -263,7 +271,7 @@ class RunConfig(Section):
     those of the file and the command line come over. None = no preset."""
     policy: PolicySection = PolicySection()
     """Megatron layout and optimizer."""
-    env: Annotated[AlfworldSection | CustomSection, Field(discriminator="type")] = AlfworldSection()
+    env: AnyEnvironment = AlfworldSection()
     """The environment."""
     rollout: RolloutSection = RolloutSection()
     """The rollout stage."""

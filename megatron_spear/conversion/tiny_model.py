@@ -22,19 +22,22 @@ def make_tiny_model(
     phrases: Sequence[str] = (),
     names: Sequence[str] = (),
     *,
+    roles: Sequence[str] = (),
+    single_digits: bool = False,
     max_positions: int = 4096,
 ) -> Path:
     """Write config.json, model.safetensors, generation_config.json and the tokenizer's files.
 
     Plain ``AutoModelForCausalLM`` and ``AutoTokenizer`` load the folder. fp32, tied embeddings; the
-    same ``shape`` (its ``seed`` included), words, phrases and names give the same bytes.
-    ``max_positions`` is the longest context. Returns the folder; raises ConfigError for an
-    impossible shape, CheckpointError if the disk is full (a new folder is then removed).
+    same ``shape`` (its ``seed`` included) and vocabulary give the same bytes (``roles`` and
+    ``single_digits`` as in `word_tokenizer`). ``max_positions`` is the longest context.
+    Returns the folder; raises ConfigError for an impossible shape, CheckpointError if the disk is
+    full (a new folder is then removed).
     """
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
     _check(shape)
-    tokenizer = make_tokenizer(words, phrases, names)
+    tokenizer = make_tokenizer(words, phrases, names, roles=roles, single_digits=single_digits)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,

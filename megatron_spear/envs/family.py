@@ -54,6 +54,8 @@ class Vocabulary:
     words: tuple[str, ...]
     phrases: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    single_digits: bool = False
 
 
 class EnvironmentFamily(ABC):
@@ -125,6 +127,7 @@ class EnvironmentFamily(ABC):
 _FAMILIES = {
     "alfworld": "megatron_spear.envs.alfworld.family:AlfworldFamily",
     "custom": "megatron_spear.envs.custom:custom_family",
+    "math_code": "megatron_spear.envs.math_code.family:MathCodeFamily",
 }
 """The class for each ``env.type``, imported when it is needed."""
 

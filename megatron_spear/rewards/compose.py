@@ -26,7 +26,7 @@ def score(group: TrajectoryGroup, section: RewardSection) -> ScoredGroup:
 def trajectory_reward(trajectory: Trajectory, section: RewardSection) -> Reward:
     """Outcome, intrinsic and format part of one trajectory.
 
-    - outcome: ``success`` where the task was won, else 0.
+    - outcome: ``success`` where the task was won, else ``failure``.
     - intrinsic: by ``section.intrinsic``; the default pays for each *distinct* successful call, so
       repeating an action, or surviving another turn, earns nothing.
     - format: minus ``invalid_action_penalty`` for each invalid turn, averaged over the turns. The
@@ -37,7 +37,7 @@ def trajectory_reward(trajectory: Trajectory, section: RewardSection) -> Reward:
     """
     turns = trajectory.turns
     num_invalid = sum(not turn.valid for turn in turns)
-    outcome = section.success if trajectory.won else 0.0
+    outcome = section.success if trajectory.won else section.failure
     return Reward(
         outcome=outcome,
         intrinsic=intrinsic_reward(turns, outcome, section.intrinsic),

@@ -34,7 +34,15 @@ def initial_model(section: ModelSection, family: EnvironmentFamily) -> Path:
         folder = tiny_model_folder(section, words)
         if not folder.is_dir():
             with made_once(folder) as work:
-                make_tiny_model(work, section.tiny, words.words, words.phrases, words.names)
+                make_tiny_model(
+                    work,
+                    section.tiny,
+                    words.words,
+                    words.phrases,
+                    words.names,
+                    roles=words.roles,
+                    single_digits=words.single_digits,
+                )
     check_model(folder)
     return folder
 
@@ -85,5 +93,6 @@ def tiny_model_folder(section: ModelSection, words: Vocabulary) -> Path:
     """Where the tiny model of this shape and vocabulary lies: a name from a hash of both."""
     made_from = json.dumps(
         [_FORMAT, section.tiny.model_dump(), words.words, words.phrases, words.names]
+        + ([words.roles, words.single_digits] if words.roles or words.single_digits else [])
     )
     return section.cache_dir / f"tiny-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}"

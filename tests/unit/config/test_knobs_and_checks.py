@@ -105,6 +105,7 @@ def test_the_defaults_work_on_one_rank() -> None:
     assert check_config(load_config(), 1) == []
 
 
+MATH = ("env.type=math_code", "rollout.env_deadline_s=60")
 SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
 
 
@@ -121,6 +122,9 @@ SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
         (["model.tiny.hidden_size=130"], 1, "hidden_size=130 is not a multiple of"),
         (["model.tiny.hidden_size=132"], 1, "is odd"),
         (["rollout.max_new_tokens=512"], 1, "leaves no room for a prompt"),
+        ([*MATH, "env.prompt=official"], 1, "needs a model whose chat template lists tools"),
+        ([*MATH, "env.problems=[a.jsonl]"], 1, "env.problems are for a model that reads English"),
+        (["reward.failure=1"], 1, "reward.failure=1 is not below reward.success=1"),
         (["rollout.servers=[http://a:1]"], 1, "rollout.engine=embedded has no servers"),
         (["rollout.engine=sglang"], 1, "needs rollout.servers"),
         ([*SERVED, "rollout.servers=[a:1]"], 1, "expected a URL"),

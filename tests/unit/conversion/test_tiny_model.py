@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_spear.config.schema import TinyModelSection
@@ -129,6 +130,28 @@ def test_decoding_gives_the_text_back(pieces):
     )
     for tokenizer in (TOKENIZER, PLAIN, NAMING):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_single_digits_are_tokens_of_one_form():
+    counting = make_tokenizer(("take", "on"), ("take 7",), single_digits=True)
+    assert counting.tokenize("take 42, on 42.5") == [
+        "take", " ", "4", "2", ",", " on", " ", "4", "2", ".", "5",
+    ]  # fmt: skip
+    assert counting.tokenize("take 7 take 71") == ["take 7", " take", " ", "7", "1"]
+    assert counting.decode(counting.encode("take 1 on 23")) == "take 1 on 23"
+    with pytest.raises(ValueError, match="no digits beside single ones"):
+        make_tokenizer(("12",), single_digits=True)
+
+
+def test_a_further_role_is_one_token():
+    calling = make_tokenizer(WORDS, roles=("tool",))
+    chat = [{"role": "user", "content": "take"}, {"role": "tool", "content": "mug 2"}]
+    ids = calling.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert calling.convert_ids_to_tokens(ids) == ["<|user|>", "take", "<|tool|>", "mug", " 2"]
+    assert calling.decode(ids, skip_special_tokens=True) == "takemug 2"
+    assert "<|tool|>" not in TOKENIZER.get_vocab()
+    with pytest.raises(TemplateError, match="no such role: critic"):
+        calling.apply_chat_template([{"role": "critic", "content": "take"}])
 
 
 def test_unknown_words_show():

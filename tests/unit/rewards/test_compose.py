@@ -39,6 +39,16 @@ def test_invalid_turns_cost_format_and_earn_nothing() -> None:
     assert reward.total(0.5) == pytest.approx(10.0 + 0.005 - 0.2 / 3)
 
 
+def test_a_lost_attempt_may_cost() -> None:
+    section = RewardSection(failure=-1.0, intrinsic={"type": "official_qwen3"})
+    turns = [[make_turn("look"), make_turn("go to desk 1")]]
+    lost, won = (
+        trajectory_reward(make_trajectory("g", i, turns, won=bool(i)), section) for i in range(2)
+    )
+    assert (lost.outcome, lost.intrinsic, lost.total(0.5)) == pytest.approx((-1.0, 0.2, -0.9))
+    assert (won.outcome, won.intrinsic, won.total(0.5)) == pytest.approx((1.0, 1.0, 1.5))
+
+
 @pytest.mark.parametrize("status", [status for status in Status if status.failed])
 def test_failures_are_not_scored(status: Status) -> None:
     good = make_trajectory("g", 0, status=Status.TRUNCATED_TURNS)

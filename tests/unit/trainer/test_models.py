@@ -44,7 +44,7 @@ def make(monkeypatch: pytest.MonkeyPatch, made: Path) -> list[Path]:
     """Making a model is copying a ready one; gives the list of folders it was made in."""
     folders: list[Path] = []
 
-    def copy(folder: Path, *_: Any) -> Path:
+    def copy(folder: Path, *_: Any, **__: Any) -> Path:
         folders.append(folder)
         shutil.copytree(made, folder)
         return folder
@@ -87,7 +87,7 @@ def test_a_half_written_folder_is_not_used(
 ) -> None:
     section, copy = _section(tmp_path), models.make_tiny_model
 
-    def write_half(folder: Path, *_: Any) -> Path:
+    def write_half(folder: Path, *_: Any, **__: Any) -> Path:
         folder.mkdir()
         (folder / "config.json").write_text("{")
         raise KeyboardInterrupt
@@ -108,10 +108,10 @@ def test_two_runs_may_make_it_at_the_same_time(
     section, copy = _section(tmp_path), models.make_tiny_model
     first = tiny_model_folder(section, WORDS)
 
-    def late(folder: Path, *rest: Any) -> Path:
+    def late(folder: Path, *rest: Any, **named: Any) -> Path:
         shutil.copytree(made, first)
         (first / "first").touch()
-        return copy(folder, *rest)
+        return copy(folder, *rest, **named)
 
     monkeypatch.setattr(models, "make_tiny_model", late)
     assert initial_model(section, FAMILY) == first
