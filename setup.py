@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+WEBSHOP = ["bm25s>=0.3", "PyStemmer>=3.0", "rapidfuzz>=3.14"]
 
 setup(
     name="megatron-spear",
@@ -33,7 +34,9 @@ setup(
     ],
     extras_require={
         "bridge": ["megatron-bridge>=0.6; python_version >= '3.12'"],
+        "webshop": WEBSHOP,
         "dev": [
+            *WEBSHOP,
             "pytest>=9",
             "pytest-xdist>=3.8",
             "pytest-timeout>=2.4",
