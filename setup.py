@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 # Grading by value, and DAPO-Math-17k as it is published.
 MATH = ["math-verify[antlr4-13-2]>=0.9,<0.10", "pyarrow>=15"]
+WEBSHOP = ["bm25s>=0.3", "PyStemmer>=3.0", "rapidfuzz>=3.14"]
 
 setup(
     name="megatron-spear",
@@ -35,7 +36,9 @@ setup(
     ],
     extras_require={
         "bridge": ["megatron-bridge>=0.6; python_version >= '3.12'"],
+        "webshop": WEBSHOP,
         "dev": [
+            *WEBSHOP,
             "pytest>=9",
             "pytest-xdist>=3.8",
             "pytest-timeout>=2.4",

@@ -29,6 +29,10 @@ TaskType = Literal[
 ]
 TASK_TYPES: tuple[TaskType, ...] = get_args(TaskType)
 
+# WebShop's, here for the same reason.
+ProductCategory = Literal["beauty", "electronics", "fashion", "garden", "grocery"]
+PRODUCT_CATEGORIES: tuple[ProductCategory, ...] = get_args(ProductCategory)
+
 
 class Status(StrEnum):
     """How a trajectory ended."""

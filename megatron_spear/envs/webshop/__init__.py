@@ -1,0 +1,1 @@
+"""WebShop (arXiv 2207.01206) as a native text environment."""
