@@ -18,6 +18,13 @@ from megatron_spear.config.base import (
     Section,
 )
 from megatron_spear.config.cluster import ClusterSection
+from megatron_spear.config.environments.adapters import (
+    GemSection,
+    GymnasiumSection,
+    ReasoningGymSection,
+    SkyrlGymSection,
+    VerifiersSection,
+)
 from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.custom import CustomSection
 from megatron_spear.config.hooks import HookSection
@@ -256,7 +263,16 @@ class RunConfig(Section):
     those of the file and the command line come over. None = no preset."""
     policy: PolicySection = PolicySection()
     """Megatron layout and optimizer."""
-    env: Annotated[AlfworldSection | CustomSection, Field(discriminator="type")] = AlfworldSection()
+    env: Annotated[
+        AlfworldSection
+        | CustomSection
+        | GemSection
+        | GymnasiumSection
+        | ReasoningGymSection
+        | SkyrlGymSection
+        | VerifiersSection,
+        Field(discriminator="type"),
+    ] = AlfworldSection()
     """The environment."""
     rollout: RolloutSection = RolloutSection()
     """The rollout stage."""

@@ -124,6 +124,11 @@ class EnvironmentFamily(ABC):
 _FAMILIES = {
     "alfworld": "megatron_spear.envs.alfworld.family:AlfworldFamily",
     "custom": "megatron_spear.envs.custom:custom_family",
+    "gem": "megatron_spear.envs.adapters.family:GemFamily",
+    "gymnasium": "megatron_spear.envs.adapters.family:GymnasiumFamily",
+    "reasoning_gym": "megatron_spear.envs.adapters.family:ReasoningGymFamily",
+    "skyrl_gym": "megatron_spear.envs.adapters.family:SkyrlGymFamily",
+    "verifiers": "megatron_spear.envs.adapters.family:VerifiersFamily",
 }
 """The class for each ``env.type``, imported when it is needed."""
 

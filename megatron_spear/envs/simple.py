@@ -77,6 +77,10 @@ class SimpleFamily(EnvironmentFamily):
         """Which of ``task_kinds`` a task is; "" where there is one kind."""
         return ""
 
+    def identity(self, task: Task) -> Any:
+        """What makes two tasks the same one for the panel, as JSON values: the whole task."""
+        return task
+
     def expert(self, task: Task, observation: str, turns: tuple[DemonstrationTurn, ...]) -> str:
         """The best action now, for a warm start; a family without it demonstrates nothing.
 
@@ -120,7 +124,7 @@ class SimpleFamily(EnvironmentFamily):
         chosen: dict[str, Task] = {}
         for task in self._candidates(size, made_seed):
             if self._held_out(task):
-                chosen.setdefault(_name(task), task)
+                chosen.setdefault(self._key(task), task)
             if len(chosen) == size:
                 return Panel.of([self.prompt(task) for task in chosen.values()])
         raise DataError(
@@ -189,7 +193,7 @@ class SimpleFamily(EnvironmentFamily):
         listed = self.tasks()
         if listed is None:
             return FreshPrompts(make)
-        kept = {_name(task): self.prompt(task) for task in listed if trained(task)}
+        kept = {self._key(task): self.prompt(task) for task in listed if trained(task)}
         if not kept:
             raise DataError(f"{name}.tasks() has none of {len(listed)} to train on{why}")
         return PoolPrompts(tuple(kept.values()), order_seed)
@@ -198,7 +202,7 @@ class SimpleFamily(EnvironmentFamily):
         """Tasks for a panel of this size, held out or not."""
         listed = self.tasks()
         if listed is not None:
-            yield from sorted(listed, key=_name)
+            yield from sorted(listed, key=self._key)
         else:
             yield from (self._made(f"panel/{made_seed}/{n}") for n in range(_TRIES * size))
 
@@ -206,10 +210,13 @@ class SimpleFamily(EnvironmentFamily):
         return self.make_task(random.Random(f"task/{key}"))
 
     def _held_out(self, task: Task) -> bool:
-        return int(_name(task), 16) % self.held_out_every == 0
+        return int(self._key(task), 16) % self.held_out_every == 0
+
+    def _key(self, task: Task) -> str:
+        return _name(self.identity(task))
 
 
-def _name(task: Task) -> str:
+def _name(task: Any) -> str:
     """16 hex digits of the task's contents. Raises DataError unless they are JSON values."""
     try:
         text = json.dumps(task, sort_keys=True)
