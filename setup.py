@@ -35,6 +35,11 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
+        "gem": ["gem-llm>=0.1"],
+        "gymnasium": ["gymnasium>=1.2"],
+        "reasoning-gym": ["reasoning-gym>=0.1.25"],  # its pycosat needs a C compiler
+        "skyrl-gym": ["skyrl-gym>=0.4"],
+        "verifiers": ["verifiers>=0.4"],
         "bridge": ["megatron-bridge>=0.6; python_version >= '3.12'"],
         "webshop": WEBSHOP,
         "dev": [
@@ -48,6 +53,7 @@ setup(
             "import-linter>=2.16",
             "types-PyYAML",
             "psutil",
+            "gymnasium>=1.2",
             "accelerate>=1.10",  # transformers reads GGUF files and FP8 folders with it
             *MATH,
         ],

@@ -6,7 +6,9 @@ The first observation is ``A number from 4 to 19.``, an answer is ``11``, and th
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
 
 from megatron_spear.config.base import PositiveInt
 from megatron_spear.envs.demonstration import DemonstrationTurn
@@ -47,18 +49,24 @@ class GuessEnvironment(TextEnvironment):
 
 
 class NumberGame(SimpleFamily):
-    """Ranges of every place and size up to ``width``, below ``highest``."""
+    """Ranges of 2 to ``width`` numbers, up to ``highest``."""
 
     environment = GuessEnvironment
     slips = ("0",)
 
     class Settings(EnvironmentFamily.Settings):
-        highest: PositiveInt = 40
+        highest: PositiveInt = 20
         """No number is above it."""
-        width: PositiveInt = 24
+        width: Annotated[int, Field(ge=2)] = 16
         """Most numbers to choose from."""
         guesses: PositiveInt = 6
         """Answers before the game is lost."""
+
+        @model_validator(mode="after")
+        def _fits(self) -> "NumberGame.Settings":
+            if self.width > self.highest:
+                raise ValueError(f"width={self.width} is above highest={self.highest}; lower it")
+            return self
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -67,10 +75,11 @@ class NumberGame(SimpleFamily):
         self.words = (*numbers, *text.split())
 
     def make_task(self, rng: random.Random) -> dict[str, Any]:
-        low = rng.randint(1, self.settings.highest)
-        high = min(low + rng.randint(1, self.settings.width) - 1, self.settings.highest)
-        number = rng.randint(low, high)
-        return {"low": low, "high": high, "number": number, "guesses": self.settings.guesses}
+        size = rng.randint(2, self.settings.width)
+        low = rng.randint(1, self.settings.highest - size + 1)
+        number = rng.randint(low, low + size - 1)
+        high, guesses = low + size - 1, self.settings.guesses
+        return {"low": low, "high": high, "number": number, "guesses": guesses}
 
     def expert(
         self, task: Mapping[str, Any], observation: str, turns: tuple[DemonstrationTurn, ...]

@@ -5,9 +5,9 @@ from the defaults here; ``megatron-spear check-config FILE`` prints the result.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from megatron_spear.config.base import (
     Fraction,
@@ -20,8 +20,7 @@ from megatron_spear.config.base import (
 )
 from megatron_spear.config.cluster import ClusterSection
 from megatron_spear.config.environments.alfworld import AlfworldSection
-from megatron_spear.config.environments.custom import CustomSection
-from megatron_spear.config.environments.math_code import MathCodeSection
+from megatron_spear.config.environments.choice import AnyEnvironment
 from megatron_spear.config.hooks import HookSection
 from megatron_spear.config.method import (
     AlgorithmSection,
@@ -248,13 +247,6 @@ class TrackingSection(Section):
     """wandb project."""
     progress: bool = True
     """Progress bars on a terminal; plain lines otherwise."""
-
-
-AnyEnvironment = Annotated[
-    AlfworldSection | CustomSection | MathCodeSection,
-    Field(discriminator="type"),
-]
-"""Any of the environments, chosen by ``type``."""
 
 
 class RunConfig(Section):

@@ -128,6 +128,11 @@ _FAMILIES = {
     "alfworld": "megatron_spear.envs.alfworld.family:AlfworldFamily",
     "custom": "megatron_spear.envs.custom:custom_family",
     "math_code": "megatron_spear.envs.math_code.family:MathCodeFamily",
+    "gem": "megatron_spear.envs.adapters.family:GemFamily",
+    "gymnasium": "megatron_spear.envs.adapters.family:GymnasiumFamily",
+    "reasoning_gym": "megatron_spear.envs.adapters.family:ReasoningGymFamily",
+    "skyrl_gym": "megatron_spear.envs.adapters.family:SkyrlGymFamily",
+    "verifiers": "megatron_spear.envs.adapters.family:VerifiersFamily",
 }
 """The class for each ``env.type``, imported when it is needed."""
 

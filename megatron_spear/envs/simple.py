@@ -25,7 +25,7 @@ from megatron_spear.envs.family import EnvironmentFamily, Panel, Vocabulary
 from megatron_spear.envs.plain_view import PlainView
 from megatron_spear.envs.protocol import TextEnvironment
 from megatron_spear.envs.views import AgentView
-from megatron_spear.errors import DataError
+from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.types import Prompt
 from megatron_spear.user_code import code_path
 
@@ -77,6 +77,10 @@ class SimpleFamily(EnvironmentFamily):
         """Which of ``task_kinds`` a task is; "" where there is one kind."""
         return ""
 
+    def identity(self, task: Task) -> Any:
+        """What makes two tasks the same one for the panel, as JSON values: the whole task."""
+        return task
+
     def expert(self, task: Task, observation: str, turns: tuple[DemonstrationTurn, ...]) -> str:
         """The best action now, for a warm start; a family without it demonstrates nothing.
 
@@ -115,19 +119,27 @@ class SimpleFamily(EnvironmentFamily):
             if kind in present
         }
 
-    def panel(self, size: int, made_seed: int) -> Panel:
+    def panel(self, size: int | None, made_seed: int) -> Panel:
         """The first ``size`` held-out tasks: by their hashes in a list, as they come if made."""
+        listed = self.tasks()
+        if size is None and listed is None:
+            raise ConfigError(
+                f"evaluation.games=null takes all held-out tasks, and {type(self).__name__} makes "
+                "its own without end; give a number"
+            )
         chosen: dict[str, Task] = {}
         for task in self._candidates(size, made_seed):
             if self._held_out(task):
                 chosen.setdefault(_name(task), task)
             if len(chosen) == size:
-                return Panel.of([self.prompt(task) for task in chosen.values()])
-        raise DataError(
-            f"evaluation.games: got {size}, but {type(self).__name__} has only {len(chosen)} tasks "
-            f"that are held out (one in {self.held_out_every}); lower evaluation.games or "
-            "held_out_every, or give it more tasks"
-        )
+                break
+        if not chosen or len(chosen) < (size or 0):
+            raise DataError(
+                f"evaluation.games: got {size}, but {type(self).__name__} has only {len(chosen)} "
+                f"tasks that are held out (one in {self.held_out_every}); lower evaluation.games or "
+                "held_out_every, or give it more tasks"
+            )
+        return Panel.of([self.prompt(task) for task in chosen.values()])
 
     def demonstration(self, section: SftSection, made_seed: int, index: int) -> Demonstration:
         """What the expert does in a training task, with slips; a task that is lost so is left out
@@ -189,27 +201,30 @@ class SimpleFamily(EnvironmentFamily):
         listed = self.tasks()
         if listed is None:
             return FreshPrompts(make)
-        kept = {_name(task): self.prompt(task) for task in listed if trained(task)}
+        kept = {self._key(task): self.prompt(task) for task in listed if trained(task)}
         if not kept:
             raise DataError(f"{name}.tasks() has none of {len(listed)} to train on{why}")
         return PoolPrompts(tuple(kept.values()), order_seed)
 
-    def _candidates(self, size: int, made_seed: int) -> Iterator[Task]:
+    def _candidates(self, size: int | None, made_seed: int) -> Iterator[Task]:
         """Tasks for a panel of this size, held out or not."""
         listed = self.tasks()
         if listed is not None:
-            yield from sorted(listed, key=_name)
+            yield from sorted(listed, key=self._key)
         else:
-            yield from (self._made(f"panel/{made_seed}/{n}") for n in range(_TRIES * size))
+            yield from (self._made(f"panel/{made_seed}/{n}") for n in range(_TRIES * (size or 0)))
 
     def _made(self, key: str) -> Task:
         return self.make_task(random.Random(f"task/{key}"))
 
     def _held_out(self, task: Task) -> bool:
-        return int(_name(task), 16) % self.held_out_every == 0
+        return int(self._key(task), 16) % self.held_out_every == 0
+
+    def _key(self, task: Task) -> str:
+        return _name(self.identity(task))
 
 
-def _name(task: Task) -> str:
+def _name(task: Any) -> str:
     """16 hex digits of the task's contents. Raises DataError unless they are JSON values."""
     try:
         text = json.dumps(task, sort_keys=True)
