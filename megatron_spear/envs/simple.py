@@ -130,13 +130,13 @@ class SimpleFamily(EnvironmentFamily):
         chosen: dict[str, Task] = {}
         for task in self._candidates(size, made_seed):
             if self._held_out(task):
-                chosen.setdefault(_name(task), task)
+                chosen.setdefault(self._key(task), task)
             if len(chosen) == size:
                 break
         if not chosen or len(chosen) < (size or 0):
             raise DataError(
                 f"evaluation.games: got {size}, but {type(self).__name__} has only {len(chosen)} "
-                f"tasks that are held out (one in {self.held_out_every}); lower evaluation.games or "
+                f"tasks that are held out (one in {self.held_out_every}); lower it or "
                 "held_out_every, or give it more tasks"
             )
         return Panel.of([self.prompt(task) for task in chosen.values()])

@@ -9,6 +9,7 @@ from megatron_spear.envs.tools.tool import Tool, ToolFailure
 from megatron_spear.envs.tools.view import ToolView
 
 ITEMS = ("apple", "pear", "plum", "fig", "melon")
+_MAX_DIGITS = 20
 
 
 class MarketEnvironment(ToolEnvironment):
@@ -34,7 +35,7 @@ class MarketEnvironment(ToolEnvironment):
 
     def finish(self, content: str) -> Outcome:
         """A number ends the task, right or wrong."""
-        if not (content.isascii() and content.isdigit()):
+        if len(content) > _MAX_DIGITS or not (content.isascii() and content.isdigit()):
             return Outcome(over=False, valid=False, observation="Answer with a number.")
         won = content.lstrip("0") == str(self._total)
         return Outcome(float(won), won)

@@ -43,8 +43,8 @@ def played(paper: RunConfig) -> Iterator[tuple[TrajectoryGroup, list[str]]]:
     family, prompts = family_of(paper.env), {}
 
     class KeepsPrompts(ChatRenderer):
-        def initial(self, messages):
-            tokens = super().initial(messages)
+        def initial(self, messages, tools=()):
+            tokens = super().initial(messages, tools)
             prompts[len(prompts)] = messages[-1]["content"]
             return tokens
 
