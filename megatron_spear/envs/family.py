@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,15 +143,16 @@ def family_of(section: EnvironmentSection) -> EnvironmentFamily:
 
     Raises ConfigError where it cannot be made.
     """
-    return _made(_Key(section, section.model_dump_json()))
+    return _made(_Key(section, section.model_dump_json(), os.getcwd()))
 
 
 @dataclass(frozen=True)
 class _Key:
-    """A section by its values, which may hold maps."""
+    """A section by its values, which may hold maps, and by where its relative paths start."""
 
     section: EnvironmentSection = field(compare=False)
     values: str
+    folder: str
 
 
 @functools.lru_cache(maxsize=4)
