@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of what comes after ``evaluate``; settings are not its business."""
     parser = argparse.ArgumentParser(
         prog="megatron-spear evaluate",
-        description="Play every game of a panel n times: mean@n, pass@k, success by kind and 95 %% "
+        description="Play every game of a panel n times: mean@n, pass@k, success by kind and 95 % "
         "intervals as a table and in evaluation.json, all attempts in trajectories.jsonl.",
         epilog="After these come settings, a.b=c or --a.b c (env.max_turns=50, "
         "rollout.max_new_tokens=512). docs/evaluation.md says what the numbers mean.",

@@ -76,6 +76,9 @@ def load_games(
         if max_receptacles is not None and game.num_receptacles > max_receptacles:
             continue
         games.append(game)
+    if 0 < len(games) < num_read:
+        what = "games by task type or number of receptacles"
+        logger.info("%s: left out %d of %d %s", path, num_read - len(games), num_read, what)
     if not games:
         raise DataError(
             f"{path}: no game is left of {num_read} read (split={split}, task_types={task_types}, "

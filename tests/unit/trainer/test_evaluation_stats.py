@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_spear.testing.hand_made import make_trajectory, make_turn
+from megatron_spear.trainer import evaluation_stats
 from megatron_spear.trainer.evaluation_stats import (
     Estimate,
     PlayedPrompt,
@@ -95,6 +96,20 @@ def test_an_interval_depends_on_values_and_seed_alone() -> None:
     normal = 1.96 * float(np.std(values)) / 500**0.5  # of so many values the means are normal
     expected = (np.mean(values) - normal, np.mean(values) + normal)
     assert bootstrap_interval(values, 20260101) == pytest.approx(expected, abs=1e-3)
+
+
+def test_intervals_hold_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 panels of 30 tasks, mostly easy or hard ones, 8 attempts each: the interval holds the
+    truth nearly as often as it says, one over 240 independent attempts by far not."""
+    monkeypatch.setattr(evaluation_stats, "RESAMPLES", 500)
+    rng, truth, held, held_by_attempts = np.random.default_rng(0), 0.6 / 1.4, 0, 0
+    for panel in range(300):
+        won = rng.binomial(8, rng.beta(0.6, 0.8, 30)) / 8
+        low, high = bootstrap_interval(won.tolist(), panel) or (0.0, 0.0)
+        held += low <= truth <= high
+        mean = float(won.mean())
+        held_by_attempts += abs(mean - truth) <= 1.96 * (mean * (1 - mean) / 240) ** 0.5
+    assert 0.9 <= held / 300 <= 0.98 and held_by_attempts / 300 < 0.8
 
 
 def test_attempts_of_a_prompt_are_no_new_prompts() -> None:
