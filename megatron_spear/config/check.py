@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.layout import layout_problems
 from megatron_spear.config.precision import (
     REFERENCE_PROBLEM,
@@ -236,8 +237,8 @@ def _tasks(config: RunConfig) -> Iterator[str]:
         return
     if count < 2:
         yield (
-            "curriculum.tasks.enabled=true draws over kinds of tasks (ALFWorld: env.task_types), "
-            "and there is one; name more, or set it to false"
+            "curriculum.tasks.enabled=true draws over kinds of tasks (env.task_types, "
+            "env.categories), and there is one; name more, or set it to false"
         )
     elif tasks.min_share * count > 1.0:
         yield (
@@ -317,6 +318,8 @@ def _length(config: RunConfig) -> Iterator[str]:
 
 def _games(config: RunConfig) -> Iterator[str]:
     env = config.env
+    if not isinstance(env, AlfworldSection):
+        return
     if env.games is not None and env.games.expanduser().is_file():
         yield (
             f"env.games={env.games} is one file, which has no splits: the panel would be games "

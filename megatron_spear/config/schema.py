@@ -5,9 +5,9 @@ from the defaults here; ``megatron-spear check-config FILE`` prints the result.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from megatron_spear.config.base import (
     Fraction,
@@ -19,6 +19,7 @@ from megatron_spear.config.base import (
 )
 from megatron_spear.config.cluster import ClusterSection
 from megatron_spear.config.environments.alfworld import AlfworldSection
+from megatron_spear.config.environments.webshop import WebshopSection
 from megatron_spear.config.hooks import HookSection
 from megatron_spear.config.method import (
     AlgorithmSection,
@@ -255,7 +256,9 @@ class RunConfig(Section):
     those of the file and the command line come over. None = no preset."""
     policy: PolicySection = PolicySection()
     """Megatron layout and optimizer."""
-    env: AlfworldSection = AlfworldSection()
+    env: Annotated[AlfworldSection | WebshopSection, Field(discriminator="type")] = (
+        AlfworldSection()
+    )
     """The environment."""
     rollout: RolloutSection = RolloutSection()
     """The rollout stage."""

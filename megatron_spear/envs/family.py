@@ -92,6 +92,7 @@ class EnvironmentFamily(ABC):
 
 _FAMILIES = {
     "alfworld": "megatron_spear.envs.alfworld.family:AlfworldFamily",
+    "webshop": "megatron_spear.envs.webshop.family:WebshopFamily",
 }
 """The class for each ``env.type``, imported when it is needed."""
 

@@ -47,7 +47,7 @@ class ProductSearch:
         documents = [self._analyse(product.document) for product in products]
         self._searchable = any(documents)
         if self._searchable:
-            self._ranker.index(documents, show_progress=False)
+            self._ranker.index(documents, create_empty_token=False, show_progress=False)
 
     def find(self, text: str, seed: str) -> list[int]:
         """The numbers of the products for a query; ``seed`` keys what ``<r>`` draws."""
@@ -90,8 +90,12 @@ def analyser() -> Callable[[str], list[str]]:
 
     def analyse(text: str) -> list[str]:
         words = (_without_possessive(word).lower() for word in _WORD.findall(text))
-        stems: list[str] = stemmer.stemWords([word for word in words if word not in _STOP_WORDS])
-        return stems
+        # One or two letters are never stemmed (Porter, 1980).
+        return [
+            stemmer.stemWord(word) if len(word) > 2 else word
+            for word in words
+            if word not in _STOP_WORDS
+        ]
 
     return analyse
 
