@@ -285,8 +285,8 @@ def task_kind_problems(tasks: TaskSamplingSection, kinds: Sequence[str]) -> Iter
         return
     if count < 2:
         yield (
-            "curriculum.tasks.enabled=true draws over kinds of tasks (ALFWorld: env.task_types), "
-            "and there is one; name more, or set it to false"
+            "curriculum.tasks.enabled=true draws over kinds of tasks (env.task_types, "
+            "env.categories), and there is one; name more, or set it to false"
         )
     elif tasks.min_share * count > 1.0:
         yield (

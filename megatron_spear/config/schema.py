@@ -194,7 +194,8 @@ class SftSection(Section):
     noise: Fraction = 0.2
     """Chance per turn of an inserted invalid action, answered and not trained on."""
     explore: NonNegativeFloat = 2.0
-    """Mean number of places searched before the demonstration goes to the right one."""
+    """Mean number of places searched (ALFWorld), or products opened in vain (WebShop), before the
+    demonstration goes to the right one."""
     decision_weight: PositiveFloat = 1.0
     """Loss weight of an action's first token, which says what kind of action it is."""
     observation_weight: Fraction = 0.3

@@ -1,5 +1,7 @@
 """Play as a policy should learn it, for the warm start."""
 
+import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,3 +69,10 @@ def play_demonstration(
             won = bool(info.get("won", False))
             return Demonstration(turns, prompt.messages, prompt, seed) if won else None
     return None
+
+
+def patience(rng: random.Random, mean: float, most: int) -> int:
+    """A geometric number with this mean, cut at ``most``: how long one looks around."""
+    if mean <= 0.0:
+        return 0
+    return min(most, int(math.log(1.0 - rng.random()) / math.log(mean / (1.0 + mean))))

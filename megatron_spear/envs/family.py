@@ -134,6 +134,7 @@ _FAMILIES = {
     "reasoning_gym": "megatron_spear.envs.adapters.family:ReasoningGymFamily",
     "skyrl_gym": "megatron_spear.envs.adapters.family:SkyrlGymFamily",
     "verifiers": "megatron_spear.envs.adapters.family:VerifiersFamily",
+    "webshop": "megatron_spear.envs.webshop.family:WebshopFamily",
 }
 """The class for each ``env.type``, imported when it is needed."""
 

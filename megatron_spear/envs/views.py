@@ -1,5 +1,6 @@
 """How an environment's text becomes chat messages, and a generated text an action."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -96,3 +97,151 @@ def void_action(text: str) -> bool:
 def has_cjk(text: str) -> bool:
     """Whether a CJK ideograph (U+3400-9FFF, compatibility forms included) occurs."""
     return any("\u3400" <= c <= "\u9fff" or "\uf900" <= c <= "\ufaff" for c in text)
+
+
+class PlainView(AgentView):
+    """What the environment says and nothing else; the whole answer is the action.
+
+    The window form has one text a line: the first observation, the last k steps as observation and
+    action, and the current observation::
+
+        You are in the middle of a room. ... Your task is to: put some mug on desk.
+        You arrive at desk 1. On the desk 1, you see nothing.
+        go to shelf 1
+        You arrive at shelf 1. On the shelf 1, you see a mug 2.
+    """
+
+    needs_admissible = False
+
+    def shown(self, observation: str, info: Mapping[str, Any]) -> str:
+        """An observation after the first as the policy reads it; here, as it is."""
+        return observation
+
+    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> tuple[Message, ...]:
+        """The observation."""
+        return (user_message(observation if turn == 0 else self.shown(observation, info)),)
+
+    def window(
+        self,
+        first_observation: str,
+        history: Sequence[HistoryStep],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> tuple[Message, ...]:
+        """First observation, last steps, current observation."""
+        if turn == 0:
+            return (user_message(first_observation),)
+        lines = [first_observation]
+        for index, (seen, action) in enumerate(history):
+            # A history that reaches back to the start begins with line one's own step.
+            starts = index == 0 and len(history) == turn
+            lines += [action] if starts else [self.shown(seen, info), action]
+        return (user_message("\n".join([*lines, self.shown(observation, info)])),)
+
+    def parse(self, text: str) -> ParsedAction:
+        """The text, stripped; only an empty one is invalid."""
+        action = text.strip()
+        return ParsedAction(action, bool(action))
+
+    def void(self, text: str) -> bool:
+        """True for an empty text."""
+        return not text.strip()
+
+    def demonstrate(self, action: str) -> str:
+        """The action itself."""
+        return action
+
+
+class TaggedView(AgentView):
+    """The paper's prompt: task, step count, last steps, possible actions, <think> and <action>.
+
+    Invalid is a text without a complete ``<think>`` or ``<action>`` pair or with CJK characters
+    (SPEAR, arXiv 2509.22601). The action is the content of the last complete ``<action>`` pair,
+    lower-cased.
+    """
+
+    needs_admissible = True
+    role: str
+    """The first line: who the policy is."""
+
+    @abstractmethod
+    def opening(self, observation: str, info: Mapping[str, Any]) -> Sequence[str]:
+        """The task and the first observation, as lines."""
+
+    @abstractmethod
+    def task(self, first_observation: str, info: Mapping[str, Any]) -> str:
+        """The task alone."""
+
+    def shown(self, observation: str, info: Mapping[str, Any]) -> str:
+        """An observation after the first as the policy reads it; here, as it is."""
+        return observation.strip()
+
+    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> tuple[Message, ...]:
+        """Rules, task and first observation in turn 0; then what is seen and what is possible."""
+        if turn == 0:
+            opening = self.opening(observation, info)
+            lines = [self.role, *opening, possible_actions(info), _ANSWER_FORM]
+        else:
+            seen = f"After action {turn}: {self.shown(observation, info)}"
+            lines = [seen, possible_actions(info), _REMINDER]
+        return (user_message("\n".join(lines)),)
+
+    def window(
+        self,
+        first_observation: str,
+        history: Sequence[HistoryStep],
+        observation: str,
+        info: Mapping[str, Any],
+        turn: int,
+    ) -> tuple[Message, ...]:
+        """Everything anew, with the last k steps written out."""
+        if turn == 0:
+            return self.full(first_observation, info, 0)
+        first = turn - len(history)
+        steps = [
+            f"[{first + index + 1}] you saw: {self.shown(seen, info)}\n    you did: {action}"
+            for index, (seen, action) in enumerate(history)
+        ]
+        lines = [
+            self.role,
+            f"{TASK_MARK} {self.task(first_observation, info)}",
+            f"Actions taken so far: {turn}. The most recent {len(history)}:",
+            *steps,
+            f"You are at step {turn + 1} and now see: {self.shown(observation, info)}",
+            possible_actions(info),
+            _ANSWER_FORM,
+        ]
+        return (user_message("\n".join(lines)),)
+
+    def parse(self, text: str) -> ParsedAction:
+        """The last complete action, lower-cased and on one line; "" where there is none."""
+        action = last_between(text, "<action>", "</action>")
+        valid = (
+            action is not None
+            and last_between(text, "<think>", "</think>") is not None
+            and not has_cjk(text)
+        )
+        return ParsedAction(" ".join((action or "").lower().split()), valid)
+
+    def void(self, text: str) -> bool:
+        """True without a complete action after the thought."""
+        return void_action(text)
+
+    def demonstrate(self, action: str) -> str:
+        """The action behind a thought that names it."""
+        return f"<think>The next thing to do is: {action}.</think><action>{action}</action>"
+
+
+TASK_MARK = "Your task is to:"
+_REMINDER = "Reason in <think> </think>, then give one action in <action> </action>."
+_ANSWER_FORM = (
+    "First reason step by step about what you see and what to do, inside <think> </think>. "
+    "Then pick exactly one of the possible actions and write it inside <action> </action>."
+)
+
+
+def possible_actions(info: Mapping[str, Any]) -> str:
+    """The line that lists the possible actions; ``help`` is none of them."""
+    actions = [action for action in info.get("admissible", ()) if action != "help"]
+    return "Possible actions now: " + ", ".join(f"'{action}'" for action in actions)

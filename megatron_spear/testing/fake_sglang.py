@@ -7,9 +7,9 @@
     loop.run(server.start())                  # again on its port, with its first weights
 
 A token depends on the weights' name, the context and the seed, unless temperature or top_p is next
-to 0; so a generation that is gone on with, or drawn again, gives the same tokens. ``step_s`` is the time of a
-token. As SGLang does, it stops at its ``eos_token_ids`` unless told otherwise, holds requests back
-while paused, and dies of a token id outside its vocabulary.
+to 0; so a generation that is gone on with, or drawn again, gives the same tokens. ``step_s`` is the
+time of a token. As SGLang does, it stops at its ``eos_token_ids`` unless told otherwise, holds
+requests back while paused, and dies of a token id outside its vocabulary.
 """
 
 import asyncio

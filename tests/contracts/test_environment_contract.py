@@ -10,6 +10,8 @@ import pytest
 from megatron_spear.envs.alfworld.environment import AlfworldEnvironment
 from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.protocol import StepResult
+from megatron_spear.envs.webshop.environment import WebshopEnvironment
+from megatron_spear.envs.webshop.generator import generate_goal, generate_products
 from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.testing.environment_servers import environment_server
 from megatron_spear.testing.environments import (
@@ -51,6 +53,7 @@ def test_an_environment_with_tools_keeps_the_contract():
 MARKET = "megatron_spear.testing.market_environment:MarketEnvironment"
 CORRIDOR = "megatron_spear.testing.toy_environment:CorridorEnvironment"
 ALFWORLD = "megatron_spear.envs.alfworld.environment:AlfworldEnvironment"
+WEBSHOP = "megatron_spear.envs.webshop.environment:WebshopEnvironment"
 
 
 class _InAWorker:
@@ -106,6 +109,36 @@ def test_alfworld_keeps_the_contract_in_a_worker(workers_of):
 def test_alfworld_keeps_the_contract():
     options, actions = _small_game()
     check_environment(AlfworldEnvironment, options=options, actions=actions)
+
+
+@pytest.mark.parametrize("observation", ["text", "text_rich"])
+def test_webshop_keeps_the_contract(observation):
+    options, actions = _small_purchase()
+    check_environment(
+        lambda: WebshopEnvironment(observation=observation), options=options, actions=actions
+    )
+
+
+def test_webshop_keeps_the_contract_in_a_worker(workers_of):
+    options, actions = _small_purchase()
+    check_environment(workers_of(WEBSHOP), options=options, actions=actions)
+
+
+def _small_purchase():
+    """Options and actions of a visit that is won."""
+    goal = generate_goal(generate_products(0, 200), ["fashion"], 0, 0, held_out=False)
+    actions = [
+        "search[<r>]",
+        "click[next >]",
+        f"search[{goal.name}]",
+        f"click[{goal.asin}]",
+        "click[features]",
+        "click[< prev]",
+        "click[free money]",
+        *(f"click[{option}]" for option in goal.options),
+        "click[buy now]",
+    ]
+    return {"goal": goal.to_fields(), "admissible": True}, actions
 
 
 def _small_game():

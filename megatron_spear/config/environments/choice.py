@@ -14,6 +14,7 @@ from megatron_spear.config.environments.adapters import (
 from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.custom import CustomSection
 from megatron_spear.config.environments.math_code import MathCodeSection
+from megatron_spear.config.environments.webshop import WebshopSection
 
 AnyEnvironment = Annotated[
     AlfworldSection
@@ -23,7 +24,8 @@ AnyEnvironment = Annotated[
     | MathCodeSection
     | ReasoningGymSection
     | SkyrlGymSection
-    | VerifiersSection,
+    | VerifiersSection
+    | WebshopSection,
     Field(discriminator="type"),
 ]
 """Any of them, chosen by ``type``."""

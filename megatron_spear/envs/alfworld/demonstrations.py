@@ -6,7 +6,6 @@ patience ends it gets a hint. The order is a rule that can be learned; a drawn o
 """
 
 import contextlib
-import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from megatron_spear.envs.alfworld.game import Game, GameState
 from megatron_spear.envs.alfworld.objective import Objective, read_sentence
 from megatron_spear.envs.alfworld.rules import WELCOME_TEXT
 from megatron_spear.envs.alfworld.text import intro
-from megatron_spear.envs.demonstration import Demonstration, DemonstrationTurn
+from megatron_spear.envs.demonstration import Demonstration, DemonstrationTurn, patience
 
 MAX_EXPLORE = 6  # most places searched before the hint
 
@@ -222,18 +221,18 @@ def _find(player: _Player, kind: str, explore: float, avoided: Sequence[str]) ->
     Remembers one, or searches a number of places drawn with mean ``explore``, then goes straight to
     a right one. Objects in ``avoided`` places and those already brought do not count.
     """
-    patience = _patience(player.rng, explore)
+    left = patience(player.rng, explore, MAX_EXPLORE)
     while True:
         known = _remembered(player, kind, avoided)
         if known is not None:
             player.go(known[1])
             return known
         unseen = [p for p in player.places if p not in player.seen and p not in avoided]
-        if patience <= 0:
+        if left <= 0:
             unseen = [p for p in unseen if _holds(player, p, kind)]
         if not unseen:
             raise _GameOver  # too few such objects: no game of ours, and no official one
-        patience -= 1
+        left -= 1
         player.look_into(unseen[0])
 
 
@@ -256,10 +255,3 @@ def _named(player: _Player, kind: str) -> list[str]:
     """The receptacles of a kind, the lowest number first: ``["desk 1", "desk 2"]``."""
     found = [place for place in player.places if place.split()[0] == kind]
     return sorted(found, key=lambda place: int(place.split()[1]))
-
-
-def _patience(rng: random.Random, mean: float) -> int:
-    """A geometric number with this mean, cut at `MAX_EXPLORE`."""
-    if mean <= 0.0:
-        return 0
-    return min(MAX_EXPLORE, int(math.log(1.0 - rng.random()) / math.log(mean / (1.0 + mean))))

@@ -9,7 +9,7 @@ from megatron_spear.envs.webshop.nouns import noun_finder
 from megatron_spear.envs.webshop.pages import Page, done_page
 from megatron_spear.envs.webshop.reward import judge
 from megatron_spear.envs.webshop.session import Session
-from megatron_spear.envs.webshop.shop import Shop, generated_shop, loaded_shop
+from megatron_spear.envs.webshop.shop import open_shop
 from megatron_spear.errors import DataError, EnvironmentFault
 
 Nouns = Literal["words", "spacy"]
@@ -50,7 +50,7 @@ class WebshopEnvironment(TextEnvironment):
         show_attributes: bool = False,
         nouns: Nouns = "words",
     ) -> None:
-        self._shop = _shop(products, attributes, num_products, seed)
+        self._shop = open_shop(products, attributes, num_products, seed)
         self._nouns = noun_finder(nouns)
         self._rich, self._show_attributes = observation == "text_rich", show_attributes
         self._session: Session | None = None
@@ -123,19 +123,6 @@ class WebshopEnvironment(TextEnvironment):
         if self._lists_admissible:
             info["admissible"] = session.admissible()
         return info
-
-
-def _shop(
-    products: str | None, attributes: str | None, num_products: int | None, seed: int
-) -> Shop:
-    if products is None and num_products is not None:
-        return generated_shop(seed, num_products)
-    if products is None or attributes is None:
-        raise DataError(
-            f"products={products}, attributes={attributes}, num_products={num_products}; expected "
-            "both files, or for a generated shop neither and a number of products"
-        )
-    return loaded_shop(products, attributes, num_products)
 
 
 def _call(action: str, succeeded: bool) -> dict[str, Any]:

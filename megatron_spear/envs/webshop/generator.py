@@ -61,7 +61,12 @@ def generate_products(seed: int, num_products: int) -> tuple[Product, ...]:
 
 
 def generate_goal(
-    products: Sequence[Product], categories: Sequence[str], seed: int, index: int, *, held_out: bool
+    products: Sequence[Product],
+    categories: Sequence[str],
+    seed: int | str,
+    index: int,
+    *,
+    held_out: bool,
 ) -> Goal:
     """Goal ``index`` of a seed for one of the products, which can be bought for a reward of 1.
 

@@ -27,6 +27,7 @@ wireless with without xl xxl yellow you your
 _NOT_NOUNS = frozenset(_OTHER_WORDS.split())
 
 
+@functools.cache
 def noun_finder(kind: Literal["words", "spacy"]) -> Callable[[str], list[str]]:
     """What finds nouns: ``words`` needs nothing, ``spacy`` its small English model.
 

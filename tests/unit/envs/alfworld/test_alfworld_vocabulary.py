@@ -17,7 +17,8 @@ from megatron_spear.envs.alfworld.prompts import OfficialView
 from megatron_spear.envs.alfworld.rooms import ROOM_FIXTURES, ROOM_HABITS
 from megatron_spear.envs.alfworld.sources import iter_games
 from megatron_spear.envs.alfworld.text import intro
-from megatron_spear.envs.alfworld.vocabulary import PUNCTUATION, alfworld_words, split_words
+from megatron_spear.envs.alfworld.vocabulary import alfworld_words
+from megatron_spear.envs.words import PUNCTUATION, split_words
 from megatron_spear.types import TASK_TYPES
 
 SHARED = Path(__file__).parents[4] / ".." / "shared"

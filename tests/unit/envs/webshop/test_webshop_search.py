@@ -28,6 +28,7 @@ def found(text, seed="0"):
         ("to be or not to be", ""),
         ("easily generalized relational", "easili gener relat"),  # Porter's, not Porter 2's
         ("black | gold", "black gold"),
+        ("s is us as", "s us"),
         ("Crème brûlée", "crème brûlée"),
         ("...", ""),
         ("", ""),
