@@ -1,0 +1,1 @@
+"""Code written by a model, run where it can do no harm."""

@@ -1,0 +1,70 @@
+"""Sandboxes for the tests, and what is there to be found outside of them."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_spear.envs.sandbox.bubblewrap import find_bubblewrap
+from megatron_spear.envs.sandbox.local import LocalSandbox
+from megatron_spear.errors import EnvironmentFault
+
+
+def make_local(**changes: object) -> LocalSandbox:
+    """A sandbox with the settings' defaults but for changes."""
+    settings: dict[str, object] = {
+        "python": None,
+        "jailed": True,
+        "workers": 1,
+        "timeout_s": 30.0,
+        "memory_mb": 1024,
+        "disk_mb": 64,
+        "max_processes": 64,
+        "max_output_chars": 10_000,
+        "preload": (),
+    }
+    return LocalSandbox(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def _works() -> str:
+    """Why bubblewrap cannot be used here, or nothing."""
+    if find_bubblewrap() is None:
+        return "bubblewrap is not installed"
+    sandbox = make_local()
+    try:
+        sandbox.run("")
+    except EnvironmentFault as fault:
+        return f"bubblewrap cannot start: {fault}"
+    finally:
+        sandbox.close()
+    return ""
+
+
+@pytest.fixture(scope="session")
+def bubblewrap() -> None:
+    """Skips where there is none that works."""
+    if why := _works():
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="module")
+def sandbox(bubblewrap: None) -> Iterator[LocalSandbox]:
+    """The default one."""
+    made = make_local()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def short(bubblewrap: None) -> Iterator[LocalSandbox]:
+    """One with little time and memory, for what goes on until it is stopped."""
+    made = make_local(timeout_s=1.0, memory_mb=256)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[LocalSandbox]:
+    """One without bubblewrap."""
+    made = make_local(jailed=False)
+    yield made
+    made.close()

@@ -1,0 +1,356 @@
+"""The local sandbox: what an execution says, workers that come and go, nothing that stays."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import make_local
+
+import megatron_spear
+from megatron_spear.envs.sandbox import bubblewrap as bubblewrap_module
+from megatron_spear.envs.sandbox.execution import Execution
+from megatron_spear.envs.sandbox.interpreter import SYSTEM_PYTHON, find_interpreter, open_to_all
+from megatron_spear.envs.sandbox.local import LocalSandbox
+from megatron_spear.errors import ConfigError, EnvironmentFault
+
+ROOT = Path(megatron_spear.__file__).parents[1]
+
+
+def children() -> set[int]:
+    """Processes below ours, at any depth."""
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                stat = Path(f"/proc/{name}/stat").read_text()
+            except OSError:
+                continue
+            parents[int(name)] = int(stat.rpartition(")")[2].split()[1])
+    found = {os.getpid()}
+    while new := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= new
+    return found - {os.getpid()}
+
+
+@pytest.fixture(params=["jailed", "plain"])
+def either(request: pytest.FixtureRequest) -> LocalSandbox:
+    """The default sandbox, and one of plain processes: both say the same."""
+    made: LocalSandbox = request.getfixturevalue(
+        {"jailed": "sandbox", "plain": "plain"}[request.param]
+    )
+    return made
+
+
+def test_output_and_time(either: LocalSandbox) -> None:
+    execution = either.run("import sys\nprint(6 * 7)\nprint('so', file=sys.stderr)")
+    assert (execution.stdout, execution.stderr, execution.status) == ("42\n", "so\n", "ok")
+    assert 0.0 < execution.time_s < 20.0
+
+
+def test_a_traceback_shows_the_lines_of_the_code_alone(either: LocalSandbox) -> None:
+    execution = either.run("def f(x):\n    return 1 / x\n\nf(0)")
+    assert execution.status == "error"
+    assert execution.stderr.startswith('Traceback (most recent call last):\n  File "code.py", line')
+    assert "return 1 / x" in execution.stderr and execution.stderr.count("File") == 2
+    assert execution.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "stderr"),
+    [
+        ("raise SystemExit", "ok", ""),
+        ("raise SystemExit(3)", "error", "exit status 3"),
+        ("import sys; sys.exit('why')", "error", "why\n"),
+        ("import os; os._exit(0)", "ok", ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGUSR1)", "killed", "ended by SIGUSR1"),
+        ("import os; os.kill(os.getpid(), 40)", "killed", "ended by signal 40"),
+    ],
+)
+def test_how_it_ended(either: LocalSandbox, code: str, status: str, stderr: str) -> None:
+    execution = either.run(code)
+    assert (execution.status, execution.stderr) == (status, stderr)
+
+
+def test_it_is_a_script_like_any_other(either: LocalSandbox) -> None:
+    code = """
+import __main__, atexit, dataclasses, os, pickle, sys, threading
+if __name__ == "__main__":
+    @dataclasses.dataclass
+    class Point:
+        x: int
+    print(pickle.loads(pickle.dumps(Point(3))), __main__.Point is Point, sys.argv)
+    open("helper.py", "w").write("y = 5")
+    import helper
+    print(helper.y, os.getcwd() == sys.path[0], os.listdir("."))
+    threading.Timer(0.05, print, ["a thread"]).start()
+    atexit.register(print, "the end")
+"""
+    lines = either.run(code).stdout.splitlines()
+    assert lines[0] == "Point(x=3) True ['code.py']"
+    assert lines[1] == "5 True ['helper.py']" and lines[2:] == ["a thread", "the end"]
+
+
+def test_long_outputs_are_cut_and_say_so(either: LocalSandbox) -> None:
+    code = "import sys\nprint('a' * 5000 + 'b' * 9000)\nsys.stderr.write('c' * 9000 + 'd' * 5000)"
+    execution = either.run(code)
+    assert execution.stdout == "a" * 5000 + "b" * 5000 + "\n[cut here: 14,001 bytes in all]"
+    assert execution.stderr == "[cut here: 14,000 bytes in all]\n" + "c" * 5000 + "d" * 5000
+    wide = either.run("print('é€' * 200_000)")
+    assert wide.stdout == "é€" * 5000 + "\n[cut here: 1,000,001 bytes in all]"
+
+
+def test_what_was_printed_before_the_deadline_is_kept(short: LocalSandbox) -> None:
+    execution = short.run("print('before')\nwhile True: pass")
+    assert execution.stdout == "before\n" and execution.status == "timeout"
+    assert execution.stderr == "stopped after 1 s" and 1.0 <= execution.time_s < 20.0
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of all temporary files, which other users can enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
+
+
+def test_plain_processes_are_ended_too(temporary: Path) -> None:
+    before = children()
+    sandbox = make_local(jailed=False, timeout_s=1.0)
+    daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: "
+    assert sandbox.run(daemon + "time.sleep(99)\n    os._exit(0)").status == "ok"
+    assert len(children() - before) == 1  # the worker
+    assert sandbox.run("while True: pass").status == "timeout"
+    assert sandbox.run("import os; os.kill(os.getppid(), 9)").status == "killed"
+    assert sandbox.run("print(1)").stdout == "1\n"
+    sandbox.close()
+    assert children() <= before
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_no_answer(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root's folders are closed to the user that runs the code")
+    temporary.chmod(0o700)
+    sandbox = make_local(jailed=False)
+    with pytest.raises(EnvironmentFault, match="cannot run code: PermissionError"):
+        sandbox.run("print(1)")
+    sandbox.close()
+
+
+def test_after_a_thousand_executions_nothing_is_left(bubblewrap: None, temporary: Path) -> None:
+    processes, mounts = children(), Path("/proc/self/mountinfo").read_text()
+    files = os.listdir("/proc/self/fd")
+    sandbox = make_local()
+    for number in range(1000):
+        execution = sandbox.run(f"open('/tmp/{number}', 'w').write('x')\nprint({number})")
+        assert execution.stdout == f"{number}\n", execution
+        if number % 100 == 99:  # among them some that do not end by themselves
+            daemon = "import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(99)"
+            assert sandbox.run(daemon).status == "ok"
+    seen = "import os\nprint(len([n for n in os.listdir('/proc') if n.isdigit()]))\n"
+    assert sandbox.run(seen + "print(os.listdir('/tmp'))").stdout == "3\n[]\n"
+    assert len(children() - processes) == 3  # bubblewrap, its first process, the worker
+    sandbox.close()
+    assert children() <= processes
+    assert os.listdir("/proc/self/fd") == files
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_worker_that_is_gone_is_replaced(bubblewrap: None) -> None:
+    sandbox = make_local()
+    try:
+        sandbox.run("")
+        (worker,) = sandbox._idle
+        os.kill(worker.pid, signal.SIGKILL)
+        assert sandbox.run("print(1)").stdout == "1\n"
+        (other,) = sandbox._idle
+        timer = threading.Timer(0.5, os.kill, (other.pid, signal.SIGKILL))
+        timer.start()
+        execution = sandbox.run("import time; time.sleep(2); print(2)")  # once more, and it is done
+        assert execution.stdout == "2\n" and execution.status == "ok"
+    finally:
+        sandbox.close()
+
+
+def test_workers_run_at_the_same_time(bubblewrap: None) -> None:
+    sandbox = make_local(workers=2)
+    found: list[Execution] = []
+    code = "import time; a = time.time(); time.sleep(2); print(a, time.time())"
+    threads = [threading.Thread(target=lambda: found.append(sandbox.run(code))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sandbox.close()
+    times = sorted(tuple(map(float, x.stdout.split())) for x in found)
+    assert times[1][0] < times[0][1]  # two of them overlap
+    assert times[2][0] >= min(times[0][1], times[1][1])  # the third waits for one
+
+
+def _wait(what: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20.0
+    while time.monotonic() < deadline:
+        if what():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_it_ends_with_the_process_that_it_belongs_to(bubblewrap: None) -> None:
+    program = (
+        "from conftest import make_local; s = make_local(timeout_s=99.0); s.run(''); "
+        "print('up', flush=True); s.run('import os, time; os.fork(); time.sleep(90)')"
+    )
+    paths = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
+    before = children()
+    owner = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
+    assert _wait(lambda: len(children() - before - {owner.pid}) == 5)  # two of them the script's
+    below = children() - before - {owner.pid}
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    assert _wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+
+
+def test_an_interpreter_in_a_closed_folder(bubblewrap: None) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root's folders are closed to the user that runs the code")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # only root can enter it
+        made = Path(name) / "venv"
+        subprocess.run([SYSTEM_PYTHON, "-m", "venv", "--without-pip", made], check=True)
+        package = next(made.glob("lib/python3*/site-packages")) / "of_the_environment.py"
+        package.write_text("x = 5")
+        assert not open_to_all(str(made))
+        sandbox = make_local(python=str(made / "bin" / "python"), preload=("of_the_environment",))
+        try:
+            code = (
+                "import sys, of_the_environment as o\nprint(o.x, sys.prefix)\nopen(o.__file__, 'w')"
+            )
+            execution = sandbox.run(code)
+        finally:
+            sandbox.close()
+    assert execution.stdout == f"5 {made}\n"
+    assert "Read-only file system" in execution.stderr or "Permission denied" in execution.stderr
+
+
+def test_this_interpreter_with_its_packages(bubblewrap: None) -> None:
+    sandbox = make_local(python=our_python(), preload=("numpy",))
+    try:
+        code = "import numpy as np\nprint(np.arange(4).sum(), np.random.rand())"
+        outputs = [sandbox.run(code).stdout.split() for _ in range(2)]
+    finally:
+        sandbox.close()
+    assert [x[0] for x in outputs] == ["6", "6"]
+    assert outputs[0][1] != outputs[1][1]  # each has random numbers of its own
+
+
+def test_a_user_without_rights_can_use_it(bubblewrap: None) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("the other tests run as such a user")
+    if not (open_to_all(str(ROOT)) and open_to_all(SYSTEM_PYTHON)):
+        pytest.skip(f"another user cannot read {ROOT}")
+    version = subprocess.run([SYSTEM_PYTHON, "-V"], capture_output=True, text=True).stdout
+    if not version.startswith(("Python 3.11", "Python 3.12", "Python 3.13")):
+        pytest.skip(f"{SYSTEM_PYTHON} cannot run this package: {version.strip()}")
+    program = (
+        "from megatron_spear.envs.sandbox.local import LocalSandbox as L; s = L(python=None, "
+        "jailed=True, workers=1, timeout_s=20.0, memory_mb=512, disk_mb=8, max_processes=32, "
+        "max_output_chars=99, preload=()); print(s.run('import os; print(os.getuid())')); s.close()"
+    )
+    done = subprocess.run(
+        [SYSTEM_PYTHON, "-B", "-c", program],
+        capture_output=True,
+        text=True,
+        user=4711,
+        group=4711,
+        extra_groups=[],
+        cwd="/",
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.startswith("Execution(stdout='4711\\n', stderr='', status='ok'"), done
+
+
+def test_what_is_missing_is_said(bubblewrap: None) -> None:
+    with pytest.raises(ConfigError, match=r"/nowhere/python cannot be run: .*No such file"):
+        make_local(python="/nowhere/python")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        (Path(name) / "python").symlink_to(SYSTEM_PYTHON)
+        (Path(name) / "pyvenv.cfg").write_text("home = /usr/bin\n")
+        with pytest.raises(ConfigError, match=r"expected a folder that is not in /tmp, /dev"):
+            make_local(python=str(Path(name) / "python"))
+    sandbox = make_local(preload=("no_such_module",))
+    with pytest.raises(EnvironmentFault, match=r"cannot start: ModuleNotFoundError: .*no_such"):
+        sandbox.run("print(1)")
+    sandbox.close()
+
+
+def test_a_bubblewrap_that_cannot_start(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    fake = temporary / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a namespace' >&2; exit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{temporary}:{os.environ['PATH']}")
+    before = children()
+    sandbox = make_local()
+    with pytest.raises(EnvironmentFault, match="cannot start: bwrap: No permissions to create"):
+        sandbox.run("print(1)")
+    sandbox.close()
+    assert children() <= before
+
+
+def test_a_script_that_cannot_be_shut_in_is_not_run(bubblewrap: None) -> None:
+    sandbox = make_local()
+    sandbox._config["call_filter"] = "00" * 8  # no filter that a kernel takes
+    for _ in range(2):
+        with pytest.raises(EnvironmentFault, match=r"cannot run code: OSError: .*SECCOMP"):
+            sandbox.run("print(1)")
+    sandbox.close()
+
+
+def test_the_folders_of_an_interpreter() -> None:
+    system = find_interpreter(None)
+    assert system.folders == () or default_is_ours()
+    ours = find_interpreter(our_python())
+    assert ours.program == our_python()
+    assert any(ours.program.startswith(folder + "/") for folder in ours.folders)
+    assert os.path.realpath(sys.base_prefix) in ours.folders or sys.base_prefix == "/usr"
+
+
+def our_python() -> str:
+    """The interpreter of these tests by its real place."""
+    place = Path(sys.prefix).resolve() / "bin" / "python"
+    if str(place).startswith("/tmp/"):
+        pytest.skip("an interpreter in /tmp is not to be seen in a sandbox")
+    return str(place)
+
+
+def default_is_ours() -> bool:
+    """Whether there is no interpreter of the system."""
+    return not os.access(SYSTEM_PYTHON, os.X_OK)
+
+
+def test_nobody_is_taken_only_where_nobody_exists(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert bubblewrap_module.user_without_rights() is None
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    for users, expected in (("0 0 4294967295", 65534), ("0 1000 1", None)):
+        (tmp_path / "uid_map").write_text(users)
+        monkeypatch.setattr(bubblewrap_module, "Path", lambda _: tmp_path / "uid_map")
+        assert bubblewrap_module.user_without_rights() == expected
