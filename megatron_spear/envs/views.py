@@ -1,12 +1,9 @@
 """How an environment's text becomes chat messages, and a generated text an action."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from megatron_spear.types import Message
-
-_ACTION = re.compile(r"<action>.*?</action>", re.DOTALL)
 
 # Each step of a window: what was seen, and the action taken on seeing it.
 HistoryStep = tuple[str, str]
@@ -92,7 +89,8 @@ def void_action(text: str) -> bool:
 
     A thought is not required, an empty action counts as one, an action inside the thought does not.
     """
-    return _ACTION.search(text.rpartition("</think>")[2]) is None
+    _, opened, rest = text.rpartition("</think>")[2].partition("<action>")
+    return not (opened and "</action>" in rest)
 
 
 def has_cjk(text: str) -> bool:

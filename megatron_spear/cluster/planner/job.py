@@ -33,8 +33,8 @@ class Lengths:
     turns: int
     """Mean turns of a context, each one request to an engine."""
     contexts: int
-    """Contexts of a trajectory: 1, or one a turn where ``env.history`` is a window (or ``rendered``:
-    the most it can have)."""
+    """Contexts of a trajectory: 1, or one a turn where ``env.history`` is a window (or
+    ``rendered``: the most it can have)."""
     spread: float
     """Standard deviation of the logarithm of sampled tokens."""
 

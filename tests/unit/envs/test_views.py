@@ -1,5 +1,7 @@
 """ALFWorld's two prompt styles: what they show, and what counts as a well-formed answer."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,3 +131,9 @@ def test_a_demonstration_parses_to_its_action(style):
 def test_task_of():
     assert task_of(FIRST) == "put some mug on desk."
     assert task_of("no mark here ") == "no mark here"
+
+
+def test_void_takes_time_linear_in_the_text():
+    started = time.thread_time()
+    assert void_action("<action>" * 125_000) and not void_action("<action></action>" * 60_000)
+    assert time.thread_time() - started < 1.0
