@@ -12,18 +12,23 @@ export WANDB_MODE="${WANDB_MODE:-offline}" TOKENIZERS_PARALLELISM=false HF_HUB_O
 if [ $# -gt 0 ]; then
     exec "$bin/python" -m pytest "$@"
 fi
-# A real Slurm of a few megabytes, for its tests; they are skipped where it cannot be installed.
-install_slurm() {
-    local packages=(slurmctld slurmd slurm-client munge)
-    if [ -x /usr/sbin/slurmctld ] && [ -x /usr/sbin/slurmd ] && [ -x /usr/sbin/munged ]; then return; fi
+# A real Slurm and bubblewrap, of a few megabytes, for their tests; they are skipped where these cannot
+# be installed.
+try_install() { # WHAT PACKAGE..
+    local what="$1" packages=("${@:2}")
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
     echo "test: installing ${packages[*]}"
     timeout 60 apt-get -qq update >/dev/null 2>&1 || true
     DEBIAN_FRONTEND=noninteractive timeout 180 \
         apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null 2>&1 ||
-        echo "test: Slurm could not be installed; its tests are skipped"
+        echo "test: $what could not be installed; its tests are skipped"
 }
-install_slurm
+if ! [ -x /usr/sbin/slurmctld ] || ! [ -x /usr/sbin/slurmd ] || ! [ -x /usr/sbin/munged ]; then
+    try_install Slurm slurmctld slurmd slurm-client munge
+fi
+if ! command -v bwrap >/dev/null; then
+    try_install bubblewrap bubblewrap
+fi
 # A file's tests run in one process, as they share results of ranks and whole runs; in this order, in
 # which the long files come first.
 export OMP_NUM_THREADS=1 # two processes on two cores

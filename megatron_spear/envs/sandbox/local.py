@@ -129,6 +129,8 @@ class LocalSandbox:
     def _worker(self) -> Iterator[WarmWorker]:
         """A worker for one execution; it goes back, unless anything was raised meanwhile."""
         with self._lock:
+            if self._closed:
+                raise EnvironmentFault("the sandbox was closed")
             worker = self._idle.pop() if self._idle else None
         if worker is not None and not worker.alive:
             worker.end()

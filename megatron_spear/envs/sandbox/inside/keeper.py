@@ -92,7 +92,12 @@ class Keeper:
         folder = "/tmp" if config["jailed"] else f"{config['folder']}/{os.getpid()}-{self._number}"
         pipes = [os.pipe() for _ in outputs]
         began = time.monotonic()
-        script = os.fork()
+        try:
+            script = os.fork()
+        except OSError as error:
+            why = f"fork: {error}".encode()
+            send(self._answers, ANSWER.pack(FAULT, 0, 0.0, 0, len(why), 0, len(why)) + why)
+            return False
         if script == 0:
             _become_script(config, self._control, folder, [write for _, write in pipes])
         for output, (read, write) in zip(outputs, pipes):  # noqa: B905 - Python 3.8

@@ -97,6 +97,22 @@ if __name__ == "__main__":
     assert lines[1] == "5 True ['helper.py']" and lines[2:] == ["a thread", "the end"]
 
 
+def test_processes_threads_and_loops_of_the_library(either: LocalSandbox) -> None:
+    code = """
+import asyncio, multiprocessing, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2) as pool:
+        print(pool.map(abs, [-1, -2]))
+    print(list(ThreadPoolExecutor(3).map(abs, [-3])), asyncio.run(asyncio.sleep(0, 4)))
+    print(subprocess.run([sys.executable, "-c", "print(5)"], capture_output=True).stdout)
+    print(open("/dev/stdout", "w").write("direct\\n"))
+"""
+    execution = either.run(code)
+    assert execution.stdout == "[1, 2]\n[3] 4\nb'5\\n'\ndirect\n7\n", execution
+
+
 def test_long_outputs_are_cut_and_say_so(either: LocalSandbox) -> None:
     code = "import sys\nprint('a' * 5000 + 'b' * 9000)\nsys.stderr.write('c' * 9000 + 'd' * 5000)"
     execution = either.run(code)
@@ -161,6 +177,8 @@ def test_after_a_thousand_executions_nothing_is_left(bubblewrap: None, temporary
     assert sandbox.run(seen + "print(os.listdir('/tmp'))").stdout == "3\n[]\n"
     assert len(children() - processes) == 3  # bubblewrap, its first process, the worker
     sandbox.close()
+    with pytest.raises(EnvironmentFault, match="closed"):
+        sandbox.run("print(1)")
     assert children() <= processes
     assert os.listdir("/proc/self/fd") == files
     assert Path("/proc/self/mountinfo").read_text() == mounts
