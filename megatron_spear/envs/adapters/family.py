@@ -50,8 +50,9 @@ class ReasoningGymFamily(SimpleFamily):
     @property
     def factory_options(self) -> Mapping[str, Any]:
         """The data sets."""
-        names = {"datasets", "size", "seed", "won_at"}
-        return self._section.model_dump(include=names)
+        env = self._section
+        plain = env.model_dump(include={"datasets"})
+        return {**plain, "size": env.size, "seed": env.seed, "won_at": env.won_at}
 
     def view(self) -> AgentView:
         """The answer stands between tags, behind any reasoning."""
@@ -103,7 +104,8 @@ class GemFamily(_Seeded):
     @property
     def factory_options(self) -> Mapping[str, Any]:
         """What GEM's ``make`` needs."""
-        return self._section.model_dump(include={"id", "arguments", "won_at"})
+        env = self._section
+        return {"id": env.id, "arguments": env.arguments, "won_at": env.won_at}
 
 
 class GymnasiumFamily(_Seeded):
@@ -118,7 +120,14 @@ class GymnasiumFamily(_Seeded):
     @property
     def factory_options(self) -> Mapping[str, Any]:
         """What gymnasium's ``make`` needs, and the names of actions."""
-        return self._section.model_dump(include={"id", "arguments", "actions", "won_at"})
+        env = self._section
+        assert isinstance(env, GymnasiumSection)
+        return {
+            "id": env.id,
+            "arguments": env.arguments,
+            "actions": env.actions,
+            "won_at": env.won_at,
+        }
 
 
 class SkyrlGymFamily(SimpleFamily):
@@ -133,7 +142,8 @@ class SkyrlGymFamily(SimpleFamily):
     @property
     def factory_options(self) -> Mapping[str, Any]:
         """What SkyRL Gym's ``make`` needs."""
-        return self._section.model_dump(include={"id", "arguments", "won_at"})
+        env = self._section
+        return {"id": env.id, "arguments": env.arguments, "won_at": env.won_at}
 
     def prompt(self, task: Task) -> Prompt:
         """A row; its first messages come before the first observation, which is the last one."""
@@ -178,7 +188,13 @@ class VerifiersFamily(SimpleFamily):
     @property
     def factory_options(self) -> Mapping[str, Any]:
         """What loads the taskset again."""
-        return self._section.model_dump(include={"taskset", "arguments", "num_tasks", "won_at"})
+        env = self._section
+        return {
+            "taskset": env.taskset,
+            "arguments": env.arguments,
+            "num_tasks": env.num_tasks,
+            "won_at": env.won_at,
+        }
 
     def tasks(self) -> Sequence[Task]:
         """Numbers with the tasks' own keys."""
@@ -221,3 +237,4 @@ def _rows(file: Path) -> tuple[dict[str, Any], ...]:
             ) from error
         rows.append(row)
     return tuple(rows)
+
