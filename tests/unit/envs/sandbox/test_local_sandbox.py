@@ -338,6 +338,14 @@ def test_what_is_missing_is_said(bubblewrap: None) -> None:
     sandbox.close()
 
 
+def test_an_interpreter_that_is_too_old(temporary: Path) -> None:
+    old = temporary / "python"
+    old.write_text('#!/bin/sh\necho \'[[3, 7], "/x/python", "/x", "/x", "/x"]\'\n')
+    old.chmod(0o755)
+    with pytest.raises(ConfigError, match=r"is Python 3\.7; expected 3\.8 or newer"):
+        make_local(python=str(old))
+
+
 def test_a_bubblewrap_that_cannot_start(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     fake = temporary / "bwrap"
     fake.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a namespace' >&2; exit 1\n")
