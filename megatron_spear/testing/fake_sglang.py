@@ -6,9 +6,9 @@
     loop.run(server.kill())                   # connections drop, nobody listens
     loop.run(server.start())                  # again on its port, with its first weights
 
-A token depends on the weights' name, the context and the seed, unless temperature or top_p is next
-to 0; so a generation that is gone on with, or drawn again, gives the same tokens. ``step_s`` is the
-time of a token. As SGLang does, it stops at its ``eos_token_ids`` unless told otherwise, holds
+A token depends on the weights' name, the context and the seed (not at temperature 0 or a tiny
+top_p); so a generation that is gone on with, or drawn again, gives the same tokens. ``step_s`` is
+the time of a token. As SGLang does, it stops at its ``eos_token_ids`` unless told otherwise, holds
 requests back while paused, and dies of a token id outside its vocabulary.
 """
 
@@ -26,6 +26,8 @@ Fault = Literal[
 ]
 
 _Body = dict[str, Any]
+_ONE_TOKEN = 1e-3
+"""A top_p that no second token gets into."""
 
 
 class _Drawing:
@@ -188,8 +190,8 @@ class FakeSGLang:
 
     def token(self, context: list[int], params: _Body) -> int:
         """The next token of a context."""
-        free = params["temperature"] > 0 and params.get("top_p", 1.0) > 0.01
-        seed = params["sampling_seed"] if free else 0
+        greedy = not params["temperature"] or params["top_p"] < _ONE_TOKEN
+        seed = 0 if greedy else params["sampling_seed"]
         key = repr((self.weights, len(context), context[-1], seed))
         return zlib.crc32(key.encode()) % self.vocab_size
 

@@ -109,6 +109,23 @@ def test_the_same_model_and_panel_give_the_same_attempts(
     assert after == before[::2]
 
 
+def test_a_server_plays_the_same_attempts(
+    played: tuple[Path, Any], model: Path, games: Path, command: Command, tmp_path: Path
+) -> None:
+    """It is given the model's weights, and draws with the same seeds and top_p."""
+    from megatron_spear.testing.serve import serve_in_process
+
+    out = tmp_path / "served"
+    with serve_in_process(model, "--max-context", 512) as served:
+        command(
+            "evaluate", str(model), "--env=alfworld", f"--panel={games}", "-n", "2", "--top-p=0.9",
+            f"--out={out}", "env.max_turns=3", "run.threads=1", "rollout.engine=sglang",
+            f"rollout.servers=[{served.url}]",
+        )  # fmt: skip
+    before, after = (path / "trajectories.jsonl" for path in (played[0], out))
+    assert after.read_text() == before.read_text()
+
+
 def test_results_in_the_way_are_kept(
     played: tuple[Path, Any], model: Path, games: Path, command: Command
 ) -> None:
