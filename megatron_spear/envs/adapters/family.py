@@ -50,8 +50,8 @@ class ReasoningGymFamily(SimpleFamily):
     @property
     def factory_options(self) -> Mapping[str, Any]:
         """The data sets."""
-        names = {"datasets", "size", "seed", "won_at"}
-        return self._section.model_dump(include=names)
+        env = self._section
+        return {"datasets": env.datasets, "size": env.size, "seed": env.seed, "won_at": env.won_at}
 
     def view(self) -> AgentView:
         """The answer stands between tags, behind any reasoning."""
@@ -90,6 +90,12 @@ class _Seeded(SimpleFamily):
         require_library(section.type)
         self._section = section
 
+    @property
+    def factory_options(self) -> Mapping[str, Any]:
+        """What the library's ``make`` needs."""
+        env = self._section
+        return {"id": env.id, "arguments": env.arguments, "won_at": env.won_at}
+
     def make_task(self, rng: random.Random) -> Task:
         """A seed."""
         return {"seed": rng.randrange(_LARGEST_SEED)}
@@ -100,11 +106,6 @@ class GemFamily(_Seeded):
 
     environment = GemEnvironment
 
-    @property
-    def factory_options(self) -> Mapping[str, Any]:
-        """What GEM's ``make`` needs."""
-        return self._section.model_dump(include={"id", "arguments", "won_at"})
-
 
 class GymnasiumFamily(_Seeded):
     """One of gymnasium's environments; a wrong id, space or name is told at once."""
@@ -113,12 +114,13 @@ class GymnasiumFamily(_Seeded):
 
     def __init__(self, section: GymnasiumSection) -> None:
         super().__init__(section)
+        self._actions = section.actions
         GymnasiumEnvironment(**self.factory_options).close()
 
     @property
     def factory_options(self) -> Mapping[str, Any]:
-        """What gymnasium's ``make`` needs, and the names of actions."""
-        return self._section.model_dump(include={"id", "arguments", "actions", "won_at"})
+        """The same with the names of actions."""
+        return {**super().factory_options, "actions": self._actions}
 
 
 class SkyrlGymFamily(SimpleFamily):
@@ -133,7 +135,8 @@ class SkyrlGymFamily(SimpleFamily):
     @property
     def factory_options(self) -> Mapping[str, Any]:
         """What SkyRL Gym's ``make`` needs."""
-        return self._section.model_dump(include={"id", "arguments", "won_at"})
+        env = self._section
+        return {"id": env.id, "arguments": env.arguments, "won_at": env.won_at}
 
     def prompt(self, task: Task) -> Prompt:
         """A row; its first messages come before the first observation, which is the last one."""
@@ -178,7 +181,9 @@ class VerifiersFamily(SimpleFamily):
     @property
     def factory_options(self) -> Mapping[str, Any]:
         """What loads the taskset again."""
-        return self._section.model_dump(include={"taskset", "arguments", "num_tasks", "won_at"})
+        env = self._section
+        loaded = {"taskset": env.taskset, "arguments": env.arguments, "num_tasks": env.num_tasks}
+        return {**loaded, "won_at": env.won_at}
 
     def tasks(self) -> Sequence[Task]:
         """Numbers with the tasks' own keys."""
