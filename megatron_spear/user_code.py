@@ -4,6 +4,7 @@ Hooks and environments are loaded with it, also in environment workers: so no py
 Every message begins with ``place``, which says where the name was written.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import re
@@ -96,6 +97,12 @@ def code_path(found: type) -> str:
             "that is named in the settings, or of a module that can be imported"
         )
     return f"{module.removeprefix(_FILE)}:{name}"
+
+
+def source_sha256(kind: type) -> str:
+    """sha256 of the file that a class is written in; "" where there is none."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -29,6 +29,16 @@ fi
 if ! command -v bwrap >/dev/null; then
     try_install bubblewrap bubblewrap
 fi
+# Questions for the tests of its adapter; they are skipped where its pycosat cannot be compiled.
+install_reasoning_gym() {
+    local find='import importlib.util, sys; sys.exit(importlib.util.find_spec("reasoning_gym") is None)'
+    if "$bin/python" -c "$find"; then return; fi
+    echo "test: installing reasoning-gym"
+    timeout 300 "$bin/python" -m pip --disable-pip-version-check install -q \
+        --constraint tools/constraints-cpu.txt reasoning-gym >/dev/null 2>&1 ||
+        echo "test: reasoning-gym could not be installed; its tests are skipped"
+}
+install_reasoning_gym
 # A file's tests run in one process, as they share results of ranks and whole runs; in this order, in
 # which the long files come first.
 export OMP_NUM_THREADS=1 # two processes on two cores

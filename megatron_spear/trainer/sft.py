@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_spear.algorithms.policy_loss import NllLoss, finish_metrics
+from megatron_spear.config.environments.custom import CustomSection
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.hf_io import write_hf_folder
 from megatron_spear.data.packing import PackedStep, pack
@@ -23,14 +24,18 @@ from megatron_spear.trainer.models import made_once
 from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.seeds import warm_start_games
 from megatron_spear.types import Origin
+from megatron_spear.user_code import source_sha256
 
 _FORMAT = 3  # raise it when demonstrations or rendering change, so that old caches are not used
 
 
 def cached_folder(config: RunConfig, model: Path) -> Path:
     """Where the warm start of these settings lies (or will lie): a name from a hash of all that it
-    is made from, the contents of the model and of loaded games included."""
-    env = {**config.env.model_dump(mode="json"), **family_of(config.env).contents()}
+    is made from, the contents of the model, of loaded games and of a user's own file included."""
+    family = family_of(config.env)
+    env = {**config.env.model_dump(mode="json"), **family.contents()}
+    if isinstance(config.env, CustomSection):
+        env["code"] = source_sha256(type(family))
     made_from = {
         "format": _FORMAT,
         "model": _fingerprint(model),

@@ -51,8 +51,7 @@ class ReasoningGymFamily(SimpleFamily):
     def factory_options(self) -> Mapping[str, Any]:
         """The data sets."""
         env = self._section
-        plain = env.model_dump(include={"datasets"})
-        return {**plain, "size": env.size, "seed": env.seed, "won_at": env.won_at}
+        return {"datasets": env.datasets, "size": env.size, "seed": env.seed, "won_at": env.won_at}
 
     def view(self) -> AgentView:
         """The answer stands between tags, behind any reasoning."""
@@ -91,6 +90,12 @@ class _Seeded(SimpleFamily):
         require_library(section.type)
         self._section = section
 
+    @property
+    def factory_options(self) -> Mapping[str, Any]:
+        """What the library's ``make`` needs."""
+        env = self._section
+        return {"id": env.id, "arguments": env.arguments, "won_at": env.won_at}
+
     def make_task(self, rng: random.Random) -> Task:
         """A seed."""
         return {"seed": rng.randrange(_LARGEST_SEED)}
@@ -101,12 +106,6 @@ class GemFamily(_Seeded):
 
     environment = GemEnvironment
 
-    @property
-    def factory_options(self) -> Mapping[str, Any]:
-        """What GEM's ``make`` needs."""
-        env = self._section
-        return {"id": env.id, "arguments": env.arguments, "won_at": env.won_at}
-
 
 class GymnasiumFamily(_Seeded):
     """One of gymnasium's environments; a wrong id, space or name is told at once."""
@@ -115,19 +114,13 @@ class GymnasiumFamily(_Seeded):
 
     def __init__(self, section: GymnasiumSection) -> None:
         super().__init__(section)
+        self._actions = section.actions
         GymnasiumEnvironment(**self.factory_options).close()
 
     @property
     def factory_options(self) -> Mapping[str, Any]:
-        """What gymnasium's ``make`` needs, and the names of actions."""
-        env = self._section
-        assert isinstance(env, GymnasiumSection)
-        return {
-            "id": env.id,
-            "arguments": env.arguments,
-            "actions": env.actions,
-            "won_at": env.won_at,
-        }
+        """The same with the names of actions."""
+        return {**super().factory_options, "actions": self._actions}
 
 
 class SkyrlGymFamily(SimpleFamily):
@@ -164,10 +157,10 @@ class SkyrlGymFamily(SimpleFamily):
             )
         return PoolPrompts([self.prompt(row) for row in rows], order_seed)
 
-    def panel(self, size: int | None, made_seed: int) -> Panel:
-        """The first rows of ``env.eval_file`` by their hashes, or all of them."""
+    def panel(self, size: int, made_seed: int) -> Panel:
+        """A spread of the rows of ``env.eval_file``, sorted by their hashes."""
         rows = {self._key(row): row for row in _rows(self._section.eval_file)}
-        if len(rows) < (size or 1):
+        if len(rows) < size:
             raise DataError(
                 f"evaluation.games: got {size}, but env.eval_file={self._section.eval_file} has "
                 f"{len(rows)} different rows; lower evaluation.games"
@@ -189,12 +182,8 @@ class VerifiersFamily(SimpleFamily):
     def factory_options(self) -> Mapping[str, Any]:
         """What loads the taskset again."""
         env = self._section
-        return {
-            "taskset": env.taskset,
-            "arguments": env.arguments,
-            "num_tasks": env.num_tasks,
-            "won_at": env.won_at,
-        }
+        loaded = {"taskset": env.taskset, "arguments": env.arguments, "num_tasks": env.num_tasks}
+        return {**loaded, "won_at": env.won_at}
 
     def tasks(self) -> Sequence[Task]:
         """Numbers with the tasks' own keys."""
@@ -237,4 +226,3 @@ def _rows(file: Path) -> tuple[dict[str, Any], ...]:
             ) from error
         rows.append(row)
     return tuple(rows)
-

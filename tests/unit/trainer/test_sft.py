@@ -70,3 +70,14 @@ def test_the_name_depends_on_the_games_and_not_on_where_they_lie(
     assert _name(model, f"env.games={same}") == before != _name(model)
     _games(one, number=1)
     assert _name(model, f"env.games={one}") != before
+
+
+def test_the_name_depends_on_the_users_own_code(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "number_game.py"
+    example = Path(__file__).parents[3] / "examples" / "custom" / "number_game.py"
+    file.write_text(example.read_text())
+    settings = ("env.type=custom", f"env.family={file}:NumberGame")
+    before = _name(model, *settings)
+    assert _name(model, *settings) == before != _name(model, *settings, "env.settings.width=9")
+    file.write_text(example.read_text() + "# another\n")
+    assert _name(model, *settings) != before
