@@ -5,7 +5,11 @@ from typing import Literal
 
 from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.base import WindowHistory
-from megatron_spear.config.environments.math_code import MathCodeSection
+from megatron_spear.config.environments.math_code import (
+    GRADER_CLOCK_FACTOR,
+    SANDBOX_GRACE_S,
+    MathCodeSection,
+)
 from megatron_spear.config.layout import layout_problems
 from megatron_spear.config.method import TaskSamplingSection
 from megatron_spear.config.precision import (
@@ -224,11 +228,33 @@ def _deadlines(config: RunConfig) -> Iterator[str]:
     }
     if rollout.engine != "embedded":
         deadlines["weight_sync.deadline_s"] = config.weight_sync.deadline_s
+    yield from _program_deadlines(config)
     for name, deadline_s in deadlines.items():
         if deadline_s >= limit_s:
             yield (
                 f"{name}={deadline_s:g} is not below run.hang_limit_s={limit_s:g}, after which a "
                 "wait ends the run; lower the first or raise the second"
+            )
+
+
+def _program_deadlines(config: RunConfig) -> Iterator[str]:
+    """One step of math with code waits for its programs, or for the grader."""
+    env, deadline_s = config.env, config.rollout.env_deadline_s
+    if not isinstance(env, MathCodeSection):
+        return
+    calls, each_s = env.max_calls_per_turn, env.sandbox.timeout_s + SANDBOX_GRACE_S
+    for seconds, what in (
+        (
+            calls * each_s,
+            f"{calls} call(s) of env.max_calls_per_turn, each of env.sandbox.timeout_s and "
+            f"{SANDBOX_GRACE_S:g} s of grace",
+        ),
+        (env.grader_limit_s * GRADER_CLOCK_FACTOR, "env.grader_limit_s by the clock"),
+    ):
+        if seconds >= deadline_s:
+            yield (
+                f"rollout.env_deadline_s={deadline_s:g} is not above the {seconds:g} s of {what}: "
+                "attempts would fail instead of being told; raise the first or lower the others"
             )
 
 

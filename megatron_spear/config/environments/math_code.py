@@ -7,8 +7,15 @@ from pydantic import Field
 
 from megatron_spear.config.base import PositiveFloat, PositiveInt, Section
 from megatron_spear.config.environments.base import EnvironmentSection
+from megatron_spear.config.environments.sandbox import SandboxSection
 
 ArithmeticKind = Literal["sum", "product", "mixed", "remainder", "range"]
+
+
+GRADER_CLOCK_FACTOR = 6.0
+"""What ``grader_limit_s`` may take by the clock, on a busy machine."""
+SANDBOX_GRACE_S = 10.0
+"""How late a sandbox's answer may be before it counts as broken (`envs.sandbox.local.GRACE_S`)."""
 
 
 class ArithmeticSection(Section):
@@ -38,6 +45,8 @@ class MathCodeSection(EnvironmentSection):
     template lists it."""
     max_turns: PositiveInt = 8
     """Answers after which an attempt is over (paper: 8)."""
+    sandbox: SandboxSection = SandboxSection()
+    """What runs the programs (paper: 30 s, 1024 MB)."""
     max_calls_per_turn: PositiveInt = 1
     """Calls of the interpreter that run in one answer; further ones are refused."""
     max_output_chars: PositiveInt = 8000

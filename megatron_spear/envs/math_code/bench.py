@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_spear.envs.math_code.grading import Grader, GraderName
-from megatron_spear.envs.math_code.interpreter import Runs
+from megatron_spear.envs.sandbox.execution import Sandbox
+from megatron_spear.envs.sandbox.make import make_sandbox
 
 
 class Bench:
     """A sandbox and a grader with the number of environments that use them."""
 
-    def __init__(self, sandbox: Runs, grader: Grader) -> None:
+    def __init__(self, sandbox: Sandbox, grader: Grader) -> None:
         self.sandbox, self.grader = sandbox, grader
         self.users = 0
 
@@ -28,8 +29,6 @@ _LOCK = threading.Lock()
 
 def take_bench(sandbox: Mapping[str, Any], grader: GraderName, limit_s: float) -> Bench:
     """The bench of these settings, made for its first user; give it back with `leave_bench`."""
-    from megatron_spear.envs.sandbox import make_sandbox
-
     key = json.dumps([dict(sandbox), grader, limit_s], sort_keys=True, default=str)
     with _LOCK:
         if key not in _BENCHES:

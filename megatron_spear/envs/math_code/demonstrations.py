@@ -10,7 +10,6 @@ import io
 import random
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_spear.envs.demonstration import Demonstration, DemonstrationTurn
@@ -19,6 +18,7 @@ from megatron_spear.envs.math_code.bench import Bench
 from megatron_spear.envs.math_code.environment import MathCodeEnvironment
 from megatron_spear.envs.math_code.grading import Grader
 from megatron_spear.envs.math_code.prompts import answer_text, call_text
+from megatron_spear.envs.sandbox.execution import Execution
 
 MAX_SLIPS = 2  # most slips in a row
 
@@ -71,17 +71,10 @@ def _own_bench(*_: Any) -> Bench:
     return Bench(_OwnCode(), Grader("tolerant"))
 
 
-@dataclass(frozen=True)
-class _Ran:
-    stdout: str
-    stderr: str
-    status: str
-
-
 class _OwnCode:
     """Runs programs that this module has written itself."""
 
-    def run(self, code: str) -> _Ran:
+    def run(self, code: str) -> Execution:
         """Run a program."""
         printed = io.StringIO()
         try:
@@ -89,8 +82,8 @@ class _OwnCode:
                 exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         except Exception as error:  # noqa: BLE001 - a slip's, shown as an interpreter shows it
             told = "".join(traceback.format_exception_only(error))
-            return _Ran(printed.getvalue(), told, "error")
-        return _Ran(printed.getvalue(), "", "ok")
+            return Execution(printed.getvalue(), told, "error", 0.0)
+        return Execution(printed.getvalue(), "", "ok", 0.0)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -23,6 +23,7 @@ from megatron_spear.envs.math_code.problems import (
 )
 from megatron_spear.envs.math_code.prompts import MathView, math_view
 from megatron_spear.envs.math_code.vocabulary import PHRASES, math_words
+from megatron_spear.envs.sandbox.make import check_sandbox
 from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.types import Prompt
 
@@ -42,7 +43,8 @@ class MathCodeFamily(EnvironmentFamily):
     @property
     def factory_options(self) -> dict[str, Any]:
         """The environment's settings; a sandbox that cannot work here is a ConfigError."""
-        return {**self._tool_options(), "sandbox": {}}
+        check_sandbox(self._section.sandbox)
+        return {**self._tool_options(), "sandbox": self._section.sandbox.model_dump(mode="json")}
 
     def view(self) -> MathView:
         """The view of ``env.prompt``."""

@@ -27,8 +27,8 @@ MAX_ANSWER_CHARS = 1000
 """Longer answers are wrong: no answer of a data set has a tenth of it."""
 _MEMORY_BYTES = 2 << 30
 _START_S = 120.0
-# CPU time is what is limited; on a busy machine it takes this much longer by the clock.
-_CLOCK_FACTOR = 6.0
+CLOCK_FACTOR = 6.0
+"""CPU time is what is limited; on a busy machine it may take this much longer by the clock."""
 _CHILD = "from megatron_spear.envs.math_code.grader_child import main; main()"
 
 
@@ -92,7 +92,7 @@ class Grader:
         """End the grading processes; one that grades at the moment ends when it has."""
         for _ in range(self._processes):
             with contextlib.suppress(queue.Empty):
-                process = self._idle.get(timeout=self._limit_s * _CLOCK_FACTOR + _START_S)
+                process = self._idle.get(timeout=self._limit_s * CLOCK_FACTOR + _START_S)
                 if process is not None:
                     process.end()
         for _ in range(self._processes):
@@ -119,7 +119,7 @@ class _Process:
     """One grading process. It ends when its stdin closes, so also with this process."""
 
     def __init__(self, limit_s: float) -> None:
-        self._wait_s = limit_s * _CLOCK_FACTOR
+        self._wait_s = limit_s * CLOCK_FACTOR
         self._child = subprocess.Popen(
             [sys.executable, "-c", _CHILD, str(limit_s), str(_MEMORY_BYTES)],
             stdin=subprocess.PIPE,

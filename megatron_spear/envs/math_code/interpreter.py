@@ -1,8 +1,8 @@
 """Python as a tool: the code of a call made ready to run, and what came of it as a text."""
 
 import re
-from typing import Protocol
 
+from megatron_spear.envs.sandbox.execution import Execution
 from megatron_spear.envs.tools.tool import ToolFailure
 
 NO_OUTPUT = "(no output; print what you want to see)"
@@ -16,37 +16,6 @@ _ENDS = {
 _FENCE = re.compile(r"```[ \t]*(?:[Pp]ython3?|py)?[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 
 
-class Ran(Protocol):
-    """What a sandbox says of one run (`envs.sandbox.Execution`)."""
-
-    @property
-    def stdout(self) -> str:
-        """What was printed."""
-        ...
-
-    @property
-    def stderr(self) -> str:
-        """Error texts."""
-        ...
-
-    @property
-    def status(self) -> str:
-        """``ok``, or how it failed."""
-        ...
-
-
-class Runs(Protocol):
-    """What runs code (`envs.sandbox.Sandbox`)."""
-
-    def run(self, code: str) -> Ran:
-        """Run a program to its end."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
-
-
 def unfenced(code: str) -> str:
     """The code within the first Markdown fence, or all of it where there is none.
 
@@ -56,7 +25,7 @@ def unfenced(code: str) -> str:
     return found[1] if found else code
 
 
-def output_text(ran: Ran, stderr_lines: int) -> str:
+def output_text(ran: Execution, stderr_lines: int) -> str:
     """What the model reads of a run: what was printed, and after a failure why.
 
     The released tool shows stdout alone; here the last ``stderr_lines`` lines of stderr follow it

@@ -15,7 +15,12 @@ import pytest
 from megatron_spear.envs.alfworld.environment import AlfworldEnvironment
 from megatron_spear.envs.alfworld.game import GameFile
 from megatron_spear.envs.alfworld.prompts import alfworld_view
+from megatron_spear.envs.math_code.bench import Bench
+from megatron_spear.envs.math_code.environment import MathCodeEnvironment
+from megatron_spear.envs.math_code.grading import Grader
+from megatron_spear.envs.math_code.prompts import math_view
 from megatron_spear.envs.protocol import StepResult, TextEnvironment
+from megatron_spear.envs.sandbox.execution import Execution
 from megatron_spear.envs.tools.parsing import MAX_CALLS, parse_answer
 from megatron_spear.envs.tools.view import ToolView
 from megatron_spear.envs.views import AgentView
@@ -108,6 +113,33 @@ def _grade(text: str) -> None:
     assert isinstance(unreadable(text), bool)
 
 
+class _FixedOutput:
+    """A sandbox that runs nothing."""
+
+    def run(self, code: str) -> Execution:
+        return Execution("7\n", "", "ok", 0.0) if len(code) % 2 else Execution("", "", "error", 0.0)
+
+    def close(self) -> None:
+        pass
+
+
+def _math() -> Callable[[str], None]:
+    environment = MathCodeEnvironment(
+        sandbox={}, make_bench=lambda *_: Bench(_FixedOutput(), Grader("official_strict"))
+    )
+    return _play(environment, {"problem": "What is 3 / 4?", "answer": "\\frac{3}{4}"})
+
+
+def _grade_by_value() -> Callable[[str], None]:
+    grader = Grader("tolerant", limit_s=1.0)
+
+    def grade_one(text: str) -> None:
+        verdict = grader.grade(text, TRUTHS[len(text) % len(TRUTHS)])
+        assert type(verdict.right) is bool and not (verdict.right and verdict.fault)
+
+    return grade_one
+
+
 TARGETS = [
     Target("tool call parser", 1, lambda: _parse),
     Target(
@@ -119,6 +151,9 @@ TARGETS = [
     Target("tool environment", 5, lambda: _play(MarketEnvironment(), {"item": "fig"})),
     Target("alfworld", 5, _alfworld),
     Target("graders", 10, lambda: _grade),
+    Target("math view", 5, lambda: functools.partial(_tool_view, math_view("official"))),
+    Target("math environment", 5, _math),
+    Target("answers by value", 10, _grade_by_value),
 ]
 
 

@@ -5,12 +5,14 @@ import time
 
 import pytest
 
-from megatron_spear.envs.math_code.bench import _BENCHES, Bench
+from megatron_spear.envs.math_code import bench
+from megatron_spear.envs.math_code.bench import Bench
 from megatron_spear.envs.math_code.demonstrations import demonstration_environment
 from megatron_spear.envs.math_code.environment import MathCodeEnvironment
 from megatron_spear.envs.math_code.grading import Grader
 from megatron_spear.envs.math_code.interpreter import NO_OUTPUT, output_text, unfenced
 from megatron_spear.envs.math_code.prompts import answer_text, call_text, math_view
+from megatron_spear.envs.sandbox.execution import Execution
 from megatron_spear.envs.tools.tool import ToolFailure
 from megatron_spear.errors import DataError, EnvironmentFault
 from megatron_spear.testing.environments import check_environment
@@ -18,9 +20,8 @@ from megatron_spear.testing.environments import check_environment
 OPTIONS = {"problem": "What is 37 times 58?", "answer": "2146"}
 
 
-class _Ran:
-    def __init__(self, stdout="", stderr="", status="ok"):
-        self.stdout, self.stderr, self.status = stdout, stderr, status
+def ran(stdout="", stderr="", status="ok"):
+    return Execution(stdout, stderr, status, 0.0)
 
 
 class _Scripted:
@@ -32,7 +33,7 @@ class _Scripted:
 
     def run(self, code):
         self.programs.append(code)
-        answer = self._answers.pop(0) if self._answers else _Ran("7\n")
+        answer = self._answers.pop(0) if self._answers else ran("7\n")
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -107,32 +108,31 @@ def test_an_answer_within_a_thought_does_not_count():
 
 def test_a_failing_program_is_told_and_no_invalid_turn():
     trace = "Traceback (most recent call last):\n  File x\nZeroDivisionError: division by zero\n"
-    environment = started(_Scripted(_Ran("1\n", trace, "error")), stderr_lines=1)
+    environment = started(_Scripted(ran("1\n", trace, "error")), stderr_lines=1)
     result = environment.step(call_text("print(1)\n1/0"))
     assert result.observation == "1\nZeroDivisionError: division by zero"
     assert result.info["valid"] and not result.info["tool_calls"][0]["succeeded"]
 
 
 @pytest.mark.parametrize(
-    ("ran", "text"),
+    ("execution", "text"),
     [
-        (_Ran("", "a\nb\nc\n", "error"), "b\nc"),
-        (_Ran("", "", "error"), "error: the program ended with another exit status than 0"),
-        (_Ran("1\n", "", "timeout"), "1\nerror: the program took too long and was stopped"),
-        (_Ran("", "MemoryError\n", "memory"), "MemoryError"),
-        (_Ran("", "", "memory"), "error: the program wanted more memory than it may have"),
-        (_Ran("", "", "unheard-of"), "error: unheard-of"),
+        (ran("", "a\nb\nc\n", "error"), "b\nc"),
+        (ran("", "", "error"), "error: the program ended with another exit status than 0"),
+        (ran("1\n", "", "timeout"), "1\nerror: the program took too long and was stopped"),
+        (ran("", "MemoryError\n", "memory"), "MemoryError"),
+        (ran("", "", "memory"), "error: the program wanted more memory than it may have"),
     ],
 )
-def test_what_is_told_of_a_failure(ran, text):
+def test_what_is_told_of_a_failure(execution, text):
     with pytest.raises(ToolFailure) as raised:
-        output_text(ran, 2)
+        output_text(execution, 2)
     assert str(raised.value).startswith(text)
 
 
 def test_a_program_that_prints_nothing_is_told_so():
-    assert output_text(_Ran(" \n"), 2) == NO_OUTPUT
-    assert output_text(_Ran("a\n\n", "a warning"), 2) == "a"
+    assert output_text(ran(" \n"), 2) == NO_OUTPUT
+    assert output_text(ran("a\n\n", "a warning"), 2) == "a"
 
 
 @pytest.mark.parametrize(
@@ -168,13 +168,13 @@ def test_calls_beyond_the_limit_are_refused():
 
 
 def test_long_output_is_shortened():
-    environment = started(_Scripted(_Ran("x" * 5000)), max_output_chars=100)
+    environment = started(_Scripted(ran("x" * 5000)), max_output_chars=100)
     reply = environment.step(call_text("print('x' * 5000)")).observation
     assert len(reply) < 150 and "left out" in reply
 
 
 def test_the_anchor_is_what_was_read():
-    sandbox = _Scripted(_Ran("1"), _Ran("2"), _Ran("1"), _Ran("2"))
+    sandbox = _Scripted(ran("1"), ran("2"), ran("1"), ran("2"))
     anchors = []
     for code in ("print(1)", "print(3 - 2)"):
         environment = started(sandbox)
@@ -201,7 +201,7 @@ def test_hostile_answers_take_bounded_time():
         result = started().step(text)
         assert not result.info["valid"] and not result.info["won"]
     for code in ("\x00", "\ud800", "```" * 100_000, "`" * 300_000, "```\n" * 50_000):
-        result = started(_Scripted(_Ran("\x00"))).step(call_text(code))
+        result = started(_Scripted(ran("\x00"))).step(call_text(code))
         assert result.observation == "\x00"
     assert time.monotonic() - began < 20.0
 
@@ -213,8 +213,7 @@ def test_environments_of_one_process_share_a_bench(monkeypatch):
         made.append(_Scripted())
         return made[-1]
 
-    sandbox_package = pytest.importorskip("megatron_spear.envs.sandbox")
-    monkeypatch.setattr(sandbox_package, "make_sandbox", make_sandbox, raising=False)
+    monkeypatch.setattr(bench, "make_sandbox", make_sandbox)
     first, second, other = (MathCodeEnvironment(sandbox={"time_s": number}) for number in (1, 1, 2))
     for environment in (first, second, other):
         environment.reset(seed=0, options=OPTIONS)
@@ -226,7 +225,7 @@ def test_environments_of_one_process_share_a_bench(monkeypatch):
     second.close()
     assert made[0].closed and not made[1].closed
     other.close()
-    assert made[1].closed and not _BENCHES
+    assert made[1].closed and not bench._BENCHES
     first.reset(seed=0, options=OPTIONS)
     assert len(made) == 3
     first.close()

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_spear.config.environments import math_code as settings
 from megatron_spear.config.load import load_config
 from megatron_spear.conversion.word_tokenizer import make_tokenizer
 from megatron_spear.envs.family import family_of
+from megatron_spear.envs.math_code import grading
 from megatron_spear.envs.math_code.arithmetic import ARITHMETIC_KINDS, is_held_out
 from megatron_spear.envs.math_code.environment import MathCodeEnvironment
+from megatron_spear.envs.sandbox import local
 from megatron_spear.errors import ConfigError, DataError
 
 
@@ -85,9 +88,9 @@ def test_files_that_are_all_on_the_panel(tmp_path):
 
 
 def demonstrations(count: int, *overrides: str):
-    settings = config(*overrides)
-    made = family_of(settings.env)
-    return [made.demonstration(settings.sft, 1, index) for index in range(count)]
+    run = config(*overrides)
+    made = family_of(run.env)
+    return [made.demonstration(run.sft, 1, index) for index in range(count)]
 
 
 def test_a_demonstration_calls_reads_and_answers():
@@ -148,3 +151,9 @@ def test_the_official_view_lists_the_tool_and_says_what_to_do():
     assert reply == {"role": "tool", "content": "2"}
     compact = family().view()
     assert compact.tools == () and len(compact.full("What is 1+1?", {}, 0)) == 1
+
+
+def test_the_settings_know_what_waits_for_how_long():
+    assert settings.GRADER_CLOCK_FACTOR == grading.CLOCK_FACTOR
+    assert settings.SANDBOX_GRACE_S == local.GRACE_S
+    assert settings.MathCodeSection().sandbox.timeout_s == 30.0

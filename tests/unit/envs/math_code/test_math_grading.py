@@ -91,7 +91,9 @@ def test_a_bomb_is_wrong_in_bounded_time(grader, answer):
 @needs_algebra
 def test_after_a_bomb_the_next_answer_is_graded(grader):
     verdict = grader.grade(boxed("9^{9^{9^{9}}}"), "x + 1")
-    assert not verdict.right and f"status {-signal.SIGPROF}" in verdict.fault
+    # By CPU time, or by the clock where the machine is busy.
+    assert not verdict.right
+    assert f"status {-signal.SIGPROF}" in verdict.fault or "not graded within" in verdict.fault
     assert grader.grade(boxed("1 + x"), "x + 1").right
 
 
