@@ -157,10 +157,10 @@ class SkyrlGymFamily(SimpleFamily):
             )
         return PoolPrompts([self.prompt(row) for row in rows], order_seed)
 
-    def panel(self, size: int, made_seed: int) -> Panel:
-        """A spread of the rows of ``env.eval_file``, sorted by their hashes."""
+    def panel(self, size: int | None, made_seed: int) -> Panel:
+        """The first rows of ``env.eval_file`` by their hashes, or all of them."""
         rows = {self._key(row): row for row in _rows(self._section.eval_file)}
-        if len(rows) < size:
+        if len(rows) < (size or 1):
             raise DataError(
                 f"evaluation.games: got {size}, but env.eval_file={self._section.eval_file} has "
                 f"{len(rows)} different rows; lower evaluation.games"

@@ -24,6 +24,9 @@ from megatron_spear.envs.sandbox.execution import Execution
 from megatron_spear.envs.tools.parsing import MAX_CALLS, parse_answer
 from megatron_spear.envs.tools.view import ToolView
 from megatron_spear.envs.views import AgentView
+from megatron_spear.envs.webshop.environment import WebshopEnvironment
+from megatron_spear.envs.webshop.generator import generate_goal, generate_products
+from megatron_spear.envs.webshop.prompts import webshop_view
 from megatron_spear.rewards.graders import grade, official_minerva, official_strict
 from megatron_spear.rewards.row_filters import unreadable
 from megatron_spear.rewards.tool_calls import tool_reward
@@ -105,6 +108,11 @@ def _alfworld() -> Callable[[str], None]:
     return _play(AlfworldEnvironment(), {"game": game.to_fields(), "admissible": True})
 
 
+def _webshop() -> Callable[[str], None]:
+    goal = generate_goal(generate_products(0, 200), ["fashion"], 0, 0, held_out=False)
+    return _play(WebshopEnvironment(), {"goal": goal.to_fields(), "admissible": True})
+
+
 def _grade(text: str) -> None:
     truth = TRUTHS[len(text) % len(TRUTHS)]
     assert grade(text, truth).score in (0.0, 1.0)
@@ -150,6 +158,8 @@ TARGETS = [
     Target("official view", 5, lambda: functools.partial(_view, alfworld_view("official"))),
     Target("tool environment", 5, lambda: _play(MarketEnvironment(), {"item": "fig"})),
     Target("alfworld", 5, _alfworld),
+    Target("webshop view", 5, lambda: functools.partial(_view, webshop_view("official"))),
+    Target("webshop", 10, _webshop),
     Target("graders", 10, lambda: _grade),
     Target("math view", 5, lambda: functools.partial(_tool_view, math_view("official"))),
     Target("math environment", 5, _math),
