@@ -20,7 +20,7 @@ class Attempt:
     held: bool = True
     """Whether it says that it was held."""
     short: bool = False
-    """It goes on until it is stopped: it gets a second and 256 MB."""
+    """It goes on until it is stopped: it gets a second, or little memory where it ends for that."""
 
 
 def refused(name: str, code: str, *errors: str) -> Attempt:

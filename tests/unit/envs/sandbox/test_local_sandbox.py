@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_local
+from local_sandboxes import make_local
 
 import megatron_spear
 from megatron_spear.envs.sandbox import bubblewrap as bubblewrap_module
@@ -223,6 +223,7 @@ def test_a_worker_that_hangs_is_replaced(
 
 def test_workers_run_at_the_same_time(bubblewrap: None) -> None:
     sandbox = make_local(workers=2)
+    sandbox._idle += [sandbox._starter.submit(sandbox._start).result() for _ in range(2)]
     found: list[Execution] = []
     code = "import time; a = time.time(); time.sleep(2); print(a, time.time())"
     threads = [threading.Thread(target=lambda: found.append(sandbox.run(code))) for _ in range(3)]
@@ -247,7 +248,7 @@ def _wait(what: Callable[[], bool]) -> bool:
 
 def test_it_ends_with_the_process_that_it_belongs_to(bubblewrap: None) -> None:
     program = (
-        "from conftest import make_local; s = make_local(timeout_s=99.0); s.run(''); "
+        "from local_sandboxes import make_local; s = make_local(timeout_s=99.0); s.run(''); "
         "print('up', flush=True); s.run('import os, time; os.fork(); time.sleep(90)')"
     )
     paths = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
