@@ -182,7 +182,7 @@ def test_settings_by_type():
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bm25s, Stemmer, rapidfuzz.*megatron-spear\[webshop\]"):
-        family_of(GENERATED)
+        WebshopFamily(GENERATED)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the human goals of ../shared/data/webshop")
