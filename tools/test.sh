@@ -27,7 +27,7 @@ install_slurm
 # A file's tests run in one process, as they share results of ranks and whole runs; in this order, in
 # which the long files come first.
 export OMP_NUM_THREADS=1 # two processes on two cores
-"$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+"$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30 \
     -m "not gpu and not slurm and not real_engine"
 # One at a time: their jobs have nodes of this machine to themselves.
 "$bin/python" -m pytest -m slurm tests/slurm

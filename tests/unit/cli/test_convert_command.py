@@ -69,7 +69,9 @@ def test_mistakes_are_one_message(
 
 
 SLOW = """
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 from megatron_spear.cli.main import main
 from megatron_spear.conversion import convert
 write = convert._write_distcp
