@@ -3,6 +3,8 @@
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from webshop_cases import CHAIR, LAMP, SHIRT, goal, write_files
 
 from megatron_spear.envs.webshop.environment import WebshopEnvironment
@@ -157,3 +159,21 @@ def test_any_words_can_be_searched_for(make, words):
     result = environment.step(f"search[{words}]")
     assert result.info["valid"]
     assert "Page 1" in result.observation
+
+
+_ANYTHING = st.text(alphabet=st.characters(codec=None), max_size=40)
+_FORMS = st.sampled_from(["{}", "search[{}]", "click[{}]", "search[{}", "click[[{}]]", "{}]click["])
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(st.tuples(_FORMS, _ANYTHING), min_size=1, max_size=8), rich=st.booleans())
+def test_any_text_is_answered(texts, rich):
+    environment = WebshopEnvironment(observation="text_rich" if rich else "text")
+    seen, _ = enter(environment)
+    for form, text in texts:
+        result = environment.step(form.replace("{}", text))
+        assert not result.terminated
+        assert result.reward == 0.0
+        if not result.info["valid"]:
+            assert result.observation == seen
+        seen = result.observation
