@@ -147,7 +147,10 @@ class SimpleFamily(EnvironmentFamily):
         if type(self).expert is SimpleFamily.expert:
             return super().demonstration(section, made_seed, index)
         rng = random.Random(f"sft/{section.seed}/{index}")
-        prompts = self.training(section.seed, made_seed)
+        known: dict[tuple[int, int], PromptSource] = self.__dict__.setdefault("_demonstrated", {})
+        if (section.seed, made_seed) not in known:  # a long list is hashed once
+            known[section.seed, made_seed] = self.training(section.seed, made_seed)
+        prompts = known[section.seed, made_seed]
         environment = self.environment(**self.factory_options)
         try:
             for attempt in range(_MAX_LOST):

@@ -306,12 +306,15 @@ def _check_weird_parse(view: AgentView, text: str) -> None:
 
 
 def _check_messages(messages: Sequence[Message], what: str) -> None:
+    """A window may repeat answers of the policy, as role ``assistant``, but not end with one."""
     if not isinstance(messages, tuple) or not messages:
         fail(f"{what} is", repr(messages), "a tuple of messages")
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "tool") or not isinstance(content, str):
-            fail(f"{what} has", repr(message), "role (system, user or tool) and content, a text")
+    asked = ("system", "user", "tool")
+    for number, message in enumerate(messages, start=1):
+        repeats = what.startswith("window") and number < len(messages)
+        roles = (*asked, "assistant") if repeats else asked
+        if message.get("role") not in roles or not isinstance(message.get("content"), str):
+            fail(f"{what} has", repr(message), f"role ({', '.join(roles)}) and content, a text")
 
 
 def _check_prompt(prompt: Any, what: str) -> None:

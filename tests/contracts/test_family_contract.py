@@ -140,6 +140,16 @@ class _NoRole(PlainView):
         return ({"content": "you see"},)
 
 
+class _EndsWithAnAnswer(PlainView):
+    def window(self, *arguments):
+        return (*super().window(*arguments), {"role": "assistant", "content": "right"})
+
+
+class _RepeatsAnswers(PlainView):
+    def window(self, *arguments):
+        return ({"role": "assistant", "content": "right"}, *super().window(*arguments))
+
+
 class _AllVoid(PlainView):
     def void(self, text):
         return True
@@ -225,6 +235,7 @@ class _SlowCorridors(Corridors):
         (check_view, _with_view(_Fragile), "any text"),
         (check_view, _with_view(_OneMessage), "a tuple of messages"),
         (check_view, _with_view(_NoRole), "role"),
+        (check_view, _with_view(_EndsWithAnAnswer), "role .system, user, tool. and content"),
         (check_view, _with_view(_AllVoid), "void\\('right'\\) is True"),
         (check_demonstrations, _HalfWay, "goes on"),
         (check_demonstrations, _OfAnotherTask, "played again, shows"),
@@ -238,6 +249,10 @@ class _SlowCorridors(Corridors):
 def test_contract_finds_what_is_broken(check, broken, message):
     with pytest.raises(ContractViolation, match=message):
         check(broken())
+
+
+def test_a_window_may_repeat_answers():
+    check_view(_with_view(_RepeatsAnswers)())
 
 
 def test_a_list_of_tasks_keeps_the_contract():
