@@ -76,6 +76,8 @@ class ToolEnvironment(TextEnvironment):
     outcome: Outcome | None = None
     """How the task ended; None while it goes on."""
 
+    _running = False
+
     @abstractmethod
     def start(self, seed: int, options: Mapping[str, Any]) -> str:
         """Begin the task of ``options``; gives the first observation. Raises DataError for options
@@ -99,8 +101,6 @@ class ToolEnvironment(TextEnvironment):
         observation = plain(self.start(seed, options))
         self._running = True
         return observation, {"won": False, "valid": True, **self.state()}
-
-    _running = False
 
     def step(self, action: str) -> StepResult:
         """Run the calls of a whole answer, or take it as the final one where it has none."""

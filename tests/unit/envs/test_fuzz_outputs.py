@@ -150,7 +150,7 @@ TARGETS = [
     Target("official view", 5, lambda: functools.partial(_view, alfworld_view("official"))),
     Target("tool environment", 5, lambda: _play(MarketEnvironment(), {"item": "fig"})),
     Target("alfworld", 5, _alfworld),
-    Target("graders", 5, lambda: _grade),
+    Target("graders", 10, lambda: _grade),
     Target("math view", 5, lambda: functools.partial(_tool_view, math_view("official"))),
     Target("math environment", 5, _math),
     Target("answers by value", 10, _grade_by_value),

@@ -7,6 +7,7 @@ from megatron_spear.config.environments.base import WindowHistory
 from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.envs.demonstration import Demonstration, DemonstrationTurn
 from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.rollout.conversation import Conversation
 from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.rollout.summary import rollout_metrics
@@ -111,6 +112,19 @@ def test_tokens_that_do_not_survive_a_round_trip_branch(pool):
     assert requests[0].session != requests[1].session
     group, _ = _play(pool, renderer, "full", answers)
     assert len(group.members[0].segments) == 1
+
+
+@pytest.mark.parametrize("history", ["full", "rendered"])
+def test_an_answer_cut_by_its_length_is_closed_and_extended(history):
+    renderer = _renderer("chatml")
+    conversation = Conversation(renderer, MarketView(), (), history)
+    first = conversation.next_prompt("What?", {})
+    assert first.begins_segment and first.token_ids.tolist() == first.new_tokens.tolist()
+    cut = renderer.encode_action("It is")[:-1]
+    conversation.answered(cut, "It is")
+    second = conversation.next_prompt("Go on.", {})
+    assert not second.begins_segment and second.new_tokens[0] == renderer.end_token_id
+    assert second.token_ids.tolist() == [*first.token_ids, *cut, *second.new_tokens]
 
 
 def test_replies_of_parallel_calls_are_messages_of_their_own(pool):
