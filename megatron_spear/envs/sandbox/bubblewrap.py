@@ -81,6 +81,8 @@ def shut_in(
 
 def _options(disk_bytes: int) -> list[str]:
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+    # bubblewrap's own process 1 could be written to by whatever runs as its user.
+    options += ["--as-pid-1"]
     options += ["--hostname", "sandbox", "--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"]
     for name, value in VARIABLES.items():
         options += ["--setenv", name, value]

@@ -14,8 +14,8 @@ SYSTEM_PYTHON = "/usr/bin/python3"
 OWN_FOLDERS = ("/tmp", "/dev", "/proc")
 _OLDEST = (3, 8)
 _PROBE = (
-    "import json, sys; print(json.dumps([sys.version_info[:2], sys.executable, "
-    "sys.prefix, sys.base_prefix, sys.base_exec_prefix]))"
+    "import json, sys; print(json.dumps([sys.version_info[:2], sys.executable, sys.prefix] + "
+    "[getattr(sys, name, sys.prefix) for name in ('base_prefix', 'base_exec_prefix')]))"
 )
 _PROBE_S = 30.0
 

@@ -35,6 +35,7 @@ _DENIED = """
     setpriority 141 140       sched_setparam 142 118    sched_setscheduler 144 119
     sched_setattr 314 274     sched_setaffinity 203 122 ioprio_set 251 30
     migrate_pages 256 238     move_pages 279 239        process_mrelease 448 448
+    setrlimit 160 164
 """
 """Name, number on x86_64, number on aarch64 ("-": there is none)."""
 
@@ -45,6 +46,7 @@ _SOME["aarch64"] = {"socket": 198, "clone": 220, "ioctl": 29, "prlimit64": 261}
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6: on a network that has nobody else
 _NEW_NAMESPACES = 0x7E020000
+_RLIMIT_CORE = 4  # 1 keeps a crash from starting a handler on the machine, and must stay
 _TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_OF, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -97,7 +99,11 @@ def call_filter(machine: str | None = None) -> bytes:
         calls["prlimit64"],
         _ARGUMENT_0,
         [(_EQUAL, 1, 0, 0)],  # the own limits; those of another process may be the worker's
-        [(_RETURN, 0, 0, _EPERM)],
+        [
+            (_RETURN, 0, 0, _EPERM),
+            (_LOAD, 0, 0, _ARGUMENT_1),
+            *_refuse(_EQUAL, _RLIMIT_CORE, _EPERM),
+        ],
     )
     terminal = [x for request in _TERMINAL_INPUT for x in _refuse(_EQUAL, request, _EPERM)]
     program += _block(calls["ioctl"], _ARGUMENT_1, [], terminal)

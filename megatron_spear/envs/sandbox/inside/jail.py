@@ -101,7 +101,7 @@ def limit(config: dict[str, Any]) -> None:
         resource.RLIMIT_FSIZE: config["disk_bytes"],
         resource.RLIMIT_NOFILE: 256,
         resource.RLIMIT_NPROC: config["max_processes"],
-        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CORE: 1,  # of 0, a handler of crashes outside of the sandbox hears
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }

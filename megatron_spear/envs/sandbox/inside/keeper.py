@@ -2,13 +2,15 @@
 
     worker --- script --- whatever it starts
 
-The script reads its code by itself and gives up its rights before it runs it. When it has ended, or
-has to be ended, all that is left in the worker's namespace of processes is killed. Output passes
-through buffers that are wiped, so that the next script, a copy of the worker, finds nothing of it.
+The worker is the first process of its namespace, which no signal from within can end or stop. The
+script reads its code by itself and gives up its rights before it runs it. When it has ended, or has
+to be ended, all that is left in the namespace is killed. Output passes through buffers that are
+wiped, so that the next script, a copy of the worker, finds nothing of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -166,9 +168,9 @@ class Keeper:
 
 def _memory_in_use() -> int:
     """Bytes of memory that the script and what it started hold."""
-    total, ours = 0, ("1", str(os.getpid()))
+    total, ours = 0, str(os.getpid())
     for name in os.listdir("/proc"):
-        if not name.isdigit() or name in ours:
+        if not name.isdigit() or name == ours:
             continue
         try:
             with open(f"/proc/{name}/status", "rb") as file:
@@ -183,19 +185,19 @@ def _memory_in_use() -> int:
 def end_all(config: dict[str, Any]) -> None:
     """End all that scripts have started; returns when it is gone.
 
-    In a namespace that is every process but us and the first. Otherwise it is our children: what
-    loses its parent becomes ours.
+    In a namespace, whose first process we are, that is every process but us. Otherwise it is our
+    children: what loses its parent becomes ours, in both cases.
     """
     while True:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             if config["jailed"]:
                 os.kill(-1, signal.SIGKILL)
-                time.sleep(0.0002)
             else:
                 for pid in _children():
                     os.kill(pid, signal.SIGKILL)
-                os.waitpid(-1, 0)
-        except (ProcessLookupError, ChildProcessError):
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
             return
 
 

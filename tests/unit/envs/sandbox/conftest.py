@@ -3,26 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from local_sandboxes import make_local
 
 from megatron_spear.envs.sandbox.bubblewrap import find_bubblewrap
 from megatron_spear.envs.sandbox.local import LocalSandbox
 from megatron_spear.errors import EnvironmentFault
-
-
-def make_local(**changes: object) -> LocalSandbox:
-    """A sandbox with the settings' defaults but for changes."""
-    settings: dict[str, object] = {
-        "python": None,
-        "jailed": True,
-        "workers": 1,
-        "timeout_s": 30.0,
-        "memory_mb": 1024,
-        "disk_mb": 64,
-        "max_processes": 64,
-        "max_output_chars": 10_000,
-        "preload": (),
-    }
-    return LocalSandbox(**{**settings, **changes})  # type: ignore[arg-type]
 
 
 def _works() -> str:
@@ -56,8 +41,16 @@ def sandbox(bubblewrap: None) -> Iterator[LocalSandbox]:
 
 @pytest.fixture(scope="module")
 def short(bubblewrap: None) -> Iterator[LocalSandbox]:
-    """One with little time and memory, for what goes on until it is stopped."""
+    """One with little time, for what goes on until it is stopped."""
     made = make_local(timeout_s=1.0, memory_mb=256)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def small(bubblewrap: None) -> Iterator[LocalSandbox]:
+    """One with little memory."""
+    made = make_local(memory_mb=256)
     yield made
     made.close()
 

@@ -20,7 +20,7 @@ class Attempt:
     held: bool = True
     """Whether it says that it was held."""
     short: bool = False
-    """It goes on until it is stopped: it gets a second and 256 MB."""
+    """It goes on until it is stopped: it gets a second, or little memory where it ends for that."""
 
 
 def refused(name: str, code: str, *errors: str) -> Attempt:
@@ -101,7 +101,7 @@ FILES = (
     refused("a symbolic link to it", "os.symlink('{{{secret_file}}}', 'x'); open('x').read()"),
     refused("dots", "open('/tmp/' + '../' * 40 + '{{{secret_file}}}'[1:]).read()"),
     refused("a hard link to a program", "os.link('/usr/bin/env', '/tmp/x')"),
-    refused("the root of process 1", "os.listdir('/proc/1/root/root')"),
+    refused("the root of process 1", "os.listdir('/proc/1/root/tmp')"),
     refused("the worker's root", "os.listdir(f'/proc/{os.getppid()}/root')"),
     refused("a file by its handle", "call(304 if x86 else 265, -100, 0, 0)"),
     refused("writing to /usr", "open('/usr/bin/x', 'w')"),
@@ -222,7 +222,6 @@ WORKER = (
     refused(
         "more memory", "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "ValueError", "OSError"
     ),
-    asserted("process 1 by a signal", "os.kill(1, 9); os.kill(1, 15)"),
     asserted(
         "files that were left open",
         """
@@ -254,10 +253,59 @@ WORKER = (
         """,
     ),
     refused("our modules", "import megatron_spear.envs.sandbox.inside.keeper", "ImportError"),
-    over("killing the worker", "os.kill(os.getppid(), 9)", "killed"),
-    over("killing everything", "os.kill(-1, 9)", "killed"),
-    over("interrupting the worker", "os.kill(os.getppid(), 2)", "killed", "ok"),
-    stopped("stopping the worker", "os.kill(os.getppid(), signal.SIGSTOP)", "timeout"),
+    asserted(
+        "the machine's handler of crashes",
+        """
+        limits = open('/proc/self/limits').read().splitlines()
+        (line,) = [x for x in limits if x.startswith('Max core file size')]
+        assert line.split()[4:6] in (['1', '1'], ['0', '0']), line  # 1: no handler is started
+        for limits in ((0, 0), (0, 1)):
+            try:
+                resource.setrlimit(resource.RLIMIT_CORE, limits)
+                assert False
+            except (OSError, ValueError):
+                pass
+        """,
+    ),
+    asserted(
+        "every file of the worker in /proc",
+        """
+        closed = {'mem', 'environ', 'maps', 'fd', 'root', 'cwd', 'exe', 'stack', 'pagemap'}
+        worker = f'/proc/{os.getppid()}/'
+        for name in os.listdir(worker):
+            for mode in (os.O_RDONLY, os.O_WRONLY):
+                try:
+                    file = os.open(worker + name, mode)
+                    assert name not in closed, name
+                    if mode == os.O_WRONLY:
+                        os.write(file, b'1')
+                        assert False, name
+                except OSError:
+                    pass
+        """,
+    ),
+    asserted("killing the worker", "os.kill(os.getppid(), 9)"),
+    asserted("stopping the worker", "os.kill(os.getppid(), signal.SIGSTOP)"),
+    asserted(
+        "every signal to the worker",
+        """
+        for number in range(1, 65):
+            if number not in (32, 33):
+                os.kill(os.getppid(), number)
+        """,
+    ),
+    refused("killing everything", "os.kill(-1, 9)"),
+    asserted(
+        "a signal by way of a file",
+        """
+        import fcntl
+        ours, other = socket.socketpair()
+        fcntl.fcntl(ours, fcntl.F_SETOWN, os.getppid())
+        fcntl.fcntl(ours, 10, signal.SIGKILL)
+        fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)
+        other.send(b'x')
+        """,
+    ),
     asserted("forged answers", "os.write(1, b'\\0' * 200)\nos.write(2, b'\\0' * 200)"),
 )
 
@@ -267,7 +315,7 @@ SURROUNDINGS = (
         "other processes",
         """
         pids = sorted(int(n) for n in os.listdir('/proc') if n.isdigit())
-        assert pids == [1, os.getppid(), os.getpid()], pids
+        assert pids == [1, os.getpid()] and os.getppid() == 1, pids
         for pid in pids:
             for name in ('environ', 'cmdline'):
                 try:

@@ -50,11 +50,11 @@ LEFT_BEHIND = {
     "a process": (
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
         "        time.sleep(99)\n    os._exit(0)",
-        "import os; assert len([n for n in os.listdir('/proc') if n.isdigit()]) > 3",
+        "import os; assert len([n for n in os.listdir('/proc') if n.isdigit()]) > 2",
     ),
     "a process that holds the output": (
         "import subprocess; subprocess.Popen(['sh', '-c', 'trap \"\" 1 2 15; sleep 99'])",
-        "import os; assert len([n for n in os.listdir('/proc') if n.isdigit()]) > 3",
+        "import os; assert len([n for n in os.listdir('/proc') if n.isdigit()]) > 2",
     ),
     "a thread": (
         "from threading import Thread\nimport time\n"

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_local
+from local_sandboxes import make_local
 
 import megatron_spear
 from megatron_spear.envs.sandbox import bubblewrap as bubblewrap_module
+from megatron_spear.envs.sandbox import local
 from megatron_spear.envs.sandbox.execution import Execution
 from megatron_spear.envs.sandbox.interpreter import SYSTEM_PYTHON, find_interpreter, open_to_all
 from megatron_spear.envs.sandbox.local import LocalSandbox
@@ -174,8 +175,8 @@ def test_after_a_thousand_executions_nothing_is_left(bubblewrap: None, temporary
             daemon = "import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(99)"
             assert sandbox.run(daemon).status == "ok"
     seen = "import os\nprint(len([n for n in os.listdir('/proc') if n.isdigit()]))\n"
-    assert sandbox.run(seen + "print(os.listdir('/tmp'))").stdout == "3\n[]\n"
-    assert len(children() - processes) == 3  # bubblewrap, its first process, the worker
+    assert sandbox.run(seen + "print(os.listdir('/tmp'))").stdout == "2\n[]\n"
+    assert len(children() - processes) == 2  # bubblewrap, the worker
     sandbox.close()
     with pytest.raises(EnvironmentFault, match="closed"):
         sandbox.run("print(1)")
@@ -201,8 +202,28 @@ def test_a_worker_that_is_gone_is_replaced(bubblewrap: None) -> None:
         sandbox.close()
 
 
+def test_a_worker_that_hangs_is_replaced(
+    bubblewrap: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(local, "GRACE_S", 1.0)
+    before = children()
+    sandbox = make_local(timeout_s=1.0)
+    try:
+        sandbox.run("")
+        for pid in children() - before:
+            os.kill(pid, signal.SIGSTOP)
+        execution = sandbox.run("print(1)")
+        assert (execution.stdout, execution.status) == ("", "timeout")
+        assert "hung" in caplog.text
+        assert sandbox.run("print(1)").stdout == "1\n"
+    finally:
+        sandbox.close()
+    assert children() <= before
+
+
 def test_workers_run_at_the_same_time(bubblewrap: None) -> None:
     sandbox = make_local(workers=2)
+    sandbox._idle += [sandbox._starter.submit(sandbox._start).result() for _ in range(2)]
     found: list[Execution] = []
     code = "import time; a = time.time(); time.sleep(2); print(a, time.time())"
     threads = [threading.Thread(target=lambda: found.append(sandbox.run(code))) for _ in range(3)]
@@ -227,7 +248,7 @@ def _wait(what: Callable[[], bool]) -> bool:
 
 def test_it_ends_with_the_process_that_it_belongs_to(bubblewrap: None) -> None:
     program = (
-        "from conftest import make_local; s = make_local(timeout_s=99.0); s.run(''); "
+        "from local_sandboxes import make_local; s = make_local(timeout_s=99.0); s.run(''); "
         "print('up', flush=True); s.run('import os, time; os.fork(); time.sleep(90)')"
     )
     paths = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
@@ -238,7 +259,7 @@ def test_it_ends_with_the_process_that_it_belongs_to(bubblewrap: None) -> None:
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
-    assert _wait(lambda: len(children() - before - {owner.pid}) == 5)  # two of them the script's
+    assert _wait(lambda: len(children() - before - {owner.pid}) == 4)  # two of them the script's
     below = children() - before - {owner.pid}
     owner.kill()
     owner.wait()
@@ -316,6 +337,14 @@ def test_what_is_missing_is_said(bubblewrap: None) -> None:
     with pytest.raises(EnvironmentFault, match=r"cannot start: ModuleNotFoundError: .*no_such"):
         sandbox.run("print(1)")
     sandbox.close()
+
+
+def test_an_interpreter_that_is_too_old(temporary: Path) -> None:
+    old = temporary / "python"
+    old.write_text('#!/bin/sh\necho \'[[3, 7], "/x/python", "/x", "/x", "/x"]\'\n')
+    old.chmod(0o755)
+    with pytest.raises(ConfigError, match=r"is Python 3\.7; expected 3\.8 or newer"):
+        make_local(python=str(old))
 
 
 def test_a_bubblewrap_that_cannot_start(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:

@@ -12,7 +12,6 @@ from escape_attempts import ATTEMPTS, Attempt
 from hostile_texts import LEFT_BEHIND, TEXTS
 
 import megatron_spear
-from megatron_spear.envs.sandbox import local
 from megatron_spear.envs.sandbox.execution import Execution
 from megatron_spear.envs.sandbox.local import LocalSandbox
 
@@ -76,20 +75,20 @@ def works(sandbox: LocalSandbox) -> bool:
     """Whether the next script runs, with nobody else there."""
     code = "import os\nprint([n for n in os.listdir('/proc') if n.isdigit()], os.listdir('/tmp'))"
     execution = sandbox.run(code)
-    return execution.status == "ok" and len(execution.stdout.split()) == 4
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that hangs is replaced sooner than by default."""
-    monkeypatch.setattr(local, "GRACE_S", 3.0)
+    return execution.status == "ok" and len(execution.stdout.split()) == 3
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS, ids=[a.name for a in ATTEMPTS])
 def test_no_way_out(
-    attempt: Attempt, sandbox: LocalSandbox, short: LocalSandbox, outside: Mapping[str, str]
+    attempt: Attempt,
+    sandbox: LocalSandbox,
+    short: LocalSandbox,
+    small: LocalSandbox,
+    outside: Mapping[str, str],
 ) -> None:
-    used = short if attempt.short else sandbox
+    used = sandbox
+    if attempt.short:
+        used = small if attempt.ends == ("memory",) else short
     execution = used.run(fill(attempt.code, outside))
     assert execution.status in attempt.ends, execution
     assert "ESCAPED" not in execution.stdout, execution

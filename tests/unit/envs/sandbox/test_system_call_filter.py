@@ -68,6 +68,7 @@ def test_calls_that_depend_on_arguments(
     assert answer(ioctl, 0, 0x5412) == answer(ioctl, 0, 0x541C) == EPERM
     assert answer(ioctl, 0, 0x5401) == ALLOW
     assert answer(prlimit, 0, 7) == ALLOW and answer(prlimit, 1, 7) == EPERM
+    assert answer(prlimit, 0, 4) == EPERM  # RLIMIT_CORE
 
 
 def test_the_tables_differ_only_where_the_processors_do() -> None:
