@@ -222,5 +222,9 @@ def test_the_prefixes_of_the_run_are_all_listed() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 match = re.fullmatch(r"([a-z_]+)/[a-z0-9_]*", node.value)
                 found.update([match[1]] if match else [])
-    others = {"runs", "data", "application"}  # folders (the second in what torch saves), a MIME type
+    others = {
+        "runs",
+        "data",
+        "application",
+    }  # folders (the second in what torch saves), a MIME type
     assert found - others == RUN_PREFIXES

@@ -13,6 +13,7 @@ from megatron_spear.config.load import load_config
 from megatron_spear.config.schema import SftSection
 from megatron_spear.envs.family import family_of
 from megatron_spear.envs.webshop.environment import WebshopEnvironment
+from megatron_spear.envs.webshop.family import WebshopFamily
 from megatron_spear.envs.webshop.goal import Goal
 from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.types import PRODUCT_CATEGORIES
