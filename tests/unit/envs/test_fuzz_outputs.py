@@ -158,11 +158,8 @@ TARGETS = [
     Target("official view", 5, lambda: functools.partial(_view, alfworld_view("official"))),
     Target("tool environment", 5, lambda: _play(MarketEnvironment(), {"item": "fig"})),
     Target("alfworld", 5, _alfworld),
-<<<<<<< HEAD
     Target("webshop view", 5, lambda: functools.partial(_view, webshop_view("official"))),
     Target("webshop", 10, _webshop),
-=======
->>>>>>> math
     Target("graders", 10, lambda: _grade),
     Target("math view", 5, lambda: functools.partial(_tool_view, math_view("official"))),
     Target("math environment", 5, _math),
