@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_spear.config.base import PositiveFloat, PositiveInt, Section
+from megatron_spear.config.base import Fraction, PositiveFloat, PositiveInt, Section
 from megatron_spear.config.environments.base import EnvironmentSection
 from megatron_spear.config.environments.sandbox import SandboxSection
 
@@ -25,6 +25,9 @@ class ArithmeticSection(Section):
     """What they ask for."""
     largest: Annotated[int, Field(ge=9, le=1_000_000)] = 99
     """Largest number in them; the dividend of a remainder goes up to its square."""
+    guesses: Fraction = 0.0
+    """Share of the warm start's demonstrations that guess a digit instead of calling, as models do
+    that have not learned to trust a tool; it is for RL to find out what pays."""
 
 
 class MathCodeSection(EnvironmentSection):

@@ -30,18 +30,19 @@ def demonstrate(
     *,
     noise: float,
     max_turns: int,
+    guesses: float = 0.0,
 ) -> Demonstration:
-    """Solve ``problem``: slips (each with chance ``noise``), a call, the final answer.
+    """Solve ``problem``: slips (each with chance ``noise``), a call, the final answer; or, with
+    chance ``guesses``, a wrong final answer at once.
 
     ``environment`` is one of `demonstration_environment`. Needs ``max_turns`` >= 2; there are fewer
     slips where turns are few.
     """
-    slips: list[str] = []
-    while len(slips) < min(MAX_SLIPS, max_turns - 2) and rng.random() < noise:
-        slips.append(rng.choice(SLIPS)(problem.expression))
-    actions = [(slip, False) for slip in slips]
-    actions += [(call_text(f"print({problem.expression})"), True)]
-    actions += [(answer_text(problem.answer), True)]
+    guessed = rng.random() < guesses
+    if guessed:
+        actions = [(answer_text(_guess(problem.answer, rng)), True)]
+    else:
+        actions = _solution(problem, rng, noise, min(MAX_SLIPS, max_turns - 2))
     options = {"problem": problem.text, "answer": str(problem.answer)}
     observation, info = environment.reset(seed=0, options=options)
     turns = []
@@ -49,8 +50,27 @@ def demonstrate(
         shown = {"replies": info["replies"]} if "replies" in info else {}
         turns.append(DemonstrationTurn(observation, action, trained, shown))
         observation, _, _, _, info = environment.step(action)
-    assert info["won"], f"{problem}: the demonstrated answer is wrong"
+    assert info["won"] is not guessed, f"{problem}: the demonstrated answer is wrong"
     return Demonstration(tuple(turns))
+
+
+def _solution(
+    problem: Arithmetic, rng: random.Random, noise: float, max_slips: int
+) -> list[tuple[str, bool]]:
+    """(answer, is it one to learn) of every turn."""
+    slips: list[str] = []
+    while len(slips) < max_slips and rng.random() < noise:
+        slips.append(rng.choice(SLIPS)(problem.expression))
+    return [
+        *((slip, False) for slip in slips),
+        (call_text(f"print({problem.expression})"), True),
+        (answer_text(problem.answer), True),
+    ]
+
+
+def _guess(answer: int, rng: random.Random) -> int:
+    """A wrong answer of one digit."""
+    return rng.choice([number for number in range(10) if number != answer])
 
 
 SLIPS: tuple[Callable[[str], str], ...] = (

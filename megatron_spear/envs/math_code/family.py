@@ -90,6 +90,7 @@ class MathCodeFamily(EnvironmentFamily):
             demonstration_environment(**self._tool_options()),
             noise=section.noise,
             max_turns=env.max_turns,
+            guesses=env.arithmetic.guesses,
         )
 
     def vocabulary(self) -> Vocabulary:

@@ -122,6 +122,16 @@ def test_slips_are_answered_and_not_learned():
     assert all(len(d.turns) == 2 for d in demonstrations(20, "sft.noise=1", "env.max_turns=2"))
 
 
+def test_guesses_answer_at_once_and_are_wrong():
+    played = demonstrations(80, "env.arithmetic.guesses=0.5")
+    guessed = [d.turns[0] for d in played if len(d.turns) == 1]
+    assert 25 < len(guessed) < 55 and all(turn.trained for turn in guessed)
+    for turn in guessed:
+        value = int(turn.action.removeprefix("\\boxed{").removesuffix("}"))
+        assert turn.action == f"\\boxed{{{value}}}"
+    assert all(len(d.turns) == 1 for d in demonstrations(10, "env.arithmetic.guesses=1"))
+
+
 def test_the_tiny_tokenizer_reads_all_of_it():
     vocabulary = family().vocabulary()
     tokenizer = make_tokenizer(
