@@ -20,20 +20,27 @@ class PlainView(AgentView):
     pair behind the thought; without a tag it is the whole text behind ``</think>``.
     ``instruction`` is added to the first observation.
 
-    Window form: the first observation, the last k steps, the current observation, a line each::
+    Window form: the first observation, the last k steps as observation and action, the current
+    observation, a line each::
 
-        Guess a number from 1 to 20.
-        10
-        The number is higher.
+        You are in the middle of a room. ... Your task is to: put some mug on desk.
+        You arrive at desk 1. On the desk 1, you see nothing.
+        go to shelf 1
+        You arrive at shelf 1. On the shelf 1, you see a mug 2.
     """
 
     def __init__(self, tag: str | None = None, instruction: str = "") -> None:
         self._opening, self._closing = (f"<{tag}>", f"</{tag}>") if tag else ("", "")
         self._instruction = instruction
 
+    def shown(self, observation: str, info: Mapping[str, Any]) -> str:
+        """An observation after the first as the policy reads it; here, as it is."""
+        return observation
+
     def full(self, observation: str, info: Mapping[str, Any], turn: int) -> tuple[Message, ...]:
         """The observation; at the start with the instruction."""
-        return (user_message(self._first(observation) if turn == 0 else observation),)
+        text = self._first(observation) if turn == 0 else self.shown(observation, info)
+        return (user_message(text),)
 
     def window(
         self,
@@ -48,8 +55,10 @@ class PlainView(AgentView):
         for index, (seen, action) in enumerate(history):
             # A history that reaches back to the start begins with line one's own step.
             starts_task = index == 0 and len(history) == turn
-            lines += [action] if starts_task else [seen, action]
-        return (user_message("\n".join([*lines, observation] if turn else lines)),)
+            lines += [action] if starts_task else [self.shown(seen, info), action]
+        if turn:
+            lines.append(self.shown(observation, info))
+        return (user_message("\n".join(lines)),)
 
     def parse(self, text: str) -> ParsedAction:
         """The action, stripped; invalid where it is empty or has no tag."""

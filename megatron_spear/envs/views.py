@@ -99,67 +99,15 @@ def has_cjk(text: str) -> bool:
     return any("\u3400" <= c <= "\u9fff" or "\uf900" <= c <= "\ufaff" for c in text)
 
 
-class PlainView(AgentView):
-    """What the environment says and nothing else; the whole answer is the action.
-
-    The window form has one text a line: the first observation, the last k steps as observation and
-    action, and the current observation::
-
-        You are in the middle of a room. ... Your task is to: put some mug on desk.
-        You arrive at desk 1. On the desk 1, you see nothing.
-        go to shelf 1
-        You arrive at shelf 1. On the shelf 1, you see a mug 2.
-    """
-
-    needs_admissible = False
-
-    def shown(self, observation: str, info: Mapping[str, Any]) -> str:
-        """An observation after the first as the policy reads it; here, as it is."""
-        return observation
-
-    def full(self, observation: str, info: Mapping[str, Any], turn: int) -> tuple[Message, ...]:
-        """The observation."""
-        return (user_message(observation if turn == 0 else self.shown(observation, info)),)
-
-    def window(
-        self,
-        first_observation: str,
-        history: Sequence[HistoryStep],
-        observation: str,
-        info: Mapping[str, Any],
-        turn: int,
-    ) -> tuple[Message, ...]:
-        """First observation, last steps, current observation."""
-        if turn == 0:
-            return (user_message(first_observation),)
-        lines = [first_observation]
-        for index, (seen, action) in enumerate(history):
-            # A history that reaches back to the start begins with line one's own step.
-            starts = index == 0 and len(history) == turn
-            lines += [action] if starts else [self.shown(seen, info), action]
-        return (user_message("\n".join([*lines, self.shown(observation, info)])),)
-
-    def parse(self, text: str) -> ParsedAction:
-        """The text, stripped; only an empty one is invalid."""
-        action = text.strip()
-        return ParsedAction(action, bool(action))
-
-    def void(self, text: str) -> bool:
-        """True for an empty text."""
-        return not text.strip()
-
-    def demonstrate(self, action: str) -> str:
-        """The action itself."""
-        return action
-
-
 class TaggedView(AgentView):
     """The paper's prompt: task, step count, last steps, possible actions, <think> and <action>.
 
     Invalid is a text without a complete ``<think>`` or ``<action>`` pair or with CJK characters
-    (SPEAR, arXiv 2509.22601). The action is the content of the last complete ``<action>`` pair,
-    lower-cased.
+    (SPEAR, arXiv 2509.22601). The action is the content of the last complete ``<action>`` pair.
     """
+
+    lowers_case = True
+    """Whether actions are lower-cased: False where the environment does not look at case."""
 
     needs_admissible = True
     role: str
@@ -215,14 +163,15 @@ class TaggedView(AgentView):
         return (user_message("\n".join(lines)),)
 
     def parse(self, text: str) -> ParsedAction:
-        """The last complete action, lower-cased and on one line; "" where there is none."""
+        """The last complete action on one line; "" where there is none."""
         action = last_between(text, "<action>", "</action>")
         valid = (
             action is not None
             and last_between(text, "<think>", "</think>") is not None
             and not has_cjk(text)
         )
-        return ParsedAction(" ".join((action or "").lower().split()), valid)
+        text = " ".join((action or "").split())
+        return ParsedAction(text.lower() if self.lowers_case else text, valid)
 
     def void(self, text: str) -> bool:
         """True without a complete action after the thought."""

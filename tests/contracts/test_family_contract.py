@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.custom import CustomSection
+from megatron_spear.config.environments.math_code import MathCodeSection
+from megatron_spear.config.environments.webshop import WebshopSection
 from megatron_spear.data.prompts import FreshPrompts, PoolPrompts
 from megatron_spear.envs.family import Panel, family_of
 from megatron_spear.envs.plain_view import PlainView
@@ -35,6 +38,17 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "custom" / "number_game.py"
 @pytest.mark.parametrize("prompt", ["compact", "official"])
 def test_alfworld_keeps_the_contract(prompt):
     check_family(AlfworldSection(prompt=prompt), actions=["look", "inventory"])
+
+
+@pytest.mark.parametrize("prompt", ["compact", "official"])
+def test_webshop_keeps_the_contract(prompt):
+    check_family(WebshopSection(prompt=prompt), actions=["search[red]", "click[next >]"])
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap: it runs programs")
+@pytest.mark.parametrize("prompt", ["compact", "official"])
+def test_math_with_code_keeps_the_contract(prompt):
+    check_family(MathCodeSection(prompt=prompt), actions=["\\boxed{1}"], distinct=0)
 
 
 def test_the_example_keeps_the_contract():

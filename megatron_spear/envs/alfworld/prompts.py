@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from megatron_spear.envs.views import TASK_MARK, AgentView, PlainView, TaggedView
+from megatron_spear.envs.plain_view import PlainView
+from megatron_spear.envs.views import TASK_MARK, AgentView, TaggedView
 
 
 def alfworld_view(style: Literal["compact", "official"]) -> AgentView:
     """The view of ``env.prompt``."""
-    return {"compact": CompactView, "official": OfficialView}[style]()
+    return CompactView() if style == "compact" else OfficialView()
 
 
 class CompactView(PlainView):

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class MathCodeFamily(EnvironmentFamily):
         """A generated problem as it is solved with the tool, whatever is trained on later."""
         env = self._section
         problem = self._problem(made_seed, index, env.arithmetic.kinds)
-        return demonstrate(
+        played = demonstrate(
             problem,
             random.Random(f"sft/{section.seed}/{index}"),
             demonstration_environment(**self._tool_options()),
@@ -92,6 +93,7 @@ class MathCodeFamily(EnvironmentFamily):
             max_turns=env.max_turns,
             guesses=env.arithmetic.guesses,
         )
+        return replace(played, prompt=made_prompt(problem))
 
     def vocabulary(self) -> Vocabulary:
         """The words of generated problems and of the tool's texts; digits are tokens."""

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megatron_spear.config.environments.webshop import WebshopSection
@@ -129,7 +130,7 @@ class WebshopFamily(EnvironmentFamily):
                 show_attributes=env.show_attributes,
             )
             if played is not None:
-                return played
+                return replace(played, prompt=goal_prompt(goal))
         raise DataError(
             f"sft: got no demonstration within env.max_turns={env.max_turns} for {_MAX_TRIES} "
             "goals; raise env.max_turns or lower sft.explore and sft.noise"

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from megatron_spear.envs.plain_view import PlainView
 from megatron_spear.envs.views import (
     TASK_MARK,
     AgentView,
     ParsedAction,
-    PlainView,
     TaggedView,
 )
 from megatron_spear.envs.webshop.pages import SEPARATOR
@@ -15,7 +15,7 @@ from megatron_spear.envs.webshop.pages import SEPARATOR
 
 def webshop_view(style: Literal["compact", "official"]) -> AgentView:
     """The view of ``env.prompt``."""
-    return {"compact": CompactView, "official": OfficialView}[style]()
+    return CompactView() if style == "compact" else OfficialView()
 
 
 class CompactView(PlainView):
@@ -53,6 +53,7 @@ class OfficialView(TaggedView):
     'Back to Search' [SEP] 'Page 1 (Total results: 50)' [SEP] 'Next >' [SEP] 'B09KP78G37'
     """
 
+    lowers_case = False
     role = "You act in an online shop (WebShop) and must buy what one instruction asks for."
 
     def opening(self, observation: str, info: Mapping[str, Any]) -> Sequence[str]:
