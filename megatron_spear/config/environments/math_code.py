@@ -1,16 +1,16 @@
 """Settings of math with a code interpreter."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from megatron_spear.config.base import Fraction, PositiveFloat, PositiveInt, Section
 from megatron_spear.config.environments.base import EnvironmentSection
 from megatron_spear.config.environments.sandbox import SandboxSection
+from megatron_spear.errors import ConfigError
 
 ArithmeticKind = Literal["sum", "product", "mixed", "remainder", "range"]
-
 
 GRADER_CLOCK_FACTOR = 6.0
 """What ``grader_limit_s`` may take by the clock, on a busy machine."""
@@ -66,6 +66,16 @@ class MathCodeSection(EnvironmentSection):
     grader_limit_s: PositiveFloat = 5.0
     """CPU seconds in which math-verify must have compared an answer, or it is wrong; by the clock
     it may take six times as long."""
+
+    def with_panel(self, source: str) -> Self:
+        """All problems of a file or folder."""
+        path = Path(source).expanduser()
+        if not path.exists():
+            raise ConfigError(
+                f"--panel {source}: no such file or folder; expected problems as .jsonl or "
+                ".parquet, or a folder of them"
+            )
+        return self.model_copy(update={"eval_problems": (path,)})
 
     @property
     def task_kinds(self) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
 """Settings of WebShop."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_spear.config.base import NonNegativeInt, PositiveInt, Section
 from megatron_spear.config.environments.base import EnvironmentSection
+from megatron_spear.errors import ConfigError
 from megatron_spear.types import PRODUCT_CATEGORIES, ProductCategory
+
+_ALL = 1 << 40  # more goals than any file has
 
 
 class ShopSection(Section):
@@ -62,6 +65,19 @@ class WebshopSection(EnvironmentSection):
     def task_kinds(self) -> tuple[str, ...]:
         """The categories, each once."""
         return tuple(dict.fromkeys(self.categories))
+
+    def with_panel(self, source: str) -> Self:
+        """All goals of an instructions file, or ``test``, the official split."""
+        path = Path(source).expanduser()
+        if path.is_file() and self.products is not None:
+            changed = {"instructions": path, "goals": "human", "num_test_goals": _ALL}
+            return self.model_copy(update=changed)
+        if source == "test":
+            return self
+        raise ConfigError(
+            f"--panel {source}: expected `test`, the first env.num_test_goals goals, or with "
+            "env.products set a file like items_human_ins.json, of which all goals are played"
+        )
 
     @model_validator(mode="after")
     def _files_fit(self) -> "WebshopSection":

@@ -80,6 +80,16 @@ def test_files_to_train_on_and_their_kinds(tmp_path):
         loaded.panel(3, 0)
 
 
+def test_a_panel_of_a_file_named_for_an_evaluation(tmp_path):
+    file = tmp_path / "amc.jsonl"
+    rows = [{"id": f"amc-{i}", "problem": f"What is {i}?", "answer": str(i)} for i in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    panel = family_of(settings.MathCodeSection().with_panel(str(file))).panel(None, 0)
+    assert [prompt.kind for prompt in panel.prompts] == ["amc"] * 3
+    with pytest.raises(ConfigError, match="--panel nowhere: no such file"):
+        settings.MathCodeSection().with_panel("nowhere")
+
+
 def test_files_that_are_all_on_the_panel(tmp_path):
     one = write(tmp_path / "one.jsonl", ("What is  1?", "1"))
     two = write(tmp_path / "two.jsonl", ("what is 1?", "1"))
@@ -166,4 +176,4 @@ def test_the_official_view_lists_the_tool_and_says_what_to_do():
 def test_the_settings_know_what_waits_for_how_long():
     assert settings.GRADER_CLOCK_FACTOR == grading.CLOCK_FACTOR
     assert settings.SANDBOX_GRACE_S == local.GRACE_S
-    assert settings.MathCodeSection().sandbox.timeout_s == 30.0
+    assert settings.settings.MathCodeSection().sandbox.timeout_s == 30.0

@@ -104,6 +104,17 @@ def test_the_official_split(loaded):
         family.panel(11, 0)
 
 
+def test_a_panel_is_the_test_split_or_all_goals_of_a_file(loaded):
+    section = loaded()
+    split = family_of(section).panel(None, 0)
+    assert len(split.prompts) == 10
+    assert family_of(section.with_panel("test")).panel(None, 0) == split
+    whole = family_of(section.with_panel(str(section.instructions))).panel(None, 0)
+    assert len({prompt.prompt_id for prompt in whole.prompts}) == 30
+    with pytest.raises(ConfigError, match=r"--panel dev: expected `test`"):
+        section.with_panel("dev")
+
+
 def test_loaded_goals_by_category(loaded):
     sources = family_of(loaded()).training_by_kind(0, 0)
     assert list(sources) == ["fashion", "garden"]
