@@ -176,4 +176,4 @@ def test_the_official_view_lists_the_tool_and_says_what_to_do():
 def test_the_settings_know_what_waits_for_how_long():
     assert settings.GRADER_CLOCK_FACTOR == grading.CLOCK_FACTOR
     assert settings.SANDBOX_GRACE_S == local.GRACE_S
-    assert settings.settings.MathCodeSection().sandbox.timeout_s == 30.0
+    assert settings.MathCodeSection().sandbox.timeout_s == 30.0
