@@ -29,6 +29,8 @@ from megatron_spear.config.environments.adapters import GymnasiumSection, Reason
 from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.base import EnvironmentSection
 from megatron_spear.config.environments.custom import CustomSection
+from megatron_spear.config.environments.math_code import MathCodeSection
+from megatron_spear.config.environments.webshop import WebshopSection
 from megatron_spear.config.schema import SftSection
 from megatron_spear.envs.family import EnvironmentFamily, family_of
 from megatron_spear.errors import ConfigError
@@ -60,6 +62,8 @@ class Factory(NamedTuple):
 
 FAMILIES: Mapping[str, Case] = {
     "alfworld": Case(lambda games: AlfworldSection(games=games)),
+    "webshop": Case(lambda games: WebshopSection()),
+    "math_code": Case(lambda games: MathCodeSection()),
     "number_game": Case(lambda games: CustomSection(family=NUMBER_GAME)),
     "gymnasium": Case(
         lambda games: GymnasiumSection(id="FrozenLake-v1", arguments=LAKE),
