@@ -17,7 +17,7 @@ from megatron_spear.envs.webshop.goal import PRICE_MARK, Goal
 from megatron_spear.envs.webshop.pages import BUY, NEXT, PREVIOUS
 from megatron_spear.envs.webshop.product import Product
 from megatron_spear.envs.webshop.reward import Nouns, judge, option_hits
-from megatron_spear.envs.webshop.session import Session
+from megatron_spear.envs.webshop.session import Session, parse_action
 from megatron_spear.envs.webshop.shop import Shop
 
 MAX_EXPLORE = 4  # most products looked at in vain
@@ -68,7 +68,7 @@ def demonstrate(
     """
     session = Session(shop, goal, rng.randrange(2**31), show_attributes=show_attributes)
     shopper = _Shopper(session, rng, noise, max_turns, admissible, rich)
-    with contextlib.suppress(_OutOfTurns):
+    with contextlib.suppress(_GivenUp):
         if _shop_for(shopper, goal, nouns, patience(rng, explore, MAX_EXPLORE)):
             return Demonstration(tuple(shopper.turns))
     return None
@@ -98,7 +98,7 @@ def options_for(product: Product, goal: Goal) -> dict[str, str]:
     """
     chosen: dict[str, str] = {}
     for wanted in goal.options:
-        alone = _asking_for(goal, wanted)
+        alone = replace(goal, options=(wanted,))
         for name, values in product.options.items():
             fitting = [value for value in values if option_hits([value], alone)]
             if fitting and name not in chosen:
@@ -107,8 +107,9 @@ def options_for(product: Product, goal: Goal) -> dict[str, str]:
     return chosen
 
 
-class _OutOfTurns(Exception):
-    """The turns are used up."""
+class _GivenUp(Exception):
+    """The turns are used up, or there is no action for what has to be done (a value with a bracket
+    in it)."""
 
 
 class _Shopper:
@@ -133,17 +134,16 @@ class _Shopper:
         for _ in range(MAX_SLIPS):
             if self.rng.random() >= self._noise:
                 break
-            slip = self._impossible_action(action)
+            slip = self._impossible_action()
             if slip is not None:
                 self._turn(slip, trained=False)
         self._turn(action, trained=True)
-        if not self.session.buys(action):
-            done = self.session.act(action)
-            assert done, f"{action!r} is possible on its page"
+        if not self.session.buys(action) and not self.session.act(action):
+            raise _GivenUp
 
     def _turn(self, action: str, *, trained: bool) -> None:
         if len(self.turns) >= self._max_turns:
-            raise _OutOfTurns
+            raise _GivenUp
         info: dict[str, Any] = {"task": self.session.goal.instruction}
         if self._admissible:
             info["admissible"] = self.session.admissible()
@@ -151,13 +151,14 @@ class _Shopper:
         observation = page.rich_text() if self._rich else page.text()
         self.turns.append(DemonstrationTurn(observation, action, trained, info))
 
-    def _impossible_action(self, intended: str) -> str | None:
+    def _impossible_action(self) -> str | None:
         """Something like what a young policy gets wrong; None when five tries were possible."""
         clickables = self.session.page.clickables()
         for _ in range(5):
-            name = self.rng.choice(_SLIPS)(self, intended)
-            if name.lower() not in clickables:
-                return f"click[{name}]"
+            action = f"click[{self.rng.choice(_SLIPS)(self)}]"
+            parsed = parse_action(action)
+            if parsed is None or parsed[1] not in clickables:
+                return action
         return None
 
     def some_option(self) -> str:
@@ -166,15 +167,15 @@ class _Shopper:
 
     def some_word(self) -> str:
         """A word of the instruction."""
-        return self.rng.choice(search_words(self.session.goal.instruction).split())
+        return self.rng.choice(search_words(self.session.goal.instruction).split() or [BUY])
 
 
-_SLIPS: tuple[Callable[[_Shopper, str], str], ...] = (
-    lambda shopper, _: BUY,
-    lambda shopper, _: shopper.some_option(),
-    lambda shopper, _: shopper.some_word(),
-    lambda shopper, _: PREVIOUS,
-    lambda shopper, _: NEXT,
+_SLIPS: tuple[Callable[[_Shopper], str], ...] = (
+    lambda _: BUY,
+    _Shopper.some_option,
+    _Shopper.some_word,
+    lambda _: PREVIOUS,
+    lambda _: NEXT,
 )
 
 
@@ -191,15 +192,11 @@ def _shop_for(shopper: _Shopper, goal: Goal, nouns: Nouns, to_look_at: int) -> b
                 for value in chosen.values():
                     shopper.do(f"click[{value}]")
                 shopper.do(f"click[{BUY}]")
-                return True
+                # Of two options with the same value, the other one may have been meant.
+                return judge(product, session.chosen, goal, nouns).won
             if to_look_at > 0 and judge(product, {}, without_options, nouns).won:
                 to_look_at -= 1
                 shopper.do(f"click[{product.asin}]")
                 shopper.do(f"click[{PREVIOUS}]")
         shopper.do(f"click[{NEXT}]")
     return False
-
-
-def _asking_for(goal: Goal, option: str) -> Goal:
-    """The same goal with one option alone."""
-    return replace(goal, options=(option,))

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from webshop_cases import LAMP, goal, make_shop
+from webshop_cases import LAMP, goal, make_shop, row
 
 from megatron_spear.envs.webshop.demonstrations import (
     MAX_EXPLORE,
@@ -113,6 +113,27 @@ def test_none_within_too_few_turns_and_none_for_what_is_not_there():
     assert play(goals(1)[0], max_turns=2) is None
     assert play(goal(attributes=("made of cheese",)), shop=make_shop()) is None
     assert play(goal(instruction="i need a bicycle"), shop=make_shop()) is None
+
+
+@pytest.mark.parametrize("instruction", ["", ",", "x " * 5000])
+def test_an_instruction_that_cannot_be_searched_for(instruction):
+    wanted = goal(instruction=instruction)
+    assert play(wanted, shop=make_shop(), noise=0.5, max_turns=9) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen", "won"),
+    [
+        ({"kind": [{"value": "Navy [blue]"}]}, ("navy [blue]",), False),  # no action says it
+        ({"kind": [{"value": "Reviews"}]}, ("reviews",), False),  # a button's name
+        ({"a": [{"value": "one"}], "b": [{"value": "one"}]}, ("one",), True),
+    ],
+)
+def test_options_that_are_hard_to_click(options, chosen, won):
+    known = {"B1": {"attributes": ["energy saving"]}}
+    shop = make_shop([row("B1", "Brass Desk Lamp", customization_options=options)], known)
+    played = play(goal(options=chosen), shop=shop)
+    assert (played is not None) is won
 
 
 def test_a_hand_made_goal():
