@@ -38,9 +38,13 @@ _TORCHRUN_WARNS = re.compile(r"W\d.*torch/distributed/elastic/")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process ``number`` when its parent dies."""
+def end_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
+    """Have the kernel send this process ``number`` when its parent dies; at once if it has died
+    already: its parent is not ``parent`` any more, or where that is not known, the init process."""
     _libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    now = os.getppid()
+    if now == 1 if parent is None else now != parent:
+        os.kill(os.getpid(), number)
 
 
 @contextmanager
@@ -126,8 +130,10 @@ class Child:
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
 
+        own = os.getpid()
+
         def prepare() -> None:
-            end_with_parent(dies_by)
+            end_with_parent(dies_by, own)
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
         self.log = log

@@ -244,6 +244,7 @@ class LocalSlurm:
     def _daemon(self, name: str, *arguments: str) -> None:
         program = _path(name)
         assert program, f"{name} is installed"
+        own = os.getpid()
         with (self.home / f"{name}.out").open("ab") as output:
             self._daemons.append(
                 subprocess.Popen(
@@ -253,7 +254,7 @@ class LocalSlurm:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
-                    preexec_fn=lambda: end_with_parent(signal.SIGTERM),
+                    preexec_fn=lambda: end_with_parent(signal.SIGTERM, own),
                 )
             )
 

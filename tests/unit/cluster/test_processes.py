@@ -115,6 +115,32 @@ def test_children_ignore_sigusr1_until_they_handle_it(tmp_path: Path) -> None:
     asyncio.run(live())
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_process_whose_parent_has_died_already_ends(tmp_path: Path, knows: bool) -> None:
+    """It was still being imported when that happened."""
+    program = f"""
+import os, time
+from pathlib import Path
+from megatron_spear.cluster.processes import end_with_parent
+parent = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    Path({str(tmp_path / "orphan")!r}).write_text(str(os.getpid()))
+    end_with_parent(parent=parent if {knows} or os.getppid() != 1 else None)
+    time.sleep(60)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    deadline = time.monotonic() + 30
+    while not (text := _read(tmp_path / "orphan")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    wait_until_gone(int(text))
+
+
+def _read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
 def test_children_die_with_the_process_that_started_them(tmp_path: Path) -> None:
     program = f"""
 import os, time
