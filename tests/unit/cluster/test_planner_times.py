@@ -61,7 +61,7 @@ def job(**changes: Any) -> Job:
             "policy": policy | changes.pop("policy", {}),
             "rollout": rollout | changes.pop("rollout", {}),
             "weight_sync": {"transport": "sharded"} | changes.pop("weight_sync", {}),
-            "env": {"max_turns": 1},
+            "env": {"type": "alfworld", "max_turns": 1},
             "replay": {"enabled": False} | changes.pop("replay", {}),
             "cluster": {
                 "gpus_per_node": 8,

@@ -221,6 +221,7 @@ def _become_script(config: dict[str, Any], control: int, folder: str, writes: li
         (size,) = SIZE.unpack(take(control, SIZE.size))
         code = take(control, size)
         os.setsid()
+        _forget_signals()
         for source, target in ((out, 1), (err, 2)):  # 0 is /dev/null already
             os.dup2(source, target)
         if config["jailed"]:
@@ -232,7 +233,6 @@ def _become_script(config: dict[str, Any], control: int, folder: str, writes: li
         if config["jailed"]:
             jail.give_up_rights()
             jail.filter_calls(config["call_filter"])
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(told, _BEGUN)
         os.closerange(3, 4096)
     except BaseException as error:  # noqa: BLE001 - told to the other side, which raises it
@@ -243,6 +243,15 @@ def _become_script(config: dict[str, Any], control: int, folder: str, writes: li
         program.run_as_script(code)
     finally:  # whatever the script has made of what we use: this copy of the worker ends here
         program.exit_at_once(1)
+
+
+def _forget_signals() -> None:
+    """Signals do what they do in a script that a shell starts: an environment worker ignores some,
+    which we have inherited."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def take(pipe: int, size: int) -> bytes:

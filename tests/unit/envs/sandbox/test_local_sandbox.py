@@ -49,6 +49,20 @@ def either(request: pytest.FixtureRequest) -> LocalSandbox:
     return made
 
 
+@pytest.mark.usefixtures("bubblewrap")
+@pytest.mark.parametrize("jailed", [True, False])
+def test_signals_that_an_environment_worker_ignores_end_a_program(jailed: bool) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    made = make_local(jailed=jailed)
+    try:
+        program = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)"
+        assert made.run(program).status == "killed"
+        assert made.run("print(1)").stdout == "1\n", "the worker itself ignores it"
+    finally:
+        made.close()
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_output_and_time(either: LocalSandbox) -> None:
     execution = either.run("import sys\nprint(6 * 7)\nprint('so', file=sys.stderr)")
     assert (execution.stdout, execution.stderr, execution.status) == ("42\n", "so\n", "ok")
