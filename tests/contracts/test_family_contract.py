@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from megatron_spear.testing.families import (
     check_prompts,
     check_view,
 )
+from megatron_spear.testing.sandboxes import why_no_sandbox
 from megatron_spear.testing.toy_environment import CorridorEnvironment
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom" / "number_game.py"
@@ -45,7 +45,7 @@ def test_webshop_keeps_the_contract(prompt):
     check_family(WebshopSection(prompt=prompt), actions=["search[red]", "click[next >]"])
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap: it runs programs")
+@pytest.mark.skipif(bool(why_no_sandbox()), reason=why_no_sandbox())
 @pytest.mark.parametrize("prompt", ["compact", "official"])
 def test_math_with_code_keeps_the_contract(prompt):
     check_family(MathCodeSection(prompt=prompt), actions=["\\boxed{1}"], distinct=0)

@@ -1,7 +1,5 @@
 """Whole attempts at math problems: scripted answers, real workers, sandbox and grader."""
 
-import shutil
-
 import pytest
 
 from megatron_spear.config.load import load_config
@@ -16,12 +14,11 @@ from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.testing.environments import check_environment
 from megatron_spear.testing.fakes import ScriptedEngine
+from megatron_spear.testing.sandboxes import why_no_sandbox
 from megatron_spear.testing.templates import byte_tokenizer, trl_template
 from megatron_spear.types import Prompt, Status
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("bwrap") is None, reason="bubblewrap is not installed: no program is run"
-)
+pytestmark = pytest.mark.skipif(bool(why_no_sandbox()), reason=why_no_sandbox())
 CONFIG = load_config(
     None,
     [

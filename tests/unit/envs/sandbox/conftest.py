@@ -5,29 +5,14 @@ from collections.abc import Iterator
 import pytest
 from local_sandboxes import make_local
 
-from megatron_spear.envs.sandbox.bubblewrap import find_bubblewrap
 from megatron_spear.envs.sandbox.local import LocalSandbox
-from megatron_spear.errors import EnvironmentFault
-
-
-def _works() -> str:
-    """Why bubblewrap cannot be used here, or nothing."""
-    if find_bubblewrap() is None:
-        return "bubblewrap is not installed"
-    sandbox = make_local()
-    try:
-        sandbox.run("")
-    except EnvironmentFault as fault:
-        return f"bubblewrap cannot start: {fault}"
-    finally:
-        sandbox.close()
-    return ""
+from megatron_spear.testing.sandboxes import why_no_sandbox
 
 
 @pytest.fixture(scope="session")
 def bubblewrap() -> None:
     """Skips where there is none that works."""
-    if why := _works():
+    if why := why_no_sandbox():
         pytest.skip(why)
 
 
