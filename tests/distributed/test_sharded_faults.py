@@ -125,7 +125,7 @@ def test_an_engine_that_fails_is_taken_out_and_heals(how: str) -> None:
 
 def a_new_process_in_its_place() -> list[bool]:
     servers = two_engines()
-    transport, _ = transport_of(servers, LIMIT_S)
+    transport, _ = transport_of(servers, 60.0)
     transport.publish(1)
     if servers:
         servers.servers[0].start()

@@ -111,13 +111,15 @@ def test_a_hook_that_sleeps_is_named_under_torchrun(
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     hooks = json.dumps([{"name": "sleeper", "path": f"{tmp_path / 'sleeper.py'}:Sleeper"}])
     run_dir = tmp_path / "run"
-    launched = launch(f"run.dir={run_dir}", *SETTINGS, f"hooks={hooks}", ranks=2)
+    limit_s = 2 * LIMIT_S  # torchrun's ranks import everything first, both at once
+    settings = (*SETTINGS, f"run.hang_limit_s={limit_s:g}", f"hooks={hooks}")
+    launched = launch(f"run.dir={run_dir}", *settings, ranks=2)
     until = time.monotonic() + 150.0
     while "now\n" not in launched.err:
         assert launched.process.poll() is None, launched.out + launched.err
         assert time.monotonic() < until, launched.out + launched.err
         time.sleep(0.1)
-    done = launched.wait(LIMIT_S + OVER_S)
+    done = launched.wait(limit_s + OVER_S)
     assert done.status == 1, done.err  # torchrun's own
     assert f"exitcode  : {HANG_EXIT_CODE}" in done.err
     assert re.search(
