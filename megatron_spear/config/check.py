@@ -3,11 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from megatron_spear.config.environments.alfworld import AlfworldSection
+from megatron_spear.config.check_environments import alfworld_games, program_deadlines
 from megatron_spear.config.environments.base import WindowHistory
 from megatron_spear.config.environments.math_code import (
-    GRADER_CLOCK_FACTOR,
-    SANDBOX_GRACE_S,
     MathCodeSection,
 )
 from megatron_spear.config.layout import layout_problems
@@ -50,7 +48,7 @@ def check_config(config: RunConfig, world_size: int, use: Use = "train") -> list
             _length(config),
         ]
     if use == "train":
-        checks += [_games(config), _hooks(config), _deadlines(config)]
+        checks += [alfworld_games(config), _hooks(config), _deadlines(config)]
     return [line for check in checks for line in check]
 
 
@@ -228,33 +226,12 @@ def _deadlines(config: RunConfig) -> Iterator[str]:
     }
     if rollout.engine != "embedded":
         deadlines["weight_sync.deadline_s"] = config.weight_sync.deadline_s
-    yield from _program_deadlines(config)
+    yield from program_deadlines(config)
     for name, deadline_s in deadlines.items():
         if deadline_s >= limit_s:
             yield (
                 f"{name}={deadline_s:g} is not below run.hang_limit_s={limit_s:g}, after which a "
                 "wait ends the run; lower the first or raise the second"
-            )
-
-
-def _program_deadlines(config: RunConfig) -> Iterator[str]:
-    """One step of math with code waits for its programs, or for the grader."""
-    env, deadline_s = config.env, config.rollout.env_deadline_s
-    if not isinstance(env, MathCodeSection):
-        return
-    calls, each_s = env.max_calls_per_turn, env.sandbox.timeout_s + SANDBOX_GRACE_S
-    for seconds, what in (
-        (
-            calls * each_s,
-            f"{calls} call(s) of env.max_calls_per_turn, each of env.sandbox.timeout_s and "
-            f"{SANDBOX_GRACE_S:g} s of grace",
-        ),
-        (env.grader_limit_s * GRADER_CLOCK_FACTOR, "env.grader_limit_s by the clock"),
-    ):
-        if seconds >= deadline_s:
-            yield (
-                f"rollout.env_deadline_s={deadline_s:g} is not above the {seconds:g} s of {what}: "
-                "attempts would fail instead of being told; raise the first or lower the others"
             )
 
 
@@ -383,23 +360,6 @@ def _length(config: RunConfig) -> Iterator[str]:
     run = config.run
     if run.stop_after is not None and run.stop_after > run.steps:
         yield f"run.stop_after={run.stop_after} is above run.steps={run.steps} and never happens"
-
-
-def _games(config: RunConfig) -> Iterator[str]:
-    env = config.env
-    if not isinstance(env, AlfworldSection):
-        return
-    if env.games is not None and env.games.expanduser().is_file():
-        yield (
-            f"env.games={env.games} is one file, which has no splits: the panel would be games "
-            f"that are trained on; give a folder with {env.train_split}.jsonl[.xz] and "
-            f"{env.eval_split or 'valid_seen'}.jsonl[.xz] (sft and evaluate take a file)"
-        )
-    elif env.games is not None and env.eval_split is None:
-        yield (
-            f"env.eval_split=null takes all games of {env.games} for the panel, those that are "
-            "trained on too; name a split (evaluate takes null)"
-        )
 
 
 def _hooks(config: RunConfig) -> Iterator[str]:
