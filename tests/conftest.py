@@ -1,6 +1,8 @@
 """What several folders of tests share."""
 
 import re
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,15 @@ import pytest
 import yaml
 
 HOOKS_PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
+
+
+@pytest.fixture(autouse=True)
+def unchanged_signals() -> Iterator[None]:
+    """A test that runs the command within its own process leaves no ignored signal behind."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ class Child:
     """A process in a session of its own, with its output in ``log`` (appended).
 
     It ignores SIGUSR1 until it installs a handler, as all that it starts does: a request to stop
-    may come before its handlers are there. ``dies_by`` is what it gets when we die.
+    may come before its handlers are there. SIGTERM ends it though we may ignore it ourselves.
+    ``dies_by`` is what it gets when we die.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Child:
         def prepare() -> None:
             end_with_parent(dies_by, own)
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
         self.log = log
         self._log_begin = log.stat().st_size if log.exists() else 0

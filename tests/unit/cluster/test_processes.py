@@ -76,7 +76,10 @@ def test_of_what_torchrun_adds_the_first_failure_is_told(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("how", ["stays", "session", "dies"])
-def test_all_that_it_started_is_ended(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("ours", [signal.SIG_DFL, signal.SIG_IGN], ids=["", "ignored by us"])
+def test_all_that_it_started_is_ended(tmp_path: Path, how: str, ours: signal.Handlers) -> None:
+    signal.signal(signal.SIGTERM, ours)  # put back by ``unchanged_signals``
+
     async def live() -> int:
         child = start(tmp_path, PARENT, how)
         grandchild = int(await first_line(child))
