@@ -14,6 +14,7 @@ from megatron_spear.config.losses import LossSection
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.envs.family import Panel, family_of
 from megatron_spear.errors import ConfigError, DataError, StopRequested
+from megatron_spear.tracking.evaluations import EvaluationLog
 from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import build_tracker
@@ -75,7 +76,7 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
         config, list_urls = find_servers(config, attempt, controller, stop, console)
         console.phase("Policy and engine")
         rollout = build.make_rollout(config, model, list_urls, attempt) if controller else None
-        tracker = consumption = step = None
+        tracker = consumption = evaluations = step = None
         try:
             policy = build.make_policy(config, model, context)
             step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
@@ -98,12 +99,16 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
                     directory.consumed_file,
                     resumed=(resumed.step, resumed.prompts) if resumed is not None else None,
                 )
+                resumed_step = resumed.step if resumed is not None else None
+                evaluations = run.evaluations = EvaluationLog(
+                    directory.evaluations_file, resumed_step=resumed_step
+                )
                 tracker = run.tracker = build_tracker(
                     config.tracking,
                     folder=directory.path,
                     name=config.run.name,
                     config=config.model_dump(mode="json"),
-                    resumed_step=resumed.step if resumed is not None else None,
+                    resumed_step=resumed_step,
                 )
             summary = run.run()
             if controller and summary:
@@ -112,8 +117,9 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
         finally:
             if tracker is not None:
                 tracker.close()
-            if consumption is not None:
-                consumption.close()
+            for record in (consumption, evaluations):
+                if record is not None:
+                    record.close()
             if step is not None:
                 step.weight_sync.close()
             if rollout is not None:

@@ -2,7 +2,7 @@
 
 config.yaml     the resolved configuration        versions.json  packages and machine
 metrics.jsonl   one line a record                 summary.json   the result
-consumed.jsonl  one line a prompt consumed
+consumed.jsonl  one line a prompt consumed        evaluations.jsonl  each game of the panel
 curves.png      the curves                        checkpoints/   step_N, committed whole
 wandb/          wandb's own files                 model/         the policy, for Hugging Face
 """
@@ -68,6 +68,11 @@ class RunDirectory:
     def consumed_file(self) -> Path:
         """Every prompt that was consumed, and what became of it (``consumption``)."""
         return self.path / "consumed.jsonl"
+
+    @property
+    def evaluations_file(self) -> Path:
+        """Each game of the panel at every evaluation (``tracking.evaluations``)."""
+        return self.path / "evaluations.jsonl"
 
     @property
     def summary_file(self) -> Path:
@@ -181,7 +186,13 @@ class RunDirectory:
 
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""
-        own = (self.config_file, self.versions_file, self.metrics_file, self.consumed_file)
+        own = (
+            self.config_file,
+            self.versions_file,
+            self.metrics_file,
+            self.consumed_file,
+            self.evaluations_file,
+        )
         used = self.metrics_file.is_file() and self.metrics_file.stat().st_size
         if used or set(self.path.iterdir()) - {*own, self.checkpoints, self.heartbeats}:
             return

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_spear.tracking.evaluations import read_evaluations
+
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -60,6 +62,16 @@ def test_each_step_is_recorded_once_and_trains(
     assert max(r["mismatch/max_logprob_gap"] for r in records.values()) < 1e-3
     evaluated = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in evaluated if "eval/success" in r] == [0, 3]
+
+
+def test_each_game_of_the_panel_is_recorded(finished: tuple[Path, Any]) -> None:
+    run_dir, _ = finished
+    summary = json.loads((run_dir / "summary.json").read_text())
+    before, after = read_evaluations(run_dir / "evaluations.jsonl")
+    assert (before.step, after.step) == (0, 3)
+    assert {before.panel_sha256, after.panel_sha256} == {summary["panel_sha256"]}
+    assert (before.success, after.success) == (summary["success_before"], summary["success_after"])
+    assert len(before.won) == len(after.won) == 4
 
 
 def test_the_exported_model_is_the_trained_policy(finished: tuple[Path, Any]) -> None:
