@@ -10,10 +10,13 @@ arms:
   spear: {title: SPEAR, seeds: 3}
 compare:
   - {arm: spear, reference: grpo, aim: 0.10}
+
+``base: FILE`` takes all from another file, beside this one, but for what is given here; parts are
+added to those there.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -89,13 +92,26 @@ class Experiment(Section):
 def read_experiment(path: Path) -> Experiment:
     """Raises ConfigError with every mistake in the file."""
     try:
-        return Experiment.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        return Experiment.model_validate(_tree(path))
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, e['loc'])) or 'experiment'}: {e['msg']}" for e in error.errors()
         ]
         raise ConfigError(f"{path}:\n" + "\n".join(lines)) from None
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    """The file's values over those of its base."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: got {type(tree).__name__}, expected a map with 'arms:'")
+    if "base" not in tree:
+        return tree
+    below = _tree(path.parent / str(tree.pop("base")))
+    parts = {**(below.get("parts") or {}), **(tree.get("parts") or {})}
+    return {**below, **tree, "parts": parts}

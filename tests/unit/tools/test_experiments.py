@@ -217,3 +217,21 @@ def test_every_committed_experiment_can_be_run(tools: dict[str, ModuleType]) -> 
                 kept = tools["outcome"].read_outcome(seed.result)
                 assert (kept.arm, kept.seed) == (seed.arm, seed.number)
                 tools["outcome"].require_same(kept, given, seed.result)
+
+
+def test_a_file_takes_the_rest_from_its_base(tools: dict[str, ModuleType], tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_ARMS)
+    (tmp_path / "own.yaml").write_text(
+        "base: two.yaml\ntitle: Own\nparts: {further: [run.steps=9]}\n"
+        "arms: {own: {title: own, settings: [plain, further]}}\ncompare: []\n"
+    )
+    own = tools["experiment"].read_experiment(tmp_path / "own.yaml")
+    assert (own.title, list(own.arms), own.first_seed, own.compare) == ("Own", ["own"], 7, ())
+    assert own.settings_of("own")[1:] == (
+        "replay.enabled=false",
+        "curriculum.intrinsic_weight=0",
+        "run.steps=9",
+    )
+    (tmp_path / "lost.yaml").write_text("base: nowhere.yaml\n")
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        tools["experiment"].read_experiment(tmp_path / "lost.yaml")
