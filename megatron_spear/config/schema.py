@@ -248,6 +248,8 @@ class TrackingSection(Section):
     """wandb project."""
     progress: bool = True
     """Progress bars on a terminal; plain lines otherwise."""
+    curves: bool = True
+    """Draw ``curves.png`` at the end of the run, which takes a second."""
 
 
 class RunConfig(Section):

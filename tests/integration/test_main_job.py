@@ -18,16 +18,16 @@ def finished(
     spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Any]:
     run_dir = tmp_path_factory.mktemp("main-job") / "run"
-    done = spear(
-        "train", f"run.dir={run_dir}", "run.steps=3", "policy.optimizer.lr=0.01", "run.name=three"
-    )
+    settings = ("run.steps=3", "policy.optimizer.lr=0.01", "run.name=three", "tracking.curves=true")
+    done = spear("train", f"run.dir={run_dir}", *settings)
     return run_dir, done
 
 
 def test_the_run_directory_has_every_file(finished: tuple[Path, Any]) -> None:
-    run_dir, _ = finished
+    run_dir, done = finished
     assert (run_dir / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (run_dir / "curves.png").stat().st_size > 10_000
+    assert f"curves: {run_dir / 'curves.png'}" in done.out
     assert json.loads((run_dir / "versions.json").read_text())["torch"]
     assert "steps: 3" in (run_dir / "config.yaml").read_text()
     assert not list(run_dir.rglob("*.tmp")) and not list(run_dir.glob(".*"))
