@@ -79,11 +79,10 @@ def run(arguments: Sequence[str]) -> int:
 
     config = load_config(options.config, settings)
     if options.command == "check-config":
-        from megatron_spear.config.layout import ranks_of_a_replica
-        from megatron_spear.trainer.jobs import require_possible
+        from megatron_spear.cluster.roles import require_settings
         from megatron_spear.trainer.own_code import own_code
 
-        require_possible(config, ranks_of_a_replica(config.policy))
+        require_settings(config)
         own_code(config, environment_too=True)
         print(dump_config(config), end="")
         return 0
