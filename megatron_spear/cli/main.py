@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-spear",
         description="SPEAR for agentic LLMs on Megatron-Core, from a CPU to a cluster.",
-        epilog="After the file come settings, a.b=c or --a.b c. `train --resume DIR` without a "
-        "file continues a run with the settings it was started with.",
+        epilog="After the file come further ones that go over it, and settings, a.b=c or --a.b c. "
+        "`train --resume DIR` without a file continues a run with the settings it began with.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():

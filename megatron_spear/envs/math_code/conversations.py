@@ -73,8 +73,8 @@ def read_conversation(row: Any, where: str) -> Demonstration:
             replies = []
         else:
             raise DataError(
-                f"{where}: a message of role {role!r} after {len(turns)} answers, where {calls} calls "
-                f"have {len(replies)} replies; expected {_FORM}"
+                f"{where}: a message of role {role!r} after {len(turns)} answers, where {calls} "
+                f"calls have {len(replies)} replies; expected {_FORM}"
             )
     if not turns or calls:
         raise DataError(f"{where}: does not end with an answer without calls; expected {_FORM}")

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 
 from megatron_spear.cluster.roles import require_settings
+from megatron_spear.config.check import check_config
+from megatron_spear.config.load import load_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError
 
@@ -102,7 +104,7 @@ def test_the_cold_start_fits_where_rl_does(layout: str, context: str) -> None:
     assert config.env.demonstrations == (Path("data/retool-sft.parquet"),)
 
 
-ON_8_H100 = ("cluster.chip=h100", "cluster.servers.memory_fraction=0.35")
+ON_8_H100 = ("cluster.chip=h100", "policy.recompute=full")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ ON_8_H100 = ("cluster.chip=h100", "cluster.servers.memory_fraction=0.35")
     [
         (
             "math_code drbot-grpo-spear qwen2.5-32b-8h200 32k",
-            (*ON_8_H100, "policy.optimizer_offload=0"),
+            (*ON_8_H100, "cluster.servers.memory_fraction=0.35", "policy.optimizer_offload=0"),
             "plan",
             ["32.8 B parameters on 8 x h100", "short by 33.", "policy.optimizer_offload=1.0 ("],
         ),
@@ -122,7 +124,7 @@ ON_8_H100 = ("cluster.chip=h100", "cluster.servers.memory_fraction=0.35")
         ),
         (
             "math_code grpo qwen2.5-32b-8h200",
-            ("cluster.chip=h100",),
+            ON_8_H100,
             "plan",
             ["short by 4.", "largest: engine on this GPU", "cluster.servers.memory_fraction=0.3 ("],
         ),
@@ -243,6 +245,14 @@ def test_the_tasks_have_the_papers_sizes() -> None:
         ) == sizes
         assert (config.replay.capacity, config.replay.baseline_history) == (2048, 10240)
         assert (config.replay.max_age, config.policy.optimizer.lr) == (5, 1e-6)
+
+
+def test_tasks_alone_are_for_evaluation_and_methods_for_quickstarts_too() -> None:
+    for task in TOOL.METHODS:
+        assert check_config(load_config(ROOT / f"examples/{task}/paper.yaml"), 1, "evaluate") == []
+        for method in TOOL.METHODS[task]:
+            over = [str(ROOT / f"examples/methods/{method}.yaml")]
+            require_settings(load_config(ROOT / f"examples/{task}/quickstart.yaml", over))
 
 
 def test_the_readmes_are_current() -> None:
