@@ -7,8 +7,8 @@ the step itself, then a line a trajectory, then a line a replayed row::
     {"trajectory": {"group": "0.12/game-7", "member": 0, "status": "completed", "turns": [...]}}
     {"replayed": {"group": "0.9/game-3", "member": 2, "age": 3, "advantage": 0.5, ...}}
 
-Nothing here needs torch. Numbers are rounded (log-probs and advantages to 4 digits behind the
-point); one that is not finite is None.
+Nothing here needs torch. Log-probs are rounded to 4 digits behind the point, other numbers to 6;
+one that is not finite is None.
 """
 
 from collections.abc import Mapping
@@ -126,6 +126,8 @@ class RecordedReplay:
       advantages were kept or scaled). ``reward.total`` has the present mu; in official mode the one
       of collection.
     - ``weight``: gamma(t), the weight of its loss.
+    - ``segments``: those that were trained on: all of the trajectory, or in official mode the one
+      that the row is. ``num_tokens`` and ``num_tool_calls`` are theirs.
     - ``old_logprob_mean`` and ``rollout_logprob_mean`` are stored: of the policy before its update,
       which is the ratio's denominator, and of the engine; ``ratio_mean`` is the mean of
       exp(old - rollout) over its tokens.
@@ -145,7 +147,7 @@ class RecordedReplay:
     advantage: float
     baseline: float | None
     weight: float
-    num_segments: int
+    segments: tuple[int, ...]
     num_tokens: int
     num_tool_calls: int
     old_logprob_mean: float | None

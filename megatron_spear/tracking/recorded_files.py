@@ -159,7 +159,12 @@ def _turn(plain: Mapping[str, Any]) -> RecordedTurn:
 
 
 def _replay(plain: Mapping[str, Any]) -> RecordedReplay:
-    return _made(RecordedReplay, plain, reward=_made(RecordedReward, plain["reward"]))
+    return _made(
+        RecordedReplay,
+        plain,
+        reward=_made(RecordedReward, plain["reward"]),
+        segments=tuple(plain["segments"]),
+    )
 
 
 def _optional(values: list[Any] | None) -> tuple[Any, ...] | None:

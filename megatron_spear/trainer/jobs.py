@@ -95,6 +95,7 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
             if resumed is not None:
                 console.line(f"continuing after step {resumed.step} of {config.run.steps}")
             if controller:
+                directory.drop_records_after(resumed.step if resumed is not None else 0)
                 consumption = run.consumption = ConsumptionLog(
                     directory.consumed_file,
                     resumed=(resumed.step, resumed.prompts) if resumed is not None else None,

@@ -3,6 +3,7 @@
 config.yaml     the resolved configuration        versions.json  packages and machine
 metrics.jsonl   one line a record                 summary.json   the result
 consumed.jsonl  one line a prompt consumed        evaluations.jsonl  each game of the panel
+trajectories/   what was played, a file a step
 curves.png      the curves                        checkpoints/   step_N, committed whole
 wandb/          wandb's own files                 model/         the policy, for Hugging Face
 """
@@ -25,6 +26,7 @@ from megatron_spear.config.load import CONFIG_NAME, dump_config, load_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError
 from megatron_spear.files import write_whole
+from megatron_spear.tracking.recorded_files import FOLDER, drop_steps_after
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def trajectories(self) -> Path:
+        """Folder of the recorded trajectories (``tracking.recorded``)."""
+        return self.path / FOLDER
 
     @property
     def heartbeats(self) -> Path:
@@ -183,6 +190,14 @@ class RunDirectory:
 
     def _before(self, number: int) -> Path:
         return self.path / f"model.before-{number}"
+
+    def drop_records_after(self, step: int) -> None:
+        """Remove the recorded trajectories of later steps, which are to be played again; where that
+        fails it is told, and they are written over when their steps come."""
+        try:
+            drop_steps_after(self.trajectories, step)
+        except OSError as error:
+            log.warning("recorded trajectories after step %d are still there: %s", step, error)
 
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""

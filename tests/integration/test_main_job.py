@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_spear.tracking.evaluations import read_evaluations
+from megatron_spear.tracking.recorded_files import FOLDER, list_steps, read_step
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -72,6 +73,40 @@ def test_each_game_of_the_panel_is_recorded(finished: tuple[Path, Any]) -> None:
     assert {before.panel_sha256, after.panel_sha256} == {summary["panel_sha256"]}
     assert (before.success, after.success) == (summary["success_before"], summary["success_after"])
     assert len(before.won) == len(after.won) == 4
+
+
+def test_the_trajectories_of_each_step_are_recorded(
+    finished: tuple[Path, Any], training_records: Callable[[Path], dict[int, dict[str, Any]]]
+) -> None:
+    """What the files say adds up to the metrics of the step."""
+    run_dir, _ = finished
+    records = training_records(run_dir)
+    assert list_steps(run_dir / FOLDER) == list(records)
+    for step, record in records.items():
+        recorded = read_step(run_dir / FOLDER, step)
+        played, replayed = recorded.trajectories, recorded.replayed
+        assert recorded.policy_version == step - 1 and recorded.num_trajectories == len(played) == 8
+        assert np.mean([t.won for t in played]) == record["rollout/success"]
+        totals = [t.reward.total for t in played if t.reward]
+        assert np.mean(totals) == pytest.approx(record["reward/mean"], abs=1e-6)
+        assert sum(t.stored for t in played) == record["replay/inserted"]
+        assert len(replayed) == record["replay/rows"]
+        assert len(replayed) + sum(t.trained for t in played) == record["train/num_rows"]
+        assert all(row.advantage > 0 and row.age == step - row.step for row in replayed)
+        turns = [turn for t in played for turn in t.turns]
+        num_tokens = sum(len(turn.tokens) for turn in turns)
+        assert num_tokens == record["rollout/action_tokens"]
+        for turn in turns:
+            assert turn.text == "".join(turn.tokens)
+            assert len(turn.rollout_logprobs) == len(turn.tokens)
+            assert turn.finish_reason in ("stop", "length")
+            assert turn.versions == ((step - 1, len(turn.tokens)),)
+    assert any(row.id == t.id for row in replayed for t in _recorded_before(run_dir, step))
+
+
+def _recorded_before(run_dir: Path, step: int) -> list[Any]:
+    earlier = (read_step(run_dir / FOLDER, number) for number in range(1, step))
+    return [trajectory for recorded in earlier for trajectory in recorded.trajectories]
 
 
 def test_the_exported_model_is_the_trained_policy(finished: tuple[Path, Any]) -> None:
