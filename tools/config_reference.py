@@ -59,7 +59,8 @@ def text() -> str:
     links: dict[str, str] = {}
     for section in sections:
         if "." not in section.path:
-            links.setdefault(section.path, f"[`{section.path}`](#{_slug(section.title)})")
+            name = section.path.removesuffix(ITEM)
+            links.setdefault(name, f"[`{name}`](#{_slug(section.title)})")
     parts, anchors = [_INTRO, "Sections: " + ", ".join(links.values()) + "."], set[str]()
     written = set[tuple[str, str]]()
     for section in (top, *sections):

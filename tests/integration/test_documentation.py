@@ -186,6 +186,7 @@ def test_settings_of_the_pages_are_settings(block, tmp_path: Path) -> None:
     env = settings.setdefault("env", {})
     if "sandbox" in env:
         env.setdefault("type", "math_code")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     file = tmp_path / "page.yaml"
     file.write_text(yaml.safe_dump(settings))
     load_config(file)
@@ -201,6 +202,26 @@ def test_every_setting_that_a_page_names_is_there() -> None:
             if name not in known and not is_code and not name.endswith((".json", ".yaml", ".py")):
                 wrong.append(f"{path.name}: {name}")
     assert not wrong
+
+
+def test_every_metric_that_a_page_names_is_reported() -> None:
+    said = said_by_the_program()
+    names = set(re.findall(r"(?<![\w/])[a-z_]+/[a-z_0-9…]+(?![\w/])", said))
+    patterns = [re.escape(name).replace("…", ".+") for name in names]
+    reported = re.compile("|".join(patterns))
+    prefixes = {name.partition("/")[0] for name in names} - {"docs", "tests", "tools", "runs"}
+    wrong = []
+    for path in pages():
+        for name in re.findall(r"`([a-z_]+/[a-z_0-9]+)`", path.read_text(encoding="utf-8")):
+            is_folder = (ROOT / "megatron_spear" / name).is_dir() or (ROOT / name).is_dir()
+            if (
+                name.partition("/")[0] in prefixes
+                and not is_folder
+                and not reported.fullmatch(name)
+            ):
+                wrong.append(f"{path.name}: {name}")
+    assert not wrong
+    assert {"replay/p50", "filter/…_rows"} <= names and not reported.fullmatch("replay/p51")
 
 
 @cache
