@@ -21,6 +21,7 @@ from documented_commands import (
     Command,
     all_blocks,
     commands,
+    spans,
     unmarked_commands,
 )
 from documented_table import ELSEWHERE, OTHERS, RUN, Run, run_of
@@ -194,6 +195,16 @@ def test_the_test_that_runs_it_elsewhere_is_there(text: str, named: tuple[str, s
 def test_its_arguments_and_settings_are_known(command: Command, clone: Path) -> None:
     with contextlib.chdir(clone):
         parse(list(command.words))
+
+
+def test_commands_within_sentences_are_known_too(clone: Path) -> None:
+    named = {text for _, text in spans() if text.startswith("megatron-spear ")}
+    whole = [text.split() for text in named if len(text.split()) > 2]
+    assert len(whole) >= 5
+    with contextlib.chdir(clone):
+        for words in whole:
+            parse(words)
+    assert {text.split()[1] for text in named} <= {*main._COMMANDS, *main._WITH_PARSERS}
 
 
 @pytest.mark.parametrize(
