@@ -104,6 +104,14 @@ def commands(block: Block) -> Iterator[Command]:
     assert not pending, f"{block.page} line {block.line}: the block ends within a command"
 
 
+def spans() -> Iterator[tuple[str, str]]:
+    """(Page, text) of every inline ``code`` outside the blocks, with single spaces."""
+    for path in pages():
+        text = _FENCE.sub("", path.read_text(encoding="utf-8"))
+        for span in re.findall(r"`([^`]+)`", text):
+            yield path.relative_to(ROOT).as_posix(), " ".join(span.split())
+
+
 def unmarked_commands() -> list[str]:
     """Lines that look like commands in blocks that are not ``bash``: nobody would test them."""
     found = []

@@ -13,13 +13,15 @@ from types import ModuleType
 
 import pytest
 import yaml
-from documented_commands import ROOT, all_blocks, pages
+from documented_commands import ROOT, all_blocks, pages, spans
 
 from megatron_spear.config.knobs import known_paths
 from megatron_spear.config.load import load_config
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.config.sources import leaves
 from megatron_spear.trainer.own_code import own_code
 
-SECTIONS = "|".join(sorted({path.partition(".")[0] for path in known_paths()}))
+SECTIONS = "|".join(RunConfig.model_fields)
 SETTING = re.compile(rf"`((?:{SECTIONS})(?:\.[a-z_0-9]+)+)(?:[=:][^`]*)?`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]+`", re.S | re.M)
@@ -69,6 +71,17 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
     )
     assert dead_links(page) == ["page.md: #b", "page.md: none.md", "page.md: page.md#c",
                                 "page.md: /page.md"]  # fmt: skip
+
+
+def test_files_that_pages_name_are_there() -> None:
+    place = re.compile(r"(?:docs|examples|megatron_spear|slurm|tests|tools)/[\w./-]*\w")
+    named = [(page, hit[0]) for page, text in spans() if (hit := place.match(text))]
+    assert len(named) > 50
+    assert [(page, name) for page, name in named if not (ROOT / name).exists()] == []
+    package = ROOT / "megatron_spear"
+    modules = [(page, text) for page, text in spans() if re.fullmatch(r"\w+/[\w/]+\.py", text)]
+    gone = [(page, text) for page, text in modules if not (package / text).exists()]
+    assert [(page, text) for page, text in gone if not (ROOT / text).exists()] == []
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +206,7 @@ def test_settings_of_the_pages_are_settings(block, tmp_path: Path) -> None:
 
 
 def test_every_setting_that_a_page_names_is_there() -> None:
-    known, package, wrong = known_paths(), ROOT / "megatron_spear", []
+    known, package, wrong, right = known_paths(), ROOT / "megatron_spear", [], set()
     for path in pages():
         for name in SETTING.findall(path.read_text(encoding="utf-8")):
             module = package.joinpath(*name.split("."))
@@ -201,7 +214,22 @@ def test_every_setting_that_a_page_names_is_there() -> None:
             is_code = any(file.exists() for file in files)
             if name not in known and not is_code and not name.endswith((".json", ".yaml", ".py")):
                 wrong.append(f"{path.name}: {name}")
+            right.add(name)
     assert not wrong
+    assert len(right) > 150 and SETTING.findall("`run.stepps=3`") == ["run.stepps"]
+
+
+def test_the_defaults_of_the_page_on_the_method_are_the_schemas() -> None:
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    defaults, compared = dict(leaves(RunConfig().model_dump())), 0
+    for row in re.findall(r"^\|(.*)\|$", page, re.M):
+        cells = [cell.strip() for cell in row.split("|")]
+        names = [name for name in SETTING.findall(cells[1]) if name in defaults]
+        told = [float(x) if x[0].isdigit() else x for x in cells[2].split(", ") if x]
+        if len(names) == len(told):
+            assert [defaults[name] for name in names] == told, row
+            compared += len(names)
+    assert compared >= 18
 
 
 def test_every_metric_that_a_page_names_is_reported() -> None:

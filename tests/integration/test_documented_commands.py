@@ -21,6 +21,7 @@ from documented_commands import (
     Command,
     all_blocks,
     commands,
+    spans,
     unmarked_commands,
 )
 from documented_table import ELSEWHERE, OTHERS, RUN, Run, run_of
@@ -44,8 +45,9 @@ class Scratch:
     """A folder like a user's clone, in which commands run once each; and the server of one."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
-        self.folder, self._cache, self._done = folder, cache, dict[str, Any]()
+        self.folder, self._cache, self._done = folder, cache, set[str]()
         self.url = ""
+        self._server: subprocess.Popen[str] | None = None
 
     def run(self, text: str) -> None:
         """Run a command of the table, those before it first; only its first call does."""
@@ -58,36 +60,35 @@ class Scratch:
         words = [_swapped(word, run) for word in words]
         words += [*run.more, *([f"model.cache_dir={self._cache}"] if run.cache else [])]
         with contextlib.chdir(self.folder):
-            self._done[text] = self._run(words, run.status)
+            self._run(words, run.status)
+        self._done.add(text)
 
     def close(self) -> None:
-        """End the server."""
-        for process in self._done.values():
-            if isinstance(process, subprocess.Popen):
-                process.terminate()
-                assert process.wait(30) == 0
+        """End the server, which says that it ended well."""
+        if self._server is not None:
+            self._server.terminate()
+            assert self._server.wait(60) == 0
 
-    def _run(self, words: list[str], status: int) -> Any:
+    def _run(self, words: list[str], status: int) -> None:
         if words[0] == "python":
             exec(compile(words[2], "<documented>", "exec"), {})
-            return None
+            return
         if words[-1] == "&":
-            return self._serve([*words[1:-1], "--port", "0"])
+            self._serve([*words[1:-1], "--port", "0"])
+            return
         done = run_here(words[1:])
         assert done.status == status, f"exit status {done.status}\n{done.out}\n{done.err}"
-        return done
 
-    def _serve(self, words: list[str]) -> "subprocess.Popen[str]":
+    def _serve(self, words: list[str]) -> None:
         line = [sys.executable, "-m", "megatron_spear.cli.main", *words]
         env = {**os.environ, "PYTHONPATH": f"{ROOT}"}
-        process = subprocess.Popen(
+        self._server = subprocess.Popen(
             line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
         )
-        assert process.stdout is not None
-        said = process.stdout.readline()
+        assert self._server.stdout is not None
+        said = self._server.stdout.readline()
         self.url = said.rpartition(" ")[2].strip()
         assert said.startswith("tiny is served at http://"), said
-        return process
 
 
 def _words(text: str) -> list[str]:
@@ -193,6 +194,16 @@ def test_the_test_that_runs_it_elsewhere_is_there(text: str, named: tuple[str, s
 def test_its_arguments_and_settings_are_known(command: Command, clone: Path) -> None:
     with contextlib.chdir(clone):
         parse(list(command.words))
+
+
+def test_commands_within_sentences_are_known_too(clone: Path) -> None:
+    named = {text for _, text in spans() if text.startswith("megatron-spear ")}
+    whole = [text.split() for text in named if len(text.split()) > 2]
+    assert len(whole) >= 5
+    with contextlib.chdir(clone):
+        for words in whole:
+            parse(words)
+    assert {text.split()[1] for text in named} <= {*main._COMMANDS, *main._WITH_PARSERS}
 
 
 @pytest.mark.parametrize(
