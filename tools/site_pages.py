@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "examples/**/*", "slurm/*")
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "examples/**/*", "slurm/**/*")
 """What the site takes besides ``docs/``: pages, and the files that they link to."""
 
 _LINK = re.compile(r"(\]\()((?:\.\./)*)(docs/)?")
