@@ -5,8 +5,9 @@ this one walk.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -59,6 +60,7 @@ class Knob:
         return self.path.rpartition(".")[0]
 
 
+@cache
 def schema_paths(model: type[BaseModel] = RunConfig) -> tuple[Knob, ...]:
     """Every knob and section of the schema, in schema order, parents before their children.
 
@@ -73,9 +75,10 @@ def schema_paths(model: type[BaseModel] = RunConfig) -> tuple[Knob, ...]:
     return tuple(found.values())
 
 
-def known_paths(model: type[BaseModel] = RunConfig) -> dict[str, Knob]:
+@cache
+def known_paths(model: type[BaseModel] = RunConfig) -> Mapping[str, Knob]:
     """The knobs of the run configuration (or of another model) by path."""
-    return {knob.path: knob for knob in schema_paths(model)}
+    return types.MappingProxyType({knob.path: knob for knob in schema_paths(model)})
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Knob]:

@@ -142,6 +142,11 @@ class OfficialReplayBuffer:
         return sum(len(rows.row_ids) for _, rows in self._chunks)
 
     @property
+    def decays(self) -> bool:
+        """Whether stored advantages are decayed rather than recalibrated."""
+        return self._rules.decays
+
+    @property
     def row_ids(self) -> list[Any]:
         """Ids of the stored rows, in buffer order."""
         return [row for _, rows in self._chunks for row in rows.row_ids.tolist()]

@@ -80,6 +80,15 @@ class ChatRenderer:
         )
         return text
 
+    def text_of(self, tokens: Sequence[int] | TokenArray) -> str:
+        """The text of tokens, special ones too: what the engine was given or sampled."""
+        text: str = self._tokenizer.decode(
+            [int(token) for token in tokens],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        return text
+
     def encode_action(self, text: str) -> TokenArray:
         """int32 ``[A]``: a demonstrated answer with its end token.
 

@@ -201,6 +201,16 @@ def _group_names(prompts: Sequence[Prompt], seed: tuple[int, ...]) -> list[tuple
     return names
 
 
+def collected_in(group_id: str) -> int | None:
+    """The trainer step whose rollouts made this group; None for a name of another making.
+
+    Example: 3 for ``0.3/a`` and for ``0.3.1/a#1`` (seed 0, step 3, a further round).
+    """
+    numbers = group_id.partition("/")[0].split(".")
+    is_ours = len(numbers) in (2, 3) and all(number.isdecimal() for number in numbers)
+    return int(numbers[1]) if is_ours else None
+
+
 def _attempt(
     prompt: Prompt,
     group_id: str,

@@ -15,6 +15,9 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     that would have been trained on and are not what the engine was given and sampled, over all
     trajectories: one that has any failed (`drift.TokenDrift`).
 
+    ``tool_calls_mean`` are calls a trajectory (in a game each action is one) and
+    ``tool_success_fraction`` those of them that worked.
+
     Example: one win in 2 turns and one loss in 6, no failure: success 0.5, turns_mean 4.0, failed
     0.
     """
@@ -29,6 +32,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         return metrics
     count = len(members)
     turns = [turn for member in members for turn in member.turns]
+    calls = [call for turn in turns for call in turn.tool_calls]
     segments = [segment for member in members for segment in member.segments]
     metrics |= {
         "rollout/success": sum(member.won for member in members) / count,
@@ -36,6 +40,8 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "rollout/turns_mean": len(turns) / count,
         "rollout/action_tokens": float(sum(member.num_action_tokens for member in members)),
         "rollout/valid_fraction": sum(turn.valid for turn in turns) / max(1, len(turns)),
+        "rollout/tool_calls_mean": len(calls) / count,
+        "rollout/tool_success_fraction": sum(c.succeeded for c in calls) / max(1, len(calls)),
         "rollout/branches": sum(max(0, len(m.segments) - 1) for m in members) / count,
         "rollout/truncated_fraction": sum(m.status in _TRUNCATED for m in members) / count,
         "rollout/context_full_fraction": (

@@ -41,6 +41,7 @@ from megatron_spear.types import (
     StepContext,
     StepReport,
     TrainSample,
+    TrajectoryGroup,
     Update,
 )
 
@@ -130,7 +131,7 @@ def check_state(make: Make, *, groups: Groups = made_up_groups) -> None:
             _load(again, state)
             if (got := _state(again, step)) != state:
                 fail(f"after step {step} the state comes back as", _short(got), _short(state))
-        own = state[_NAME]
+        own = state.get(_NAME, {})  # none of a hook that looks on only
         for key in own:
             wrong = {name: value for name, value in own.items() if name != key}
             _expect_refused(_calls(make, folder), wrong, f"a state without {key!r}")
@@ -215,7 +216,11 @@ def _play(
         seed=7,
     )
     with _violations():
+        played = tuple(map(_as_played, groups))
+        # The two share their trajectories; the one that hooks go on with is named first.
         shown(f"what on_scored was shown in step {step}", groups)
+        shown(f"what on_played was shown in step {step}", played)
+        calls.on_played(ctx, played)
         chosen = calls.on_scored(ctx, groups)
         advantages = turn_advantages(chosen, AlgorithmSection(), ctx.coefficients.intrinsic_weight)
         samples = with_gradient(make_samples(chosen, advantages))
@@ -229,6 +234,11 @@ def _play(
         shown(f"what on_step_end was shown in step {step}", report)
         calls.on_step_end(ctx, report)
     return _Played(step=step, groups=chosen, updates=updates, metrics=metrics, state={})
+
+
+def _as_played(group: ScoredGroup) -> TrajectoryGroup:
+    members = tuple(member.trajectory for member in group.members)
+    return TrajectoryGroup(group_id=group.group_id, prompt=group.prompt, members=members)
 
 
 def _check_sample(sample: TrainSample, what: str) -> None:

@@ -19,6 +19,8 @@ from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.event_loop import EventLoop
 from megatron_spear.rollout.rollouter import Rollouter
+from megatron_spear.rollout.token_texts import TokenTexts
+from megatron_spear.tracking.recorded_files import FOLDER
 from megatron_spear.trainer import seeds
 from megatron_spear.trainer.ahead import RolloutsAhead
 from megatron_spear.trainer.controller import Controller
@@ -27,6 +29,7 @@ from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.hooks.curriculum import CurriculumHook
 from megatron_spear.trainer.hooks.official_replay import OfficialReplayHook
+from megatron_spear.trainer.hooks.recording import RecordingHook
 from megatron_spear.trainer.hooks.self_imitation import SelfImitationHook
 from megatron_spear.trainer.loop import SpearStep
 from megatron_spear.trainer.registered import environment_workers
@@ -41,6 +44,7 @@ class RolloutStack:
     made: MadeEngine
     pool: EnvironmentPool
     rollouter: Rollouter
+    renderer: ChatRenderer
 
     @property
     def engine(self) -> RolloutEngine:
@@ -98,17 +102,18 @@ def make_rollout(
         deadline_s=rollout.env_deadline_s,
         remote=environment_workers(attempt) if attempt is not None and num_remote else None,
     )
+    renderer = make_renderer(model)
     rollouter = Rollouter(
         made.engine,
         pool,
-        make_renderer(model),
+        renderer,
         family.view(),
         rollout,
         history=env.history,
         max_turns=env.max_turns,
         loop=loop,
     )
-    return RolloutStack(loop=loop, made=made, pool=pool, rollouter=rollouter)
+    return RolloutStack(loop=loop, made=made, pool=pool, rollouter=rollouter, renderer=renderer)
 
 
 def make_panel(config: RunConfig) -> Panel:
@@ -147,7 +152,9 @@ def make_step(
         controller = Controller(
             cursor=cursor,
             rollouter=rollout.rollouter,
-            hooks=make_hooks(config, run_folder / "replay", {**measuring, **own_hooks}),
+            hooks=make_hooks(
+                config, run_folder, {**measuring, **own_hooks}, TokenTexts(rollout.renderer.text_of)
+            ),
             rollout=config.rollout,
             reward=config.reward,
             algorithm=config.algorithm,
@@ -175,18 +182,38 @@ def make_step(
     )
 
 
-def make_hooks(config: RunConfig, replay_folder: Path, own_hooks: Mapping[str, Hook]) -> HookCalls:
+def make_hooks(
+    config: RunConfig, run_folder: Path, own_hooks: Mapping[str, Hook], texts: TokenTexts
+) -> HookCalls:
     """The run's hooks: the user's first, so that replay's baseline learns, and its store keeps, the
-    rewards that are trained on. A dotted name is none that a user can give."""
+    rewards that are trained on; the recorder, which looks on, last. A dotted name is none that a
+    user can give. ``texts`` are those of the policy's tokens."""
     hooks = dict(own_hooks)
-    replay, algorithm = config.replay, config.algorithm
-    if replay.enabled and algorithm.compat == "official":
-        hooks["built_in.official_replay"] = OfficialReplayHook(
-            replay, algorithm, config.rollout.group_size, replay_folder
+    algorithm, group_size = config.algorithm, config.rollout.group_size
+    replay = _replay_hook(config, run_folder / "replay")
+    if isinstance(replay, OfficialReplayHook):
+        hooks["built_in.official_replay"] = replay
+    elif replay is not None:
+        hooks["built_in.self_imitation"] = replay
+    if config.tracking.recorded_groups:
+        hooks["built_in.recording"] = RecordingHook(
+            run_folder / FOLDER,
+            config.tracking.recorded_groups,
+            algorithm=algorithm,
+            group_size=group_size,
+            texts=texts,
+            replay=replay,
         )
-    elif replay.enabled:
-        hooks["built_in.self_imitation"] = SelfImitationHook(replay, replay_folder)
     return HookCalls(hooks)
+
+
+def _replay_hook(config: RunConfig, folder: Path) -> OfficialReplayHook | SelfImitationHook | None:
+    replay, algorithm = config.replay, config.algorithm
+    if not replay.enabled:
+        return None
+    if algorithm.compat == "official":
+        return OfficialReplayHook(replay, algorithm, config.rollout.group_size, folder)
+    return SelfImitationHook(replay, folder)
 
 
 def make_cursor(config: RunConfig) -> tuple[Cursor, dict[str, Hook]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_spear.algorithms.advantages import turn_advantages
-from megatron_spear.algorithms.filters import counted_groups, keep_groups, reward_spread
+from megatron_spear.algorithms.filters import keep_groups, reward_spread
 from megatron_spear.algorithms.official.rows import official_rows
 from megatron_spear.algorithms.samples import make_samples
 from megatron_spear.config.method import AlgorithmSection, RewardSection
@@ -23,6 +23,7 @@ from megatron_spear.rollout.rollouter import Rollouter
 from megatron_spear.rollout.summary import lag_metrics, rollout_metrics
 from megatron_spear.trainer.ahead import RolloutsAhead
 from megatron_spear.trainer.hooks.calls import HookCalls
+from megatron_spear.trainer.marking import counted, filters_in_force
 from megatron_spear.types import (
     ConsumedPrompt,
     Fate,
@@ -81,7 +82,8 @@ class Controller:
         In up to ``dynamic_sampling_rounds`` further rounds, groups of equal rewards, which teach
         nothing, make room for groups of further prompts; those of the last round stay, whatever
         they are. Prompts are consumed once, replaced groups are gone for good. Metrics are over the
-        groups of all rounds; what comes after this, the hooks too, sees those that stay.
+        groups of all rounds, which hooks are shown as played; what comes after this sees those that
+        stay.
         """
         positions, played, scored = self._play(ctx, 0, self.rollout.prompts_per_step, 0, progress)
         groups, rounds = list(scored), 0
@@ -101,6 +103,7 @@ class Controller:
         if self.algorithm.dynamic_sampling_rounds:
             metrics["filter/num_sampling_rounds"] = float(rounds)
             metrics["filter/num_resampled_groups"] = float(len(scored) - len(groups))
+        self.hooks.on_played(ctx, tuple(played))
         return Collected(
             groups=tuple(groups),
             played=tuple(played),
@@ -118,13 +121,13 @@ class Controller:
     ) -> tuple[list[TrainSample], dict[str, float]]:
         """Mark, filter, compare: the step's samples with their advantages, and metrics."""
         scored = self.hooks.on_scored(ctx, scored)
-        marked, counted, metrics = self._marked(scored)
+        marked, counting, metrics = self._marked(scored)
         if self.algorithm.compat == "official":
             size = self.rollout.group_size
             rows, filtered = official_rows(ctx, scored, marked, self.algorithm, size)
             return rows, metrics | filtered
         weight = ctx.coefficients.intrinsic_weight
-        kept, filtered = keep_groups(counted, self.algorithm.keep_groups_fraction, weight)
+        kept, filtered = keep_groups(counting, self.algorithm.keep_groups_fraction, weight)
         advantages = turn_advantages(kept, self.algorithm, weight)
         names = {group.group_id for group in kept}
         whole = [group for group in scored if group.group_id in names]
@@ -160,20 +163,16 @@ class Controller:
 
     def _equal(self, ctx: StepContext, groups: Sequence[ScoredGroup]) -> list[int]:
         """Places of the groups whose rewards, of the members that count, are all equal."""
-        _, counted, _ = self._marked(groups)
+        _, counting, _ = self._marked(groups)
         weight = ctx.coefficients.intrinsic_weight
-        return [seat for seat, group in enumerate(counted) if not reward_spread(group, weight)]
+        return [seat for seat, group in enumerate(counting) if not reward_spread(group, weight)]
 
     def _marked(
         self, groups: Sequence[ScoredGroup]
     ) -> tuple[frozenset[RowKey], Sequence[ScoredGroup], dict[str, float]]:
         """The rows to learn nothing from, the groups as statistics count them, and metrics."""
-        section, official = self.algorithm.row_filters, self.algorithm.compat == "official"
-        if official and self.algorithm.official.tree == "math":
-            section = section.model_copy(update={"void": False})  # it never fires there (defect 7)
-        marked, metrics = mark_rows(groups, section)
-        everyone = official or section.in_group_statistics
-        return marked, groups if everyone else counted_groups(groups, marked), metrics
+        marked, metrics = mark_rows(groups, filters_in_force(self.algorithm))
+        return marked, counted(groups, marked, self.algorithm), metrics
 
 
 def with_gradient(samples: Sequence[TrainSample]) -> list[TrainSample]:

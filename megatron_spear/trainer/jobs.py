@@ -14,6 +14,7 @@ from megatron_spear.config.losses import LossSection
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.envs.family import Panel, family_of
 from megatron_spear.errors import ConfigError, DataError, StopRequested
+from megatron_spear.tracking.evaluations import EvaluationLog
 from megatron_spear.tracking.plot import plot_curves
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import build_tracker
@@ -75,7 +76,7 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
         config, list_urls = find_servers(config, attempt, controller, stop, console)
         console.phase("Policy and engine")
         rollout = build.make_rollout(config, model, list_urls, attempt) if controller else None
-        tracker = consumption = step = None
+        tracker = consumption = evaluations = step = None
         try:
             policy = build.make_policy(config, model, context)
             step = build.make_step(config, policy, rollout, model, directory.path, own_hooks)
@@ -94,16 +95,21 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
             if resumed is not None:
                 console.line(f"continuing after step {resumed.step} of {config.run.steps}")
             if controller:
+                directory.drop_records_after(resumed.step if resumed is not None else 0)
                 consumption = run.consumption = ConsumptionLog(
                     directory.consumed_file,
                     resumed=(resumed.step, resumed.prompts) if resumed is not None else None,
+                )
+                resumed_step = resumed.step if resumed is not None else None
+                evaluations = run.evaluations = EvaluationLog(
+                    directory.evaluations_file, resumed_step=resumed_step
                 )
                 tracker = run.tracker = build_tracker(
                     config.tracking,
                     folder=directory.path,
                     name=config.run.name,
                     config=config.model_dump(mode="json"),
-                    resumed_step=resumed.step if resumed is not None else None,
+                    resumed_step=resumed_step,
                 )
             summary = run.run()
             if controller and summary:
@@ -112,8 +118,9 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
         finally:
             if tracker is not None:
                 tracker.close()
-            if consumption is not None:
-                consumption.close()
+            for record in (consumption, evaluations):
+                if record is not None:
+                    record.close()
             if step is not None:
                 step.weight_sync.close()
             if rollout is not None:
@@ -330,8 +337,14 @@ def _finish(
     summary = {"name": config.run.name, "seed": config.run.seed, **summary}
     write_summary(directory.summary_file, summary)
     console.table(summary_rows(summary), title="Summary")
+    if config.tracking.curves:
+        _draw_curves(config, directory, console)
+    console.line(f"metrics: {directory.metrics_file}")
+
+
+def _draw_curves(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     try:
         plot_curves(directory.metrics_file, directory.curves_file, title=config.run.name)
     except (OSError, ValueError, RuntimeError) as error:  # the run itself is done and saved
         log.warning("the curves could not be drawn: %s", error)
-    console.line(f"curves: {directory.curves_file}   metrics: {directory.metrics_file}")
+    console.line(f"curves: {directory.curves_file}")

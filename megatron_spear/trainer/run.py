@@ -13,6 +13,7 @@ from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.family import Panel
 from megatron_spear.errors import StopRequested
 from megatron_spear.heartbeats.heart import beat, begin
+from megatron_spear.tracking.evaluations import EvaluationLog
 from megatron_spear.tracking.progress import Bar, Console
 from megatron_spear.tracking.sinks import Tracker
 from megatron_spear.trainer.build import RolloutStack
@@ -48,6 +49,7 @@ class SpearRun:
         self._rollout, self._panel = rollout, panel
         self.tracker: Tracker | None = None
         self.consumption: ConsumptionLog | None = None
+        self.evaluations: EvaluationLog | None = None
         self._console, self._stop = console, stop
         self._model = model
         self._checkpoints = RunCheckpoints(
@@ -220,6 +222,8 @@ class SpearRun:
             )
         if self.tracker:
             self.tracker.log(step, result.metrics())
+        if self.evaluations:
+            self.evaluations.log(step, self._panel.sha256, result.won)
         return result
 
     def _save(self) -> None:

@@ -2,9 +2,10 @@
 
 config.yaml     the resolved configuration        versions.json  packages and machine
 metrics.jsonl   one line a record                 summary.json   the result
-consumed.jsonl  one line a prompt consumed
-curves.png      the curves                        checkpoints/   step_N, committed whole
-wandb/          wandb's own files                 model/         the policy, for Hugging Face
+consumed.jsonl  one line a prompt consumed        evaluations.jsonl  each game of the panel
+curves.png      the curves                        trajectories/  what was played, a file a step
+checkpoints/    step_N, committed whole           model/         the policy, for Hugging Face
+wandb/          wandb's own files
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from megatron_spear.config.load import CONFIG_NAME, dump_config, load_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError
 from megatron_spear.files import write_whole
+from megatron_spear.tracking.recorded_files import FOLDER, drop_steps_after
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,11 @@ class RunDirectory:
         return self.path / "consumed.jsonl"
 
     @property
+    def evaluations_file(self) -> Path:
+        """Each game of the panel at every evaluation (``tracking.evaluations``)."""
+        return self.path / "evaluations.jsonl"
+
+    @property
     def summary_file(self) -> Path:
         """The result of a finished run."""
         return self.path / "summary.json"
@@ -83,6 +90,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def trajectories(self) -> Path:
+        """Folder of the recorded trajectories (``tracking.recorded``)."""
+        return self.path / FOLDER
 
     @property
     def heartbeats(self) -> Path:
@@ -179,9 +191,23 @@ class RunDirectory:
     def _before(self, number: int) -> Path:
         return self.path / f"model.before-{number}"
 
+    def drop_records_after(self, step: int) -> None:
+        """Remove the recorded trajectories of later steps, which are to be played again; where that
+        fails it is told, and they are written over when their steps come."""
+        try:
+            drop_steps_after(self.trajectories, step)
+        except OSError as error:
+            log.warning("recorded trajectories after step %d are still there: %s", step, error)
+
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""
-        own = (self.config_file, self.versions_file, self.metrics_file, self.consumed_file)
+        own = (
+            self.config_file,
+            self.versions_file,
+            self.metrics_file,
+            self.consumed_file,
+            self.evaluations_file,
+        )
         used = self.metrics_file.is_file() and self.metrics_file.stat().st_size
         if used or set(self.path.iterdir()) - {*own, self.checkpoints, self.heartbeats}:
             return

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from same_records import check_same_records
 from tiny_runs import Outcome, arguments, run_here
 
 from megatron_spear.testing.ranks import run_ranks
@@ -171,7 +172,7 @@ def same_run(
     training_records: Callable[[Path], dict[int, dict[str, Any]]],
     same_weights: Callable[[Path, Path, float], None],
 ) -> Callable[[Path, Path], None]:
-    """Equal training metrics of every step (but times) and equal exported weights."""
+    """Equal training metrics and trajectories of every step (but times), equal exported weights."""
 
     def check(one: Path, other: Path) -> None:
         expected, found = training_records(one), training_records(other)
@@ -184,6 +185,7 @@ def same_run(
                 rounding = 1e-5 if name.startswith("mismatch/") else 1e-9
                 told = f"{name} at step {step}"
                 assert found[step][name] == pytest.approx(value, rel=1e-6, abs=rounding), told
+        check_same_records(one, other)
         same_weights(one, other, 1e-7)
 
     return check

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from megatron_spear.tracking.recorded_files import FOLDER, read_step
+
 pytestmark = pytest.mark.timeout(300)
 
 Records = Callable[[Path], dict[int, dict[str, Any]]]
@@ -32,6 +34,9 @@ def test_window_history_makes_a_segment_a_turn(
         # Groups of 4, 2 kept at most: more rows than trajectories means several rows a trajectory.
         assert record["train/num_rows"] > record["rollout/num_trajectories"]
         assert record["mismatch/max_logprob_gap"] < 1e-3
+    for trajectory in read_step(run_dir / FOLDER, 2).trajectories:
+        assert [turn.segment for turn in trajectory.turns] == list(range(len(trajectory.turns)))
+        assert len(trajectory.segment_marks) == len(trajectory.turns)
     # A window's context does not grow with the game.
     assert record["rollout/max_context"] < 200
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from same_records import check_same_records
 
 from megatron_spear.conversion.word_tokenizer import make_tokenizer
 from megatron_spear.envs.alfworld.phrases import NAMES, PHRASES
@@ -66,6 +67,7 @@ def test_more_ranks_same_run(
         same = {k: v for k, v in record.items() if k.startswith(SAME)}
         assert {k: found[step][k] for k in same} == pytest.approx(same, rel=1e-6), f"step {step}"
         assert found[step] == pytest.approx(record, rel=1e-3, abs=1e-5), f"step {step}"
+    check_same_records(one_rank, run_dir)
     same_weights(one_rank, run_dir, 1e-5)
 
 

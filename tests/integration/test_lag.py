@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_spear.tracking.recorded_files import FOLDER, read_step
+
 pytestmark = pytest.mark.timeout(300)
 
 SETTINGS = (
@@ -38,6 +40,14 @@ def test_a_run_with_lag_trains_on_tokens_of_both_versions(
         fractions = record["rollout/lag_0_fraction"] + record["rollout/lag_1_fraction"]
         assert fractions == pytest.approx(1.0)
         assert "mismatch/logprob_gap_mean" in record, "the gap is always logged"
+    step = read_step(run_dir / FOLDER, 4)
+    versions = {
+        span.policy_version
+        for trajectory in step.trajectories
+        for turn in trajectory.turns
+        for span in turn.versions
+    }
+    assert versions <= {2, 3} and step.policy_version == 3
 
 
 def test_a_stop_loses_no_prompt_and_repeats_none(

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_spear.tracking.evaluations import read_evaluations
+from megatron_spear.tracking.recorded_files import FOLDER, list_steps, read_step
+
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -16,16 +19,16 @@ def finished(
     spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Any]:
     run_dir = tmp_path_factory.mktemp("main-job") / "run"
-    done = spear(
-        "train", f"run.dir={run_dir}", "run.steps=3", "policy.optimizer.lr=0.01", "run.name=three"
-    )
+    settings = ("run.steps=3", "policy.optimizer.lr=0.01", "run.name=three", "tracking.curves=true")
+    done = spear("train", f"run.dir={run_dir}", *settings)
     return run_dir, done
 
 
 def test_the_run_directory_has_every_file(finished: tuple[Path, Any]) -> None:
-    run_dir, _ = finished
+    run_dir, done = finished
     assert (run_dir / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (run_dir / "curves.png").stat().st_size > 10_000
+    assert f"curves: {run_dir / 'curves.png'}" in done.out
     assert json.loads((run_dir / "versions.json").read_text())["torch"]
     assert "steps: 3" in (run_dir / "config.yaml").read_text()
     assert not list(run_dir.rglob("*.tmp")) and not list(run_dir.glob(".*"))
@@ -60,6 +63,50 @@ def test_each_step_is_recorded_once_and_trains(
     assert max(r["mismatch/max_logprob_gap"] for r in records.values()) < 1e-3
     evaluated = [json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in evaluated if "eval/success" in r] == [0, 3]
+
+
+def test_each_game_of_the_panel_is_recorded(finished: tuple[Path, Any]) -> None:
+    run_dir, _ = finished
+    summary = json.loads((run_dir / "summary.json").read_text())
+    before, after = read_evaluations(run_dir / "evaluations.jsonl")
+    assert (before.step, after.step) == (0, 3)
+    assert {before.panel_sha256, after.panel_sha256} == {summary["panel_sha256"]}
+    assert (before.success, after.success) == (summary["success_before"], summary["success_after"])
+    assert len(before.won) == len(after.won) == 4
+
+
+def test_the_trajectories_of_each_step_are_recorded(
+    finished: tuple[Path, Any], training_records: Callable[[Path], dict[int, dict[str, Any]]]
+) -> None:
+    """What the files say adds up to the metrics of the step."""
+    run_dir, _ = finished
+    records = training_records(run_dir)
+    assert list_steps(run_dir / FOLDER) == list(records)
+    for step, record in records.items():
+        recorded = read_step(run_dir / FOLDER, step)
+        played, replayed = recorded.trajectories, recorded.replayed
+        assert recorded.policy_version == step - 1 and recorded.num_trajectories == len(played) == 8
+        assert np.mean([t.won for t in played]) == record["rollout/success"]
+        totals = [t.reward.total for t in played if t.reward]
+        assert np.mean(totals) == pytest.approx(record["reward/mean"], abs=1e-6)
+        assert sum(t.stored for t in played) == record["replay/inserted"]
+        assert len(replayed) == record["replay/rows"]
+        assert len(replayed) + sum(t.trained for t in played) == record["train/num_rows"]
+        assert all(row.advantage > 0 and row.age == step - row.step for row in replayed)
+        turns = [turn for t in played for turn in t.turns]
+        num_tokens = sum(len(turn.tokens) for turn in turns)
+        assert num_tokens == record["rollout/action_tokens"]
+        for turn in turns:
+            assert turn.text == "".join(turn.tokens)
+            assert len(turn.rollout_logprobs) == len(turn.tokens)
+            assert turn.finish_reason in ("stop", "length")
+            assert turn.versions == ((step - 1, len(turn.tokens)),)
+    assert any(row.id == t.id for row in replayed for t in _recorded_before(run_dir, step))
+
+
+def _recorded_before(run_dir: Path, step: int) -> list[Any]:
+    earlier = (read_step(run_dir / FOLDER, number) for number in range(1, step))
+    return [trajectory for recorded in earlier for trajectory in recorded.trajectories]
 
 
 def test_the_exported_model_is_the_trained_policy(finished: tuple[Path, Any]) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from same_records import check_same_records
+
+from megatron_spear.tracking.recorded_files import FOLDER, read_step
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -52,8 +55,13 @@ def test_defect_06_a_run_that_replays_evaluates_and_resumes_as_if_not_stopped(
     for step, record in expected.items():
         assert found[step] == pytest.approx(record, rel=1e-6, abs=1e-5), f"step {step}"
     same_weights(whole, parted, 1e-7)
+    check_same_records(whole, parted)
     released = [step for step, record in expected.items() if record["replay/rows"]]
     assert released and max(released) > 2, "a release after the stop, else this proves little"
+    replayed = {step: read_step(whole / FOLDER, step).replayed for step in expected}
+    assert {step: len(rows) for step, rows in replayed.items() if rows} == {
+        step: expected[step]["replay/rows"] for step in released
+    }
     step = expected[released[-1]]
     assert step["train/num_updates"] == 2 and step["replay/stored"] == 0
     assert "replay/p50" in step and "replay/cov_dropped_fraction" in step

@@ -2,6 +2,7 @@
 
 | call | when | gives |
 |---|---|---|
+| ``on_played`` | the step's trajectories are there, before rewards | nothing |
 | ``on_scored`` | rewards are known, before filters and advantages | the groups to go on with |
 | ``on_samples`` | this step's samples are final (advantages, old_logprobs) | nothing |
 | ``extra_updates`` | before the optimizer step | updates that join it |
@@ -14,11 +15,18 @@ steps only. Users switch on their own with ``hooks:`` in the settings (docs/hook
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_spear.config.base import Section
 from megatron_spear.replay.state import require_keys
-from megatron_spear.types import ScoredGroup, StepContext, StepReport, TrainSample, Update
+from megatron_spear.types import (
+    ScoredGroup,
+    StepContext,
+    StepReport,
+    TrainSample,
+    TrajectoryGroup,
+    Update,
+)
 
 
 class Hook:
@@ -30,6 +38,14 @@ class Hook:
 
     class Settings(Section):
         """No settings; a hook that has some derives its ``Settings`` from this."""
+
+    keeps_state: ClassVar[bool] = True
+    """False for one that looks on only: it is in no checkpoint, so that a resumed run may have it
+    or not."""
+
+    def on_played(self, ctx: StepContext, groups: tuple[TrajectoryGroup, ...]) -> None:
+        """All that was played for the step: failures too, and groups that dynamic sampling
+        replaced."""
 
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]

@@ -26,6 +26,7 @@ from megatron_spear.types import (
     StepContext,
     StepReport,
     TrainSample,
+    TrajectoryGroup,
     Update,
 )
 
@@ -47,6 +48,14 @@ class HookCalls:
 
     def __init__(self, hooks: Mapping[str, Hook]) -> None:
         self._hooks = dict(hooks)
+        self._in_checkpoints = tuple(name for name, hook in hooks.items() if hook.keeps_state)
+
+    def on_played(self, ctx: StepContext, groups: tuple[TrajectoryGroup, ...]) -> None:
+        """Show every hook what was played."""
+        for name in self._hooks:
+            with self._calling(name, "on_played", _in(ctx)) as (hook, where):
+                given = hook.on_played(ctx, groups)
+            _require_nothing(given, where)
 
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
@@ -106,7 +115,7 @@ class HookCalls:
     def state_dict(self, step: int) -> dict[str, Any]:
         """The hooks' states by name, after this step."""
         states = {}
-        for name in self._hooks:
+        for name in self._in_checkpoints:
             with self._calling(name, "state_dict", f"after step {step}") as (hook, where):
                 states[name] = hook.state_dict()
             if not isinstance(states[name], dict) or not _is_plain(states[name]):
@@ -118,15 +127,15 @@ class HookCalls:
 
         Raises CheckpointError where names are missing or unknown, or a hook refuses its state.
         """
-        require_keys(states, tuple(self._hooks), "hooks")
-        for name in self._hooks:
+        require_keys(states, self._in_checkpoints, "hooks")
+        for name in self._in_checkpoints:
             with self._calling(name, "load_state_dict", "at the resume") as (hook, where):
                 given = hook.load_state_dict(states[name])
             _require_nothing(given, where)
 
     def prune(self, kept: Sequence[Mapping[str, Any]]) -> None:
         """Let the hooks free what no state of the kept checkpoints needs."""
-        for name in self._hooks:
+        for name in self._in_checkpoints:
             with self._calling(name, "prune", "after a checkpoint") as (hook, where):
                 given = hook.prune([states[name] for states in kept])
             _require_nothing(given, where)

@@ -18,11 +18,19 @@ from megatron_spear.replay.official import (
     OfficialRows,
     keyed_permutation,
 )
+from megatron_spear.replay.released import ReleasedRow
 from megatron_spear.replay.selection import recalibrated
 from megatron_spear.replay.state import require_keys
 from megatron_spear.replay.store import ReplayStore
 from megatron_spear.trainer.hooks.base import Hook
-from megatron_spear.types import Origin, StepContext, StepReport, TrainSample, Update
+from megatron_spear.types import (
+    Origin,
+    StepContext,
+    StepReport,
+    TrainSample,
+    TrajectoryId,
+    Update,
+)
 
 
 class OfficialReplayHook(Hook):
@@ -48,6 +56,8 @@ class OfficialReplayHook(Hook):
         )
         self._store = ReplayStore(folder, capacity=None)  # the buffer decides what stays
         self._pending: list[TrainSample] = []
+        self._released: tuple[ReleasedRow, ...] = ()
+        self._entered: frozenset[TrajectoryId] = frozenset()
         self._metrics: dict[str, float] = {}
 
     def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:
@@ -58,11 +68,12 @@ class OfficialReplayHook(Hook):
         """The buffer's release, if it is full; the buffer and its rows are gone after that."""
         weight = ctx.coefficients.replay_weight
         stored = len(self._buffer)
+        self._released = ()
         self._metrics = {"replay/weight": weight, "replay/rows": 0.0}
         release = self._buffer.take(keyed_permutation(ctx.seed, ctx.step))
         updates: list[Update] = []
         if release is not None:
-            samples = self._samples(release)
+            samples = self._samples(release, weight)
             self._metrics |= {
                 "replay/rows": float(len(samples)),
                 "replay/p50": release.baseline,
@@ -81,6 +92,7 @@ class OfficialReplayHook(Hook):
     def on_step_end(self, ctx: StepContext, report: StepReport) -> None:
         """Evict, update the history, insert: in this order, after the optimizer steps."""
         rows, self._pending = self._pending, []
+        self._entered = frozenset()
         if not rows:
             return
         good = [bool((row.advantages > 0).any()) for row in rows]
@@ -101,6 +113,20 @@ class OfficialReplayHook(Hook):
             ),
         )
         self._store.discard(np.setdiff1d(self._store.index().row_ids, self._buffer.row_ids))
+        inside = np.isin(ids, self._buffer.row_ids)
+        self._entered = frozenset(
+            row.trajectory_id for row, is_in in zip(rows, inside, strict=True) if is_in
+        )
+
+    @property
+    def released(self) -> tuple[ReleasedRow, ...]:
+        """The rows of the last step's update."""
+        return self._released
+
+    @property
+    def entered(self) -> frozenset[TrajectoryId]:
+        """The trajectories of which the last step inserted a row."""
+        return self._entered
 
     def state_dict(self) -> dict[str, Any]:
         """The buffer and the store's position."""
@@ -117,10 +143,23 @@ class OfficialReplayHook(Hook):
         """Delete the store's files that no kept checkpoint and no live row needs."""
         self._store.prune([state["store"] for state in kept])
 
-    def _samples(self, release: OfficialRelease) -> tuple[TrainSample, ...]:
+    def _samples(self, release: OfficialRelease, weight: float) -> tuple[TrainSample, ...]:
         taken = self._store.take(release.rows.row_ids.tolist())
+        advantages = release.advantages[:, 0].tolist()
+        self._released = tuple(
+            ReleasedRow(
+                stored=tuple(samples),
+                advantage=advantage,
+                baseline=None if self._buffer.decays else release.baseline,
+                reward=reward,
+                weight=weight,
+            )
+            for samples, advantage, reward in zip(
+                taken, advantages, release.rows.rewards.tolist(), strict=True
+            )
+        )
         return tuple(
             sample
-            for samples, advantage in zip(taken, release.advantages[:, 0].tolist(), strict=True)
+            for samples, advantage in zip(taken, advantages, strict=True)
             for sample in recalibrated(samples, advantage)
         )

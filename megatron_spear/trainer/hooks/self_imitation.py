@@ -29,6 +29,7 @@ import numpy as np
 from megatron_spear.config.method import ReplaySection
 from megatron_spear.replay.baseline import BaselineHistory, baseline_values, batch_mean
 from megatron_spear.replay.index import ReplayIndex, RewardColumn
+from megatron_spear.replay.released import ReleasedRow
 from megatron_spear.replay.selection import recalibrated, scaled, select, stored_scale
 from megatron_spear.replay.state import require_keys
 from megatron_spear.replay.store import ReplayStore
@@ -60,6 +61,8 @@ class SelfImitationHook(Hook):
         self._history = BaselineHistory(section.baseline_history)
         self._admitted: frozenset[TrajectoryId] = frozenset()
         self._pending: list[list[TrainSample]] = []
+        self._released: tuple[ReleasedRow, ...] = ()
+        self._entered: frozenset[TrajectoryId] = frozenset()
         self._metrics: dict[str, float] = {}
         self._step_mean: float | None = None
         self._num_releases = 0
@@ -112,6 +115,7 @@ class SelfImitationHook(Hook):
         With gamma = 0 nothing is released, so no row is spent without effect.
         """
         updates: list[Update] = []
+        self._released = ()
         weight = ctx.coefficients.replay_weight
         if weight > 0.0:
             samples = self._release(ctx)
@@ -133,8 +137,19 @@ class SelfImitationHook(Hook):
         self._evicted_by_capacity = self._store.add(self._pending)
         oldest = report.policy_version - self._section.max_age
         self._evicted_by_age = self._store.evict_older_than(oldest)
+        self._entered = frozenset(rows[0].trajectory_id for rows in self._pending)
         self._pending = []
         self._inside_step = False
+
+    @property
+    def released(self) -> tuple[ReleasedRow, ...]:
+        """The rows of the last step's update."""
+        return self._released
+
+    @property
+    def entered(self) -> frozenset[TrajectoryId]:
+        """The trajectories that the last step inserted."""
+        return self._entered
 
     def state_dict(self) -> dict[str, Any]:
         """The store's position, the baseline's entries and what was counted; only between steps."""
@@ -181,9 +196,14 @@ class SelfImitationHook(Hook):
         if self._section.release == "burst":
             cleared = self._store.discard(self._store.index().row_ids)
             self._metrics["replay/cleared"] = float(cleared)
+        compared = list(zip(taken, selection.advantages.tolist(), strict=True))
+        self._released = tuple(
+            _released(ctx, samples, advantage, anew=scale is None)
+            for samples, advantage in compared
+        )
         return tuple(
             sample
-            for samples, advantage in zip(taken, selection.advantages.tolist(), strict=True)
+            for samples, advantage in compared
             for sample in (
                 recalibrated(samples, advantage) if scale is None else scaled(samples, scale)
             )
@@ -200,6 +220,20 @@ class SelfImitationHook(Hook):
         )
         self._metrics |= metrics
         return index.rewards(intrinsic_weight) - baselines
+
+
+def _released(
+    ctx: StepContext, samples: Sequence[TrainSample], advantage: float, *, anew: bool
+) -> ReleasedRow:
+    """The row with what it was compared with, if its reward was compared ``anew``."""
+    reward = samples[0].reward.total(ctx.coefficients.intrinsic_weight)
+    return ReleasedRow(
+        stored=tuple(samples),
+        advantage=advantage,
+        baseline=reward - advantage if anew else None,
+        reward=reward,
+        weight=ctx.coefficients.replay_weight,
+    )
 
 
 def _by_trajectory(samples: Iterable[TrainSample]) -> list[list[TrainSample]]:

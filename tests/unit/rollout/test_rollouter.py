@@ -350,6 +350,8 @@ def test_metrics_by_hand(rollouter):
         "rollout/turns_mean": 3.5,
         "rollout/action_tokens": 14.0,
         "rollout/valid_fraction": 3 / 7,
+        "rollout/tool_calls_mean": 3.5,
+        "rollout/tool_success_fraction": 3 / 7,
         "rollout/truncated_fraction": 0.5,
         "rollout/context_full_fraction": 0.0,
         "rollout/failed": 0.0,

@@ -25,6 +25,7 @@ from megatron_spear.types import (
     ScoredGroup,
     StepContext,
     StepReport,
+    TrajectoryGroup,
     Update,
 )
 
@@ -36,7 +37,15 @@ CTX = StepContext(
 )
 GROUPS = (make_group("g", [1.0, 0.0]),)
 REPORT = StepReport(step=3, policy_version=3, metrics={})
+PLAYED = (
+    TrajectoryGroup(
+        group_id="g",
+        prompt=GROUPS[0].prompt,
+        members=tuple(member.trajectory for member in GROUPS[0].members),
+    ),
+)
 POINTS: dict[str, Callable[[HookCalls], Any]] = {
+    "on_played in step 3": lambda calls: calls.on_played(CTX, PLAYED),
     "on_scored in step 3": lambda calls: calls.on_scored(CTX, GROUPS),
     "on_samples in step 3": lambda calls: calls.on_samples(CTX, [make_sample()]),
     "extra_updates in step 3": lambda calls: calls.extra_updates(CTX),
@@ -59,7 +68,7 @@ class _Odd(Hook):
             raise self._answer
         return self._answer
 
-    on_scored = on_samples = extra_updates = metrics = _call
+    on_played = on_scored = on_samples = extra_updates = metrics = _call
     on_step_end = state_dict = load_state_dict = prune = _call
 
 
@@ -107,6 +116,7 @@ UPDATE = Update(samples=(make_sample(),), origin=Origin.REPLAY)
 @pytest.mark.parametrize(
     ("point", "answer", "expected"),
     [
+        ("on_played", PLAYED, "gave a tuple; expected nothing"),
         ("on_scored", None, "gave None; expected a tuple of ScoredGroup"),
         ("on_scored", list(GROUPS), "gave a list; expected a tuple of ScoredGroup"),
         ("on_scored", (GROUPS[0], 1), "gave a int at index 1 of a tuple; expected a tuple of Sc"),
@@ -191,6 +201,21 @@ def test_values_and_states_of_all_hooks_by_name() -> None:
     assert (a.count, b.count) == (1, 2)
     calls.prune([states, {"a": {"count": 5}, "b": {"count": 6}}])
     assert (a.kept, b.kept) == ([1, 5], [2, 6])
+
+
+def test_one_that_keeps_no_state_may_come_and_go_at_a_resume() -> None:
+    class Looks(_Counts):
+        keeps_state = False
+
+    looks, counts = Looks("one"), _Counts("two")
+    both = HookCalls({"looks": looks, "counts": counts})
+    assert both.metrics(CTX) == {"one/count": 0.0, "two/count": 0.0}, "it is called as others are"
+    states = both.state_dict(3)
+    assert states == {"counts": {"count": 0}}
+    HookCalls({"counts": counts}).load_state_dict(states)
+    both.load_state_dict(states)
+    both.prune([states])
+    assert counts.kept == [0] and looks.kept == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from megatron_spear.config.hooks import HookSection
 from megatron_spear.config.load import load_config
 from megatron_spear.errors import ConfigError
+from megatron_spear.rollout.token_texts import TokenTexts
 from megatron_spear.trainer.build import make_hooks
 from megatron_spear.trainer.hooks.base import Hook
 from megatron_spear.trainer.hooks.user import user_hooks
@@ -195,7 +196,7 @@ def test_the_users_hooks_come_before_replay(folder: Path) -> None:
         (["algorithm.compat=official"], ["built_in.official_replay"]),
         (["replay.enabled=false"], []),
     ):
-        hooks = make_hooks(load_config(None, settings), folder, own)
+        hooks = make_hooks(load_config(None, settings), folder, own, TokenTexts(str))
         assert list(hooks.state_dict(0)) == ["b", "a", *last]
 
 

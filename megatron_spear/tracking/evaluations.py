@@ -1,0 +1,68 @@
+"""``evaluations.jsonl``: each game of the panel at every evaluation of a run.
+
+One JSON object a line: ``{"step": 20, "eval/panel": "2a7a9e..", "eval/won": [1.0, 0.0, null]}``.
+``eval/won`` is the share of attempts won, game by game in the panel's order, null where all
+attempts failed. Comparisons of runs pair their games by it.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_spear.tracking.jsonl import drop_after, read_metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PanelRecord:
+    """What the panel came to after ``step`` trainer steps."""
+
+    step: int
+    panel_sha256: str
+    won: tuple[float | None, ...]
+
+    @property
+    def success(self) -> float | None:
+        """Mean share won over the games that have one; None where all attempts failed.
+
+        Example: (1, 0, None) gives 0.5.
+        """
+        played = [share for share in self.won if share is not None]
+        return sum(played) / len(played) if played else None
+
+
+class EvaluationLog:
+    """Appends an evaluation a line, on disk before ``log`` returns.
+
+    With ``resumed_step`` k the evaluations after the checkpoint of step k are removed first, for
+    the resumed run makes them again.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
+        if resumed_step is not None:
+            drop_after(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, panel_sha256: str, won: Sequence[float | None]) -> None:
+        """Append one evaluation. Raises OSError."""
+        record = {"step": step, "eval/panel": panel_sha256, "eval/won": list(won)}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_evaluations(path: Path) -> list[PanelRecord]:
+    """The evaluations of a run by step, the last of each; a line cut off by a kill is left out."""
+    return [
+        PanelRecord(
+            step=record["step"],
+            panel_sha256=record["eval/panel"],
+            won=tuple(record["eval/won"]),
+        )
+        for record in read_metrics(path)
+    ]

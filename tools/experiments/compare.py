@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Methods x seeds from one warm start, as tables, a picture and a page.
+
+    python tools/experiments/compare.py tools/experiments/alfworld_generated.yaml [--jobs 2]
+        [--out DIR] [--work DIR] [--arms NAME ..] [--report-only] [a.b=c ..]
+
+Each finished seed is one small JSON file in ``--out`` (default docs/evidence/NAME); what is there
+is not run again, and a run that was cut off goes on from its last checkpoint. Settings at the end
+are for all arms, such as the folder of the official games. No seed is left out of a table.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from experiment import ROOT, Experiment, read_experiment
+from figures import draw
+from outcome import Outcome, read_outcome
+from pages import page
+from running import run_all, seeds_of
+
+from megatron_spear.errors import SpearError
+from megatron_spear.files import write_whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="run these alone")
+    parser.add_argument("--report-only", action="store_true", help="tables of what is there")
+    options, further = parser.parse_known_args()
+    try:
+        sys.exit(_main(options, further))
+    except SpearError as error:
+        sys.exit(f"error: {error}")
+
+
+def _main(options: argparse.Namespace, further: list[str]) -> int:
+    experiment = read_experiment(options.experiment)
+    name = options.experiment.stem
+    out = options.out or ROOT / "docs" / "evidence" / name
+    config = Path(os.path.relpath(ROOT / experiment.config))
+    seeds = seeds_of(experiment, config, further, out, options.work / name)
+    if options.arms:
+        seeds = [seed for seed in seeds if seed.arm in options.arms]
+    problems = [] if options.report_only else run_all(seeds, options.jobs)
+    arms = _outcomes(experiment, out)
+    if arms:
+        _write(experiment, name, out, arms)
+    else:
+        print(f"{out}: no result yet")
+    for problem in problems:
+        print(f"failed: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _outcomes(experiment: Experiment, out: Path) -> dict[str, list[Outcome]]:
+    """What is there, by arm in the experiment's order. Raises SpearError where panels differ."""
+    arms: dict[str, list[Outcome]] = {}
+    for arm in experiment.arms:
+        paths = [out / arm / f"seed-{number}.json" for number in experiment.seeds_of(arm)]
+        found = [read_outcome(path) for path in paths if path.is_file()]
+        if found:
+            arms[arm] = found
+    panels = {run.panel_sha256 for runs in arms.values() for run in runs}
+    if len(panels) > 1:
+        raise SpearError(
+            f"{out}: the results were played on {len(panels)} different panels "
+            f"({', '.join(sorted(p[:8] for p in panels))}); remove those of other games"
+        )
+    return arms
+
+
+def _write(experiment: Experiment, name: str, out: Path, arms: dict[str, list[Outcome]]) -> None:
+    titles = {arm: experiment.arms[arm].title for arm in arms}
+    draw(arms, titles, out / "curves.png", experiment.title)
+    command = f"python tools/experiments/compare.py tools/experiments/{name}.yaml"
+    text = page(experiment, arms, "curves.png", command)
+    write_whole(out / "README.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The page of an experiment: tables in Markdown, made from the results alone."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from estimates import (
+    Amount,
+    common_amount,
+    difference,
+    estimate,
+    table_at,
+    trainer_steps,
+)
+from experiment import Comparison, Experiment
+from outcome import Outcome
+
+Arms = Mapping[str, Sequence[Outcome]]
+
+_STAGES = 3
+_BY_STAGE = (
+    ("policy/entropy", "entropy", "{:.3f}"),
+    ("rollout/turns_mean", "turns", "{:.1f}"),
+    ("rollout/tool_calls_mean", "tool calls", "{:.2f}"),
+    ("rollout/tool_success_fraction", "of them worked", "{:.2f}"),
+)
+
+
+def page(experiment: Experiment, arms: Arms, picture: str, command: str) -> str:
+    """All tables. ``picture`` is a path beside the page, ``command`` what makes it."""
+    games = len(next(iter(arms.values()))[0].evaluations[0].won)
+    panels = sorted({run.panel_sha256 for runs in arms.values() for run in runs})
+    parts = [
+        f"# {experiment.title}",
+        f"Made by `{command}` from the results in this folder; intervals are 95 %, by bootstrap "
+        "over seeds and then games, differences paired by seed and game. Panel: "
+        f"{games} tasks that no run trains on, sha256 {panels[0][:8]}...",
+        f"![curves]({picture})",
+        "## Success on the panel",
+        _success(experiment, arms),
+        "## Differences",
+        _differences(experiment, arms),
+        "## How the policy explores",
+        f"Means over seeds in each third of training ({_STAGES} stages).",
+        _stages(experiment, arms),
+        "## What it costs",
+        _costs(experiment, arms),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _success(experiment: Experiment, arms: Arms) -> str:
+    rows = []
+    for name, runs in arms.items():
+        last = common_amount(runs, trainer_steps)
+        end = table_at(runs, trainer_steps, last)
+        seeds = ", ".join(f"{share:.3f}" for share in np.nanmean(end, axis=1))
+        before = float(np.nanmean(table_at(runs, trainer_steps, 0.0)))
+        title = experiment.arms[name].title
+        rows.append([title, str(len(runs)), f"{before:.3f}", str(estimate(end)), seeds])
+    return _table(["arm", "seeds", "warm start", "at the end", "each seed"], rows)
+
+
+def _differences(experiment: Experiment, arms: Arms) -> str:
+    measures: tuple[tuple[str, Amount], ...] = (
+        ("equal trainer steps", trainer_steps),
+        ("equal environment steps", lambda run: run.environment_steps),
+        ("equal trained tokens", lambda run: run.trained_tokens),
+    )
+    rows = []
+    for pair in experiment.compare:
+        if pair.arm in arms and pair.reference in arms:
+            cells = [_difference(arms, pair, amount) for _, amount in measures]
+            titles = (experiment.arms[name].title for name in (pair.arm, pair.reference))
+            aim = f"{pair.aim:+.2f}" if pair.aim is not None else ""
+            rows.append([" minus ".join(titles), *cells, aim, pair.published])
+    return _table(["difference", *(name for name, _ in measures), "aim", "paper"], rows)
+
+
+def _difference(arms: Arms, pair: Comparison, amount: Amount) -> str:
+    """The estimate at the most work that both have done; bold where 0 is outside."""
+    both = (arms[pair.arm], arms[pair.reference])
+    at = common_amount([run for runs in both for run in runs], amount)
+    found = difference(*(table_at(runs, amount, at) for runs in both))
+    return f"**{found.signed}**" if found.low > 0 or found.high < 0 else found.signed
+
+
+def _stages(experiment: Experiment, arms: Arms) -> str:
+    rows = []
+    for name, runs in arms.items():
+        cells = []
+        for metric, _, form in _BY_STAGE:
+            series = np.array([run.steps[metric] for run in runs], dtype=np.float64)
+            stages = np.array_split(series, min(_STAGES, series.shape[1]), axis=1)
+            means = [np.nanmean(stage) for stage in stages]
+            cells.append(" / ".join(form.format(mean) for mean in means))
+        rows.append([experiment.arms[name].title, *cells])
+    return _table(["arm", *(label for _, label, _ in _BY_STAGE)], rows)
+
+
+def _costs(experiment: Experiment, arms: Arms) -> str:
+    rows = []
+    for name, runs in arms.items():
+        extra, train = (
+            100 * np.nanmean([np.array(run.steps[m], dtype=np.float64) for run in runs])
+            for m in ("work/replay_step_fraction", "work/replay_train_fraction")
+        )
+        rows.append(
+            [
+                experiment.arms[name].title,
+                f"{np.mean([run.environment_steps[-1] for run in runs]) / 1e3:.1f}",
+                f"{np.mean([run.trained_tokens[-1] for run in runs]) / 1e6:.2f}",
+                f"{np.mean([run.total('replay/rows')[-1] for run in runs]):.0f}",
+                f"{extra:.1f} %",
+                f"{train:.1f} %",
+            ]
+        )
+    return _table(
+        [
+            "arm",
+            "environment steps, thousands",
+            "trained tokens, millions",
+            "replayed trajectories",
+            "replay's FLOPs beside the step's others (paper: 10 to 25 %)",
+            "replay's share of the training FLOPs",
+        ],
+        rows,
+    )

@@ -1,0 +1,129 @@
+"""Runs of an experiment: one process a seed, each resumed where it was cut off."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment import Experiment
+from outcome import collect, read_outcome, require_same, settings_of
+
+from megatron_spear.errors import SpearError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seed:
+    """One run to make: its settings, where its result goes and where it works meanwhile."""
+
+    arm: str
+    number: int
+    config: Path
+    settings: tuple[str, ...]
+    result: Path
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Arm and seed, for messages."""
+        return f"{self.arm} seed {self.number}"
+
+
+def seeds_of(
+    experiment: Experiment, config: Path, further: Sequence[str], out: Path, work: Path
+) -> list[Seed]:
+    """All runs of an experiment, the first seed of every arm first, so that a part of them can be
+    compared already."""
+    numbers = sorted({number for arm in experiment.arms for number in experiment.seeds_of(arm)})
+    return [
+        Seed(
+            arm=arm,
+            number=number,
+            config=config,
+            settings=(*experiment.settings_of(arm), *further),
+            result=out / arm / f"seed-{number}.json",
+            folder=work / arm / f"seed-{number}",
+        )
+        for number in numbers
+        for arm in experiment.arms
+        if number in experiment.seeds_of(arm)
+    ]
+
+
+def run_all(seeds: Sequence[Seed], jobs: int) -> list[str]:
+    """Make all runs that have no result yet, ``jobs`` at once; gives what went wrong, a line each.
+
+    Raises ConfigError, before anything runs, where a result is there and of other settings.
+    """
+    given = {seed: settings_of(seed.config, seed.settings) for seed in seeds}
+    todo = []
+    for seed in seeds:
+        if seed.result.is_file():
+            require_same(read_outcome(seed.result), given[seed], seed.result)
+        else:
+            todo.append(seed)
+    print(
+        f"{len(seeds) - len(todo)} of {len(seeds)} runs are there, {len(todo)} to make", flush=True
+    )
+    if not todo:
+        return []
+    failed = _warm_start(todo[0])
+    if failed:
+        return [failed]
+    with ThreadPoolExecutor(jobs) as at_once:
+        found = list(at_once.map(lambda seed: _run(seed, given[seed]), todo))
+    return [problem for problem in found if problem]
+
+
+def _warm_start(seed: Seed) -> str | None:
+    """Make the warm start that the runs share, so that the first ones do not make it twice."""
+    own = (f"run.dir={seed.folder}", "run.threads=0")
+    return _spear("sft", seed, own, seed.folder.parent / "warm-start.log")
+
+
+def _run(seed: Seed, given: Mapping[str, Any]) -> str | None:
+    """One run and its result; gives what went wrong."""
+    summary, log = seed.folder / "summary.json", seed.folder.with_suffix(".log")
+    if not summary.is_file():
+        own = [f"run.seed={seed.number}", f"run.dir={seed.folder}", "run.threads=1"]
+        if (seed.folder / "config.yaml").is_file():
+            own.append(f"resume={seed.folder}")
+        print(f"{seed.name}: {'goes on' if own[3:] else 'begins'}", flush=True)
+        problem = _spear("train", seed, own, log)
+        if problem:
+            return problem
+    try:
+        outcome = collect(seed.arm, seed.number, given, seed.folder)
+    except (SpearError, OSError, ValueError) as error:
+        return f"{seed.name}: {error}"
+    outcome.write(seed.result)
+    shutil.rmtree(seed.folder)
+    last = outcome.won[-1]
+    print(f"{seed.name}: {sum(last) / len(last):.3f} in {outcome.wall_s:.0f} s", flush=True)
+    return None
+
+
+def _spear(command: str, seed: Seed, own: Sequence[str], log: Path) -> str | None:
+    """One command of the program with its output in ``log``; gives what went wrong."""
+    quiet = ("tracking.wandb=false", "tracking.progress=false")
+    program = [sys.executable, "-m", "megatron_spear.cli.main", command, str(seed.config)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as output:
+        status = subprocess.run(
+            [*program, *seed.settings, *quiet, *own],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+        ).returncode
+    if status == 0:
+        return None
+    fate = signal.Signals(-status).name if status < 0 else f"status {status}"
+    words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+    return f"{seed.name}: {command} ended with {fate}; {log} ends with: {' | '.join(words)}"
