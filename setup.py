@@ -18,7 +18,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_spear", "megatron_spear.*"]),
-    package_data={"megatron_spear": ["py.typed"]},
+    package_data={
+        "megatron_spear": ["py.typed"],
+        "megatron_spear.report": ["assets/*"],
+    },
     install_requires=[
         "torch>=2.13",
         "megatron-core>=0.16.1,<0.20",

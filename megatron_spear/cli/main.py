@@ -35,6 +35,7 @@ _WITH_PARSERS = {
     "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
     "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
     "plan": "memory, step time and better layouts of a run, before it is started",
+    "report": "curves, trajectories and replay of runs in one HTML file; several runs compared",
     "serve": "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract",
 }
 """Commands in modules of their own, which parse what comes after the name."""

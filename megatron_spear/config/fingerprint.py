@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,16 @@ class Difference:
 
 def config_hash(config: RunConfig) -> str:
     """sha256 (hex) of what defines the run: all settings but ``RESUME_MAY_DIFFER``."""
-    kept = {path: value for path, value in _flat(config) if not _may_differ(path)}
+    kept = defining_settings(config.model_dump(mode="json"))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def defining_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted path, without those of ``RESUME_MAY_DIFFER``.
+
+    ``settings`` is the tree of a ``config.yaml``, one of another version too.
+    """
+    return {path: value for path, value in leaves(settings) if not _may_differ(path)}
 
 
 def config_differences(

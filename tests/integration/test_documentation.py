@@ -199,6 +199,7 @@ def test_settings_of_the_pages_are_settings(block, tmp_path: Path) -> None:
     env = settings.setdefault("env", {})
     if "sandbox" in env:
         env.setdefault("type", "math_code")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     file = tmp_path / "page.yaml"
     file.write_text(yaml.safe_dump(settings))
     load_config(file)

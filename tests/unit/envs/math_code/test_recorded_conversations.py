@@ -11,7 +11,14 @@ from megatron_spear.config.schema import SftSection
 from megatron_spear.envs.family import family_of
 from megatron_spear.envs.math_code.conversations import read_conversation
 from megatron_spear.errors import DataError
+from megatron_spear.rollout.chat import ChatRenderer
+from megatron_spear.testing.templates import byte_tokenizer
+from megatron_spear.trainer.demonstrations import to_samples
 
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CALL = {"type": "function", "function": {"name": "code_interpreter", "arguments": {"code": "f(1)"}}}
 USER = {"role": "user", "content": "What is f(1)?"}
 CALLS = {"role": "assistant", "content": "Let me see. ", "tool_calls": [CALL]}
@@ -118,3 +125,22 @@ def test_what_is_no_file_of_conversations(tmp_path: Path) -> None:
         family_of(MathCodeSection(demonstrations=(tmp_path / "a.jsonl",))).demonstration(
             SftSection(), 0, 0
         )
+
+
+def test_answers_alone_are_learned_in_the_models_own_form() -> None:
+    renderer = ChatRenderer(byte_tokenizer(TEMPLATE))
+    view = family_of(MathCodeSection(prompt="official")).view()
+    ((sample, weights),) = to_samples(
+        read_conversation(of(*CHAT), "a row"),
+        "sft/0/0",
+        renderer,
+        view,
+        history="full",
+        observation_weight=0.0,
+        max_tokens=100_000,
+    )
+    text = renderer.decode_action(sample.token_ids)
+    learned = renderer.decode_action(sample.token_ids[weights > 0])
+    assert "What is f(1)?" in text and "42" in text.partition("</tool_call>")[2]
+    call = '{"name": "code_interpreter", "arguments": {"code": "f(1)"}}'
+    assert learned == f"Let me see.\n<tool_call>\n{call}\n</tool_call>\\boxed{{42}}"

@@ -1,0 +1,1 @@
+"""One HTML file that shows what runs did: curves, trajectories, replay, comparison; no torch."""

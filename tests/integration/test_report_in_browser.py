@@ -1,0 +1,316 @@
+"""The report in a real browser: what is drawn, what can be clicked, what cannot do harm."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_spear.report.write import ReportWriter
+from megatron_spear.testing.browser import Browser, Page, find_browser
+from megatron_spear.testing.hostile_texts import hostile_text
+from megatron_spear.testing.recorded_runs import made_run
+from megatron_spear.tracking.recorded_files import read_step, write_step
+
+pytestmark = [
+    pytest.mark.skipif(find_browser() is None, reason="no Chromium (apt-get install chromium)"),
+    pytest.mark.timeout(240),
+]
+
+Open = Callable[..., Page]
+DRAWN = "performance.getEntriesByName('drawn').length"
+ROWS = "document.querySelectorAll('table.list tbody tr').length"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as found:
+        yield found
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Open]:
+    """Opens a report; at the end its page must have complained of nothing and asked for nothing."""
+    pages: list[Page] = []
+
+    def open_(file: Path, fragment: str = "", width: int = 1280) -> Page:
+        page = browser.open(file, width=width, height=900, fragment=fragment)
+        page.wait(DRAWN)
+        pages.append(page)
+        return page
+
+    yield open_
+    for page in pages:
+        page.value("1 + 1")  # what it said last is heard now
+        assert page.errors == []
+        assert all(request.startswith("file://") for request in page.requests)
+        assert len(set(page.requests)) <= 1, "the file itself"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reports")
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> Path:
+    run = made_run(folder / "run", steps=12, groups=6, members=4)
+    return ReportWriter([run], folder / "one.html").write().path
+
+
+def test_the_curves_have_a_point_for_each_value(opened: Open, report: Path) -> None:
+    page = opened(report)
+    lines = page.value(
+        "[...document.querySelectorAll('[data-chart] [data-line]')].map((line) => ["
+        "line.closest('[data-chart]').dataset.chart, line.dataset.line, "
+        "line.querySelector('path.line').getAttribute('d').match(/[ML]/g).length])"
+    )
+    points = {(chart, line): count for chart, line, count in lines}
+    assert len({chart for chart, _ in points}) == page.value(
+        "document.querySelectorAll('svg').length"
+    )
+    assert points["Success", "training"] == 12 and points["Success", "panel"] == 3
+    assert points["Drift in a step", "on-policy rows"] == 11, "step 2 has none"
+    assert points["Time by phase", "rollout"] == 12
+    assert (
+        page.value("document.querySelectorAll('[data-chart=\"Time by phase\"] .area').length") == 3
+    )
+
+
+def test_a_chart_answers_mouse_keyboard_and_buttons(opened: Open, report: Path) -> None:
+    page = opened(report)
+    chart = "document.querySelector('[data-chart=\"Schedules\"]')"
+    page.value(f"{chart}.querySelector('svg').focus()")
+    page.key("End")
+    tip = "document.querySelector('#tip').textContent"
+    assert page.value(tip) == (
+        "step 12 (weight)\ngamma, of the replay loss: 1\nmu, of the intrinsic reward: 0.88"
+    )
+    page.key("ArrowLeft")
+    assert page.value(tip).startswith("step 11 ")
+    page.value(f"{chart}.querySelector('svg').scrollIntoView({{block: 'center'}})")
+    box = page.value(
+        f"(({{x, y}}) => [x, y])({chart}.querySelector('svg').getBoundingClientRect())"
+    )
+    page.hover(box[0] + 54, box[1] + 100)
+    page.wait(f"{tip}.startsWith('step 1 ')")
+    page.value(f"{chart}.querySelector('.key').click()")
+    assert page.value(f"{chart}.querySelectorAll('[data-line]').length") == 1
+    gap = "document.querySelector('[data-chart=\"Log-prob gap of engine and trainer\"]')"
+    path = f"{gap}.querySelector('path.line').getAttribute('d')"
+    logarithmic = page.value(path)
+    page.value(f"{gap}.querySelector('button.small').click()")
+    assert page.value(path) != logarithmic
+    page.value("(s => { s.value = '5'; s.dispatchEvent(new Event('change')); })"
+               "(document.querySelector('.tools select'))")  # fmt: skip
+    page.wait("document.querySelectorAll('path.raw').length > 5")
+
+
+def test_filters_order_and_pages(opened: Open, report: Path) -> None:
+    page = opened(report, "#tab=trajectories")
+    page.wait(ROWS)
+    assert page.value("document.querySelector('#count').textContent") == (
+        "288 of 288 recorded trajectories"
+    )
+    assert page.value(ROWS) == 50
+    _press(page, "next")
+    assert "page 2 of 6" in page.value("document.querySelector('.where').textContent")
+    columns = json.loads(_listing(report))["trajectories"]
+    for fragment, keeps in (
+        ("kind=look_at_obj_in_light", lambda row: row["kind"] == "look_at_obj_in_light"),
+        ("won=true&from=3&to=5", lambda row: row["won"] and 3 <= row["step"] <= 5),
+        ("status=failed_engine", lambda row: row["status"] == "failed_engine"),
+        ("low=1.02&high=1.05", lambda row: row["total"] and 1.02 <= row["total"] <= 1.05),
+        ("mark=overlong", lambda row: "overlong" in row["marks"]),
+        ("text=HEAT", lambda row: "heat" in row["kind"]),
+    ):
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        page.value(f"void (location.hash = 'tab=trajectories&{fragment}')")
+        expected = f"{sum(bool(keeps(row)) for row in rows)} of 288"
+        page.wait(f"document.querySelector('#count')?.textContent.startsWith('{expected} ')")
+    page.value("void (location.hash = 'tab=trajectories&replayed=yes&sort=total')")
+    page.wait(f"document.querySelector('#count').textContent.startsWith('44 of') && {ROWS} === 44")
+    rewards = page.value(
+        "[...document.querySelectorAll('[data-label=reward]')].map((c) => +c.textContent)"
+    )
+    assert rewards == sorted(rewards, reverse=True)
+
+
+def test_the_text_of_turns_is_found(opened: Open, report: Path) -> None:
+    step = read_step(report.parent / "run" / "trajectories", 4)
+    text = next(t for t in step.trajectories if t.turns).turns[0].observation[:60].upper()
+    page = opened(report, "#tab=trajectories")
+    page.wait(ROWS)
+    page.value(f"(i => {{ i.value = {json.dumps(text)}; i.dispatchEvent(new Event('change')); }})"
+               "(document.querySelector('#search'))")  # fmt: skip
+    page.wait("document.querySelector('#count').textContent.startsWith('0 of')")
+    page.click("#search-turns")
+    page.wait("document.querySelector('#count').textContent.startsWith('1 of')")
+
+
+def test_a_trajectory_shows_turns_calls_and_shaded_tokens(opened: Open, report: Path) -> None:
+    page = opened(report, "#tab=trajectories&won=true&from=6&to=6&mark=")
+    page.wait(ROWS)
+    page.click("a.open")
+    page.wait("document.querySelector('#turns .turn')")
+    name = page.value("new URLSearchParams(location.hash.slice(1)).get('open')")
+    _, group, member = name.split("|")
+    step = read_step(report.parent / "run" / "trajectories", 6)
+    played = next(t for t in step.trajectories if (t.group, t.member) == (group, int(member)))
+    turn = played.turns[0]
+    assert page.value("document.querySelectorAll('.turn').length") == len(played.turns)
+    shown = page.value("[...document.querySelector('.tokens').children].map((t) => t.textContent)")
+    assert shown == list(turn.tokens)
+    said = page.value("document.querySelector('.turn').textContent")
+    assert turn.observation in said and turn.tool_calls[0].arguments in said
+    half = turn.versions[0].num_tokens
+    assert f"policy version 5 ({half} tokens), then 6" in said
+    shade = "document.querySelector('.token').style.backgroundColor"
+    legend = "document.querySelector('#scale').textContent"
+    shades = {}
+    for kind in ("advantage", "probability", "gap", "none"):
+        page.value(f"(s => {{ s.value = '{kind}'; s.dispatchEvent(new Event('change')); }})"
+                   "(document.querySelector('.sticky select'))")  # fmt: skip
+        page.wait(f"location.hash.includes('shade={kind}')")
+        page.wait("document.querySelector('.tokens')")
+        shades[kind] = (page.value(shade), page.value(legend))
+    assert shades["none"][0] == "" and len(set(shades.values())) == 4
+    page.value("document.querySelector('.tokens').focus()")
+    page.key("ArrowRight")
+    tip = page.value("document.querySelector('#tip').textContent")
+    probability = float(tip.partition("probability ")[2].partition(",")[0])
+    assert probability == pytest.approx(2.718281828 ** (turn.rollout_logprobs[0] or 0), abs=1e-4)
+    assert "policy version 5" in tip and f"log-prob {_number(turn.rollout_logprobs[0])}" in tip
+    page.key("j")
+    page.wait(f"!location.hash.includes(encodeURIComponent({json.dumps(name)}))")
+
+
+def test_a_replayed_row_leads_to_its_own_record(opened: Open, report: Path) -> None:
+    (row, *_) = read_step(report.parent / "run" / "trajectories", 12).replayed
+    page = opened(report, "#tab=replay")
+    page.wait("document.querySelector('a.origin')")
+    assert page.value("document.querySelector('#count').textContent") == "44 of 44 replayed rows"
+    cells = page.value("[...document.querySelectorAll('table.list tbody tr')].at(3)"
+                       ".textContent")  # fmt: skip
+    assert row.prompt_id in cells
+    page.click("table.list tbody tr:nth-child(4) a.origin")
+    page.wait("document.querySelector('.replays')")
+    assert row.prompt_id in page.value("document.querySelector('h2').textContent")
+    facts = page.value("document.querySelector('.pairs').textContent")
+    assert f"played instep {row.step}," in facts
+    replays = page.value("[...document.querySelectorAll('.replays td')].map((c) => c.textContent)")
+    assert replays[:5] == ["12", "1", "0.5", "+0.75", f"+{_number(row.advantage)}"]
+
+
+def test_texts_of_models_are_inert(opened: Open, folder: Path) -> None:
+    run = made_run(folder / "hostile", steps=1, groups=1, members=1)
+    (first,) = read_step(run / "trajectories", 1).trajectories
+    harm = "</script></bdi><img src=x onerror='window.harmed=1'><script>window.harmed=1</script>"
+    texts = [harm, "\u202egnp.exe\u202c", "\ud800", "\x00\x1b[2J", *map(hostile_text, range(40))]
+    turns = tuple(
+        replace(first.turns[0], observation=text, text=text, action=text, tokens=(text,),
+                rollout_logprobs=(-0.5,), old_logprobs=None, advantages=None)
+        for text in texts
+    )  # fmt: skip
+    nasty = replace(first, prompt=harm, prompt_id=harm, kind=harm, error=harm, turns=turns,
+                    segment_marks=((harm,),), left_out=harm)  # fmt: skip
+    write_step(
+        run / "trajectories", replace(read_step(run / "trajectories", 1), trajectories=(nasty,))
+    )
+    ReportWriter([run], folder / "hostile.html").write()
+    page = opened(folder / "hostile.html", "#tab=trajectories")
+    page.wait(ROWS)
+    page.click("a.open")
+    page.wait("document.querySelectorAll('.turn').length === 44")
+    assert page.value("window.harmed") is None
+    assert page.value("document.querySelectorAll('main img, main script').length") == 0
+    assert page.value("document.querySelector('.said bdi').textContent") == harm
+    shown = page.value(
+        "[...document.querySelectorAll('.tokens')].slice(1, 4).map((t) => t.textContent)"
+    )
+    assert shown == ["⟦U+202E⟧gnp.exe⟦U+202C⟧", "⟦U+D800⟧", "␀␛[2J"]
+
+
+def test_ten_thousand_trajectories_are_paged(opened: Open, folder: Path) -> None:
+    run = made_run(folder / "large", steps=100, groups=25, members=4, turns=1)
+    written = ReportWriter([run], folder / "large.html").write()
+    assert written.num_trajectories == 10_000 and written.num_bytes < 50e6 and not written.notes
+    page = opened(folder / "large.html", "#tab=trajectories&page=199")
+    page.wait(ROWS)
+    assert page.value(ROWS) == 50
+    assert page.value("document.querySelector('.where').textContent") == "page 200 of 200"
+    assert page.value("document.querySelector('td').textContent") == "1"
+    page.click("a.open")
+    page.wait("document.querySelector('#view h2')")
+    assert page.value("performance.getEntriesByName('drawn')[0].startTime") < 30_000
+
+
+def test_arms_have_bands(opened: Open, folder: Path) -> None:
+    plain = ("replay.enabled=false",)
+    runs = [made_run(folder / f"a{n}", seed=n, steps=6, recorded=False) for n in range(3)]
+    runs += [made_run(folder / f"b{n}", seed=n, steps=6, gain=0.8, recorded=False, settings=plain)
+             for n in range(2)]  # fmt: skip
+    ReportWriter(runs, folder / "arms.html").write()
+    page = opened(folder / "arms.html")
+    chart = "document.querySelector('[data-chart=\"rollout/success\"]')"
+    assert page.value(f"{chart}.querySelectorAll('.band').length") == 2
+    keys = page.value(f"[...{chart}.querySelectorAll('.key')].map((k) => k.textContent)")
+    assert keys == ["replay.enabled=True (n = 3)", "replay.enabled=False (n = 2)"]
+    page.click("input[type=checkbox]")
+    page.wait(f"{chart}.querySelectorAll('.faint').length === 5")
+    page.click("#tab-figures")
+    page.wait("document.querySelector('.figures')")
+    assert "(n = 3)" in page.value("document.querySelector('.figures').textContent")
+    assert page.value("document.querySelector('.figures th:nth-child(2)').textContent") == (
+        "replay.enabled=True"
+    )
+
+
+def test_an_open_page_follows_a_run_and_keeps_its_place(opened: Open, folder: Path) -> None:
+    run = made_run(folder / "live", steps=3, ended=False)
+    writer = ReportWriter([run], folder / "live.html", reload_s=1)
+    writer.write()
+    page = opened(folder / "live.html", "#tab=trajectories&won=true&sort=total")
+    page.wait(ROWS)
+    before = page.value("document.querySelector('#count').textContent")
+    write_step(run / "trajectories", replace(read_step(run / "trajectories", 3), step=4))
+    (run / "summary.json").write_text('{"steps": 4}')
+    assert writer.write().ended
+    count = "document.querySelector('#count')"
+    page.wait(f"{count} && {count}.textContent !== {json.dumps(before)}")
+    assert page.value("location.hash") == "#tab=trajectories&won=true&sort=total"
+    page.wait(DRAWN)
+    assert page.value("document.querySelector('#live')") is None, "it has ended"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(opened: Open, report: Path, width: int) -> None:
+    page = opened(report, width=width)
+    for tab in ("curves", "trajectories", "replay"):
+        page.click(f"#tab-{tab}")
+        page.wait(f"document.querySelector('#tab-{tab}').ariaSelected === 'true' && "
+                  "document.querySelector('#view').textContent")  # fmt: skip
+        assert page.value("document.documentElement.scrollWidth") <= width
+
+
+def _press(page: Page, text: str) -> None:
+    buttons = "[...document.querySelectorAll('.pager button')]"
+    page.value(f"{buttons}.find((b) => b.textContent === '{text}').click()")
+    page.wait("document.querySelector('.where').textContent.startsWith('page 2')")
+
+
+def _listing(report: Path) -> str:
+    """The listing of a report, as text."""
+    import base64
+    import gzip
+    import re
+
+    found: Any = re.search(r'id="listing">([^<]*)<', report.read_text(encoding="utf-8"))
+    return gzip.decompress(base64.b64decode(found[1])).decode()
+
+
+def _number(value: float | None) -> str:
+    """A number as the page writes it, below 1."""
+    return f"{value:.4g}".replace("-", "−")

@@ -1,0 +1,135 @@
+"""A report stays below its limit, says what it left out, and takes any text."""
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_spear.errors import ConfigError
+from megatron_spear.report import keeping
+from megatron_spear.report.write import ReportWriter
+from megatron_spear.testing.hostile_texts import hostile_text
+from megatron_spear.testing.recorded_runs import made_run
+from megatron_spear.tracking.recorded import RecordedStep
+from megatron_spear.tracking.recorded_files import read_step, step_file, write_step
+from megatron_spear.types import ToolCall
+
+Read = Callable[[Path], Any]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_run(tmp_path_factory.mktemp("limit") / "run", steps=20, groups=4)
+
+
+def test_newest_and_best_are_kept_below_the_limit(run: Path, read_report: Read) -> None:
+    out = run.parent / "report.html"
+    whole = ReportWriter([run], out).write()
+    assert whole.notes == () and whole.num_bytes == out.stat().st_size
+    limit = whole.num_bytes * 3 // 4
+    written = ReportWriter([run], out, max_bytes=limit).write()
+    assert limit * 0.9 < written.num_bytes <= limit
+    assert written.num_trajectories == whole.num_trajectories == 320, "all are listed"
+    report = read_report(out)
+    columns = report.listing["trajectories"]
+    kept: dict[int, list[int]] = {}
+    for place, step in enumerate(columns["step"]):
+        if columns["chunk"][place] >= 0:
+            kept.setdefault(step, []).append(place)
+            assert report.body(place)["prompt"]
+    assert len(kept[20]) == 16, "the newest step is whole"
+    partly = [step for step, places in kept.items() if len(places) == keeping.BEST_A_STEP]
+    assert partly and max(partly) < min(s for s, places in kept.items() if len(places) == 16)
+    step = max(partly)
+    totals = sorted(
+        t or 0 for s, t in zip(columns["step"], columns["total"], strict=True) if s == step
+    )
+    assert sorted(columns["total"][place] for place in kept[step]) == totals[-4:]
+    left_out = 320 - sum(map(len, kept.values()))
+    (note,) = report.listing["notes"]
+    assert note.startswith(f"{left_out:,} of 320 listed trajectories are here without their turns")
+
+
+def test_a_limit_that_the_curves_alone_exceed_is_refused(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"curves and list alone take .* MB; raise --max-mb"):
+        ReportWriter([run], run.parent / "small.html", max_bytes=50_000).write()
+    assert not (run.parent / "small.html").exists()
+
+
+def test_a_list_that_is_too_long_loses_its_oldest_steps(
+    run: Path, read_report: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "MAX_ROWS", 100)
+    out = run.parent / "short.html"
+    written = ReportWriter([run], out).write()
+    assert set(read_report(out).listing["trajectories"]["step"]) == {16, 17, 18, 19, 20}
+    assert "The list begins with step 16" in written.notes[0]
+    assert "15 older recorded steps are not in it" in written.notes[0]
+
+
+def test_a_damaged_file_is_named_and_costs_its_step_only(tmp_path: Path, read_report: Read) -> None:
+    run = made_run(tmp_path / "run", steps=3)
+    step_file(run / "trajectories", 2).write_bytes(gzip.compress(b"{half"))
+    written = ReportWriter([run], tmp_path / "report.html").write()
+    assert written.notes == ("Recorded trajectories that could not be read: run, step 2.",)
+    assert set(read_report(tmp_path / "report.html").listing["trajectories"]["step"]) == {1, 3}
+
+
+def test_steps_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_report: Read
+) -> None:
+    run = made_run(tmp_path / "run", steps=3)
+    read: list[int] = []
+
+    def counted(folder: Path, step: int) -> RecordedStep:
+        read.append(step)
+        return read_step(folder, step)
+
+    monkeypatch.setattr(keeping, "read_step", counted)
+    writer = ReportWriter([run], tmp_path / "report.html")
+    writer.write()
+    write_step(run / "trajectories", replace(read_step(run / "trajectories", 3), step=4))
+    writer.write()
+    assert read == [1, 2, 3, 4]
+    listed = read_report(tmp_path / "report.html").listing["trajectories"]["step"]
+    assert set(listed) == {1, 2, 3, 4}
+
+
+def test_no_text_of_a_model_reaches_the_markup(tmp_path: Path, read_report: Read) -> None:
+    run = made_run(tmp_path / "run", steps=1, groups=1, members=1)
+    step = read_step(run / "trajectories", 1)
+    nasty = (
+        "</script><script>alert(1)</script>",
+        "\ud800",
+        "\u202eevil",
+        "<img src=x onerror=a()>",
+    )
+    texts = [*nasty, *(json.loads(json.dumps(hostile_text(number))) for number in range(60))]
+    (first,) = step.trajectories
+    turn = first.turns[0]
+    turns = tuple(
+        replace(turn, observation=text, text=text, action=text, tokens=(text[:1], text[1:]),
+                rollout_logprobs=(-0.5, None), old_logprobs=None, advantages=None,
+                tool_calls=(ToolCall(name=text, arguments=text, succeeded=False),))
+        for text in texts
+    )  # fmt: skip
+    hostile = replace(first, prompt=texts[0], prompt_id=texts[0], kind=texts[1], error=texts[2],
+                      group=f"0.1/{texts[3]}", turns=turns)  # fmt: skip
+    write_step(run / "trajectories", replace(step, trajectories=(hostile,)))
+    config = (run / "config.yaml").read_text()
+    name = "'</title><script>alert(2)</script>'"
+    (run / "config.yaml").write_text(
+        re.sub(r"^  name: .*$", f"  name: {name}", config, count=1, flags=re.M)
+    )
+    ReportWriter([run], tmp_path / "report.html").write()
+    report = read_report(tmp_path / "report.html")
+    assert "alert" not in report.html.replace("&lt;script&gt;alert(2)&lt;/script&gt;", "")
+    assert report.html.count("</script>") == 4 and report.html.count("</title>") == 1
+    body = report.body(0)
+    assert [turn["text"] for turn in body["turns"]] == texts
+    assert [turn["calls"][0][1] for turn in body["turns"]] == texts
