@@ -13,6 +13,7 @@ OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "examples/**/*", "slurm
 """What the site takes besides ``docs/``: pages, and the files that they link to."""
 
 _LINK = re.compile(r"(\]\()((?:\.\./)*)(docs/)?")
+_WHOLE_LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)\)")
 
 
 class _Page(Protocol):
@@ -33,7 +34,25 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: _Page, config: Any, files: Any) -> str:
     """Links as the site has them."""
-    return site_links(markdown, page.file.src_uri, outside=page.file.generated_by is not None)
+    file = page.file
+    markdown = folder_links(markdown, Path(file.abs_src_path).parent)
+    return site_links(markdown, file.src_uri, outside=file.generated_by is not None)
+
+
+def folder_links(markdown: str, folder: Path) -> str:
+    """Links to folders become those to their README.md; without one the site has no such page, and
+    the text alone stays.
+
+    Example: ``[x](../methods)`` of an example becomes ``[x](../methods/README.md)``.
+    """
+
+    def page_of(link: re.Match[str]) -> str:
+        if not (folder / link[2]).is_dir():
+            return link[0]
+        there = (folder / link[2] / "README.md").is_file()
+        return f"[{link[1]}]({link[2].rstrip('/')}/README.md)" if there else link[1]
+
+    return _WHOLE_LINK.sub(page_of, markdown)
 
 
 def site_links(markdown: str, place: str, *, outside: bool) -> str:

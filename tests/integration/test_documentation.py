@@ -142,6 +142,15 @@ def test_links_as_the_site_has_them(
     assert hook.site_links(link, place, outside=outside) == expected
 
 
+def test_links_to_folders_lead_to_their_pages(hook: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "with").mkdir()
+    (tmp_path / "with" / "README.md").touch()
+    (tmp_path / "without").mkdir()
+    said = "[a](with) [b](without/) [c](with/README.md) [d](https://x.y/with)"
+    expected = "[a](with/README.md) b [c](with/README.md) [d](https://x.y/with)"
+    assert hook.folder_links(said, tmp_path) == expected
+
+
 @pytest.mark.parametrize("block", all_blocks("python"), ids=lambda b: f"{b.page}:{b.line}")
 def test_code_compiles_and_its_imports_are_there(block) -> None:
     tree = ast.parse(block.text)

@@ -108,6 +108,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quickstart = yaml.safe_load((ROOT / "examples/alfworld/quickstart.yaml").read_text())
     (folder / "small.yaml").write_text(yaml.safe_dump(quickstart))
     (folder / "my-run.yaml").write_text(yaml.safe_dump(_my_run()))
+    for name in ("task", "method", "machines"):
+        (folder / f"{name}.yaml").touch()
     games = folder / "PATH" / "valid_seen.jsonl.xz"
     games.parent.mkdir()
     games.write_bytes(lzma.compress(_two_games().encode()))
