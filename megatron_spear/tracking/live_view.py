@@ -1,11 +1,11 @@
 """What a terminal shows while trainer steps go on: time by phase, success, the last trajectory.
 
     step 12/48 ━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  25%  2.8 s each  ETA 1 min 41 s
-    > rollout    ━━━━━━━━━━━━━━━━━━━━━━━━━━            61%   1.7 s  12 trajectories
-      train      ━━━━━━━━━━━                           27%   0.8 s
+    > rollout    ━━━━━━━━━━━━━━━━━━━━━━━━━━            61%   1.71 s  12 trajectories
+      train      ━━━━━━━━━━━                           27%   0.76 s
       ...
     success 0.512 (mean of 5 steps), panel 0.250 before   replayed 24   entropy 0.229
-    last  look_at_obj_in_light: won in 4 turns; outcome 1, intrinsic 0.03, format 0
+    last  look_at_obj_in_light: won after 4 turns; outcome 1, intrinsic 0.03, format 0
           go to desk 1 > take pen 1 > use desklamp 1
 
 Lines are cut at the width of the screen, never wrapped.
@@ -102,11 +102,13 @@ class LiveView:
                 _line(name, style="bold" if is_running else ""),
                 _bar(share, room),
                 _line(f"{share:4.0%}"),
-                _line(f"{seconds:6.3g} s"),
+                _line(f"{seconds:6.2f} s"),
                 _line(note, style="dim"),
             )
         if not running and (task or phase):
-            grid.add_row(_line(">", style="bold"), _line("other", style="bold"))
+            other = plain(": ".join(filter(None, (task, phase))), 60)
+            notes = ("", "", "", _line(other, style="dim")) if width >= _NARROW else ()
+            grid.add_row(_line(">", style="bold"), _line("other", style="bold"), *notes)
         return grid
 
     def _shares(self) -> dict[str, tuple[float, float]]:

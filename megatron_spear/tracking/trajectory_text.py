@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from megatron_spear.types import ScoredTrajectory
+from megatron_spear.types import ScoredTrajectory, Status
 
 _LONGEST = 300
 """Characters of one text that are looked at; a line on a screen has fewer."""
@@ -30,20 +30,25 @@ def plain(text: str, longest: int = _LONGEST) -> str:
 def trajectory_lines(scored: ScoredTrajectory) -> tuple[str, str]:
     """What was to be done and how it ended; the last actions.
 
-    Example: ``look_at_obj_in_light: won in 4 turns; outcome 1, intrinsic 0.03, format 0`` and
+    Example: ``look_at_obj_in_light: won after 4 turns; outcome 1, intrinsic 0.03, format 0`` and
     ``go to desk 1 > take pen 1 > use desklamp 1``.
     """
     trajectory, reward = scored.trajectory, scored.reward
     turns = trajectory.turns
     name = plain(trajectory.prompt.kind or trajectory.prompt.prompt_id, 60)
-    end = "won" if trajectory.won else trajectory.status.value.replace("_", " ")
+    end = "won" if trajectory.won else _ENDS.get(trajectory.status, trajectory.status.value)
     parts = ", ".join(f"{part} {getattr(reward, part):.3g}" for part in _PARTS)
     actions = [plain(turn.action_text or turn.text, 100) or "(empty)" for turn in turns]
     more = "... " if len(actions) > _LAST_ACTIONS else ""
     return (
-        f"{name}: {end} in {len(turns)} turn{'s' * (len(turns) != 1)}; {parts}",
+        f"{name}: {end} after {len(turns)} turn{'s' * (len(turns) != 1)}; {parts}",
         more + " > ".join(actions[-_LAST_ACTIONS:]),
     )
 
 
 _PARTS = ("outcome", "intrinsic", "format")
+_ENDS = {
+    Status.COMPLETED: "not won",
+    Status.TRUNCATED_TURNS: "out of turns",
+    Status.TRUNCATED_LENGTH: "out of tokens",
+}

@@ -63,15 +63,15 @@ def test_a_wide_screen_has_it_all() -> None:
     )
     rollout, logprobs, train, weights, evaluation = lines[1:6]
     assert rollout.startswith("> rollout ") and rollout.rstrip().endswith(
-        " 50%      2 s 7 trajectories"
+        " 50%   2.00 s 7 trajectories"
     )
-    assert logprobs.startswith("  log-probs ") and logprobs.rstrip().endswith("20%    0.8 s")
-    assert train.rstrip().endswith("22%    0.9 s") and weights.rstrip().endswith("2%    0.1 s")
-    assert evaluation.startswith("  evaluation ") and evaluation.rstrip().endswith("0%      0 s")
+    assert logprobs.startswith("  log-probs ") and logprobs.rstrip().endswith("20%   0.80 s")
+    assert train.rstrip().endswith("22%   0.90 s") and weights.rstrip().endswith("2%   0.10 s")
+    assert evaluation.startswith("  evaluation ") and evaluation.rstrip().endswith("0%   0.00 s")
     assert lines[6:] == [
         "success 0.500 (mean of 2 steps)   panel 0.125 before",
         "replayed 24   entropy 0.2291   500 sampled tokens/s   1,000 trained tokens/s",
-        "last  look_at_obj_in_light: won in 4 turns; outcome 1, intrinsic 0.03, format -0.125",
+        "last  look_at_obj_in_light: won after 4 turns; outcome 1, intrinsic 0.03, format -0.125",
         "      ... go to desk 1 > go to desk 2 > take mug 1",
     ]
 
@@ -81,7 +81,7 @@ def test_a_narrow_screen_has_the_same_lines_cut() -> None:
     assert all(cell_len(line) <= 60 for line in lines)
     assert lines[1].startswith("> rollout ") and "━" in lines[1] and "50%" in lines[1]
     assert lines[6:8] == ["success 0.500 (mean of 2 steps)", "panel 0.125 before"]
-    assert lines[9] == "last  look_at_obj_in_light: won in 4 turns; outcome 1, intr…"
+    assert lines[9] == "last  look_at_obj_in_light: won after 4 turns; outcome 1, i…"
     assert len(lines) == 11
 
 
@@ -105,6 +105,11 @@ def test_no_width_breaks_it(width: int) -> None:
 def test_what_goes_on_now_is_marked(doing: tuple[str, str], row: str) -> None:
     marked = [line.split()[1] for line in _lines(_view(doing), 120) if line.startswith("> ")]
     assert marked == [row] * bool(row)
+
+
+def test_what_has_no_row_is_told_in_words() -> None:
+    lines = _lines(_view(("checkpoint of step 3", "")), 120)
+    assert lines[6].startswith("> other ") and lines[6].rstrip().endswith(" checkpoint of step 3")
 
 
 def test_an_evaluation_has_its_share_and_its_result() -> None:
@@ -162,7 +167,7 @@ def test_a_trajectory_of_one_empty_turn() -> None:
     trajectory = make_trajectory("g", 0, ((make_turn(""),),))
     scored = ScoredTrajectory(trajectory=trajectory, reward=Reward(outcome=0.0))
     assert trajectory_lines(scored) == (
-        "prompt-g: completed in 1 turn; outcome 0, intrinsic 0, format 0",
+        "prompt-g: not won after 1 turn; outcome 0, intrinsic 0, format 0",
         "(empty)",
     )
 

@@ -134,6 +134,10 @@ class _Hook(Hook):
         self.samples: list[TrainSample] = []
         self.report: StepReport | None = None
 
+    def on_played(self, ctx: StepContext, groups: tuple[TrajectoryGroup, ...]) -> None:
+        self._world.calls.append("on_played")
+        assert list(groups) == self._world.groups
+
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
     ) -> tuple[ScoredGroup, ...]:
@@ -210,6 +214,7 @@ def test_the_order_of_a_step_with_replay_and_covariance_clipping() -> None:
     report = _step(world, clip=True).run(CTX)
     assert world.calls == [
         "collect",
+        "on_played",
         "on_scored",
         "logprobs",
         "on_samples",
@@ -224,6 +229,7 @@ def test_the_order_of_a_step_with_replay_and_covariance_clipping() -> None:
     assert own[1] == replayed[1] == LOSS.temperature
     assert world.engine.version == report.policy_version == 3 and report.step == 3
     assert world.hook.report is report
+    assert report.example is world.hook.scored[-1].members[-1]
 
 
 def test_what_is_trained_by_hand() -> None:
@@ -297,7 +303,7 @@ def test_several_mini_batches_are_several_optimizer_steps() -> None:
 def test_an_empty_step_trains_nothing_and_still_publishes() -> None:
     world = _world(_group("a", [True, True]), _group("b", [False, False]))
     report = _step(world, clip=True, mini_batches=2).run(CTX)
-    before = ["collect", "on_scored", "on_samples", "extra_updates"]
+    before = ["collect", "on_played", "on_scored", "on_samples", "extra_updates"]
     assert world.calls == [*before, *PUBLISHED]
     assert world.engine.version == report.policy_version == 3
     assert report.metrics["train/num_updates"] == report.metrics["train/num_rows"] == 0
@@ -359,7 +365,7 @@ def test_numbers_of_the_optimizer_step_by_hand() -> None:
 def test_a_kl_asks_the_reference_and_trains_samples_without_advantage() -> None:
     world = _world(_group("a", [True, False]), _group("b", [True, True]))
     metrics = _step(world, kl=KlSection(coef=0.1)).run(CTX).metrics
-    assert world.calls[2:4] == ["logprobs", "ref_logprobs"]
+    assert world.calls[3:5] == ["logprobs", "ref_logprobs"]
     assert metrics["work/ref_logprobs_tokens"] == metrics["work/old_logprobs_tokens"] == 12
     ((micro,),) = world.trained[0].micro_batches
     assert len(world.trained[0].lengths) == 4, "equal rewards move the policy back to the reference"
@@ -385,7 +391,7 @@ def test_a_separate_step_of_replayed_rows() -> None:
 def test_covariance_of_later_mini_batches_reads_the_weights_of_then() -> None:
     world = _world(_group("a", [True, False]), _group("b", [False, True]))
     _step(world, mini_batches=2, loss=ClipCovLossSection()).run(CTX)
-    assert world.calls[2:8] == [
+    assert world.calls[3:9] == [
         "logprobs",
         "on_samples",
         "extra_updates",

@@ -6,12 +6,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console as RichConsole
 
 from megatron_spear.background import nothing_to_do
 from megatron_spear.config.load import load_config
@@ -21,6 +23,8 @@ from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.family import Panel
 from megatron_spear.errors import CheckpointError, StopRequested
 from megatron_spear.testing.hand_made import make_prompt, make_trajectory
+from megatron_spear.tracking.bars import StepsBar
+from megatron_spear.tracking.live_view import LiveView
 from megatron_spear.tracking.progress import Console
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.run import SpearRun
@@ -42,6 +46,13 @@ class _Console(Console):
 
     def __init__(self) -> None:
         super().__init__(file=io.StringIO())
+        self.views: list[LiveView] = []
+
+    @contextmanager
+    def steps(self, total: int, *, done: int = 0) -> Iterator[StepsBar]:
+        with super().steps(total, done=done) as bar:
+            self.views.append(bar.view)
+            yield bar
 
 
 class _Policy:
@@ -145,6 +156,16 @@ def test_evaluations_come_between_the_steps(tmp_path: Path) -> None:
     assert launch.events == [
         "evaluation 0", "step 1", "step 2", "evaluation 2", "step 3", "step 4", "evaluation 4"
     ]  # fmt: skip
+
+
+def test_the_screen_shows_the_panel_before_and_of_late(tmp_path: Path) -> None:
+    answers = iter(["----", "+---", "++--"])
+    launch = _Launch(tmp_path, "evaluation.every=2", panels=lambda: next(answers))
+    launch.run.run()
+    (view,) = launch.console.views
+    file = io.StringIO()
+    RichConsole(file=file, width=120).print(view)
+    assert "panel 0.000 before, 0.500 at step 4" in file.getvalue()
 
 
 @pytest.mark.parametrize("every", [0, 1])
