@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ _COMMANDS = {
 _WITH_PARSERS = {
     "evaluate": "play a panel with a model: mean@n, pass@k, intervals, and every trajectory",
     "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
+    "examples": "list the example configurations that come along, or copy them",
     "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
     "plan": "memory, step time and better layouts of a run, before it is started",
     "serve": "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract",
@@ -48,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="After the file come settings, a.b=c or --a.b c. `train --resume DIR` without a "
         "file continues a run with the settings it was started with.",
     )
+    parser.add_argument("--version", action="version", version=f"megatron-spear {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
@@ -61,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
     for name, summary in _WITH_PARSERS.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("megatron-spear")
+    except metadata.PackageNotFoundError:  # run from a folder that was never installed
+        return "(not installed)"
 
 
 def run(arguments: Sequence[str]) -> int:
