@@ -35,11 +35,15 @@ _WITH_PARSERS = {
     "evaluate": "play a panel with a model: mean@n, pass@k, intervals, and every trajectory",
     "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
     "examples": "list the example configurations that come along, or copy them",
+    "inspect": "look into a replay store, log-probs, checkpoints, and curves of runs",
     "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
     "plan": "memory, step time and better layouts of a run, before it is started",
     "serve": "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract",
 }
 """Commands in modules of their own, which parse what comes after the name."""
+
+_MODULES = {"inspect": "inspection"}
+"""Those whose module has another name."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,7 +80,8 @@ def _version() -> str:
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command; returns the exit status."""
     if arguments and arguments[0] in _WITH_PARSERS:
-        command = importlib.import_module(f"megatron_spear.cli.{arguments[0]}")
+        name = _MODULES.get(arguments[0], arguments[0])
+        command = importlib.import_module(f"megatron_spear.cli.{name}")
         return int(command.run(arguments[1:]))
     parser = build_parser()
     words, settings = split_settings(arguments)
