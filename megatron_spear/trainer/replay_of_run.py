@@ -133,7 +133,8 @@ def _places(path: Path, checkpoint: int | None) -> tuple[Path | None, Path, int 
     else:
         beside = path.resolve().parent
         run, folder = beside if (beside / CONFIG_NAME).is_file() else None, path
-    if not folder.is_dir() or (run is None and not any(folder.glob(PATTERN))):
+    begun = run is not None and newest_checkpoint(run) > 0  # its store may be empty, without files
+    if not begun and not any(folder.glob(PATTERN)):
         raise CheckpointError(
             f"{path}: no replay store here; expected a run directory (replay.enabled) that has "
             "made a step, one of its checkpoints, or a folder with segment-*.bin files"

@@ -93,6 +93,14 @@ def test_a_file_that_stays_missing_is_a_fault(run: Path) -> None:
     assert "missing" in read_store(run).contents.faults[0]
 
 
+def test_a_store_that_never_got_a_row(run: Path) -> None:
+    shutil.rmtree(run / "replay")
+    _commit(run, 4, ReplayStore(run / "replay", 10))
+    found = read_store(run)
+    assert (_rows(found), found.contents.faults) == ([], ())
+    assert "live      0 rows" in "\n".join(store_in_words(found, 3))
+
+
 def test_paths_that_have_none(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         read_store(tmp_path / "absent")
