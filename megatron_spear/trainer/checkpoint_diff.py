@@ -9,7 +9,7 @@ from megatron_spear.config.load import CONFIG_NAME
 from megatron_spear.conversion.differences import OPTIMIZER, Differences, TensorChange
 from megatron_spear.conversion.torch_dist import METADATA
 from megatron_spear.errors import CheckpointError
-from megatron_spear.trainer.run_checkpoints import POLICY_FOLDER, STATE_FILE
+from megatron_spear.trainer.commit import POLICY_FOLDER, STATE_FILE
 
 _MAX_NAMES = 8
 

@@ -11,8 +11,7 @@ from megatron_spear.config.load import CONFIG_NAME, load_config
 from megatron_spear.envs.family import family_of
 from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.replay.contents import PATTERN, ReplayContents, read_contents
-from megatron_spear.trainer.models import tiny_model_folder
-from megatron_spear.trainer.run_checkpoints import STATE_FILE
+from megatron_spear.trainer.commit import STATE_FILE
 
 REPLAY = "replay"
 _HOOKS = ("built_in.self_imitation", "built_in.official_replay")
@@ -85,6 +84,8 @@ def make_decoder(model: Path) -> Callable[[list[int]], str]:
 def tokenizer_folder(run: Path | None) -> Path:
     """The Hugging Face folder with a run's tokenizer; ConfigError where none can be found."""
     if run is not None:
+        from megatron_spear.trainer.models import tiny_model_folder  # brings torch
+
         config = load_config(run / CONFIG_NAME)
         own = [run / "model"]
         if config.model.path is not None:
