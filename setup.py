@@ -1,27 +1,58 @@
 """Package metadata; tool settings live in pyproject.toml."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 # Grading by value, and DAPO-Math-17k as it is published.
 MATH = ["math-verify[antlr4-13-2]>=0.9,<0.10", "pyarrow>=15"]
 WEBSHOP = ["bm25s>=0.3", "PyStemmer>=3.0", "rapidfuzz>=3.14"]
 
+
+class BuildWithExamples(build_py):
+    """Puts ``examples/`` into the package: `megatron-spear examples` copies them from there."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # a checkout has them already
+            target = Path(self.build_lib) / "megatron_spear" / "examples"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(
+                HERE / "examples", target, ignore=shutil.ignore_patterns("__pycache__", ".*")
+            )
+
+
 setup(
     name="megatron-spear",
-    version="0.1.0",
+    version="0.1.0",  # the one place; CITATION.cff and CHANGELOG.md are checked against it
     description="SPEAR (self-imitation with progressive exploration) on Megatron-Core",
-    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="reinforcement-learning agents language-models megatron self-imitation",
+    project_urls={"Method (SPEAR)": "https://arxiv.org/abs/2509.22601"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_spear", "megatron_spear.*"]),
     package_data={
         "megatron_spear": ["py.typed"],
-        "megatron_spear.report": ["assets/*"],
+        "": ["*.js", "*.css", "*.html", "*/*.js", "*/*.css", "*/*.html"],
     },
+    cmdclass={"build_py": BuildWithExamples},
     install_requires=[
         "torch>=2.13",
         "megatron-core>=0.16.1,<0.20",
@@ -33,6 +64,7 @@ setup(
         "rich>=14",
         "numpy>=2",
         "xxhash>=3.5",
+        "psutil>=5.9",  # Megatron's writer of checkpoints
         "aiohttp>=3.13",
         "wandb>=0.25",
         "matplotlib>=3.9",
@@ -47,6 +79,7 @@ setup(
         "webshop": WEBSHOP,
         "dev": [
             *WEBSHOP,
+            "build>=1.3",
             "pytest>=9",
             "pytest-xdist>=3.8",
             "pytest-timeout>=2.4",
@@ -55,7 +88,6 @@ setup(
             "mypy>=2.4",
             "import-linter>=2.16",
             "types-PyYAML",
-            "psutil",
             "gymnasium>=1.2",
             "mkdocs-material>=9.8,<10",  # the documentation as a site; brings mkdocs 1
             "accelerate>=1.10",  # transformers reads GGUF files and FP8 folders with it

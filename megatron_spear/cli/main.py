@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,17 @@ _COMMANDS = {
 _WITH_PARSERS = {
     "evaluate": "play a panel with a model: mean@n, pass@k, intervals, and every trajectory",
     "convert": "make a Megatron checkpoint of a Hugging Face folder, or back, or compare two",
+    "examples": "list the example configurations that come along, or copy them",
+    "inspect": "look into a replay store, log-probs, checkpoints, and curves of runs",
     "launch": "run a job with its ranks, servers and workers, on this machine or a cluster",
     "plan": "memory, step time and better layouts of a run, before it is started",
     "report": "curves, trajectories and replay of runs in one HTML file; several runs compared",
     "serve": "serve a Hugging Face folder with the embedded engine by SGLang's HTTP contract",
 }
 """Commands in modules of their own, which parse what comes after the name."""
+
+_MODULES = {"inspect": "inspection"}
+"""Those whose module has another name."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="After the file come further ones that go over it, and settings, a.b=c or --a.b c. "
         "`train --resume DIR` without a file continues a run with the settings it began with.",
     )
+    parser.add_argument("--version", action="version", version=f"megatron-spear {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
@@ -64,10 +71,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _version() -> str:
+    try:
+        return metadata.version("megatron-spear")
+    except metadata.PackageNotFoundError:  # run from a folder that was never installed
+        return "(not installed)"
+
+
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one command; returns the exit status."""
     if arguments and arguments[0] in _WITH_PARSERS:
-        command = importlib.import_module(f"megatron_spear.cli.{arguments[0]}")
+        name = _MODULES.get(arguments[0], arguments[0])
+        command = importlib.import_module(f"megatron_spear.cli.{name}")
         return int(command.run(arguments[1:]))
     parser = build_parser()
     words, settings = split_settings(arguments)

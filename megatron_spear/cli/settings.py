@@ -4,7 +4,7 @@ options."""
 import os
 from collections.abc import Collection, Sequence
 
-_FLAGS = ("--help", "--dry-run", "--force", "--json")
+_FLAGS = ("--help", "--version", "--dry-run", "--force", "--json")
 _OPTIONS = ("--model", "--attempt", "--gpus", "--chip", "--mean-length")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_spear.config.examples import hint_for_missing
 from megatron_spear.config.knobs import Knob, known_paths
 
 
@@ -83,9 +84,10 @@ def read_yaml(path: Path, settings: Settings) -> None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
+        hint = hint_for_missing(path) if isinstance(error, FileNotFoundError) else ""
         settings.problems.append(
             f"{path}: cannot be read ({reason}); expected a YAML file "
-            f"(relative paths start at the current directory, {Path.cwd()})"
+            f"(relative paths start at the current directory, {Path.cwd()}){hint}"
         )
         return
     try:

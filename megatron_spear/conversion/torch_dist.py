@@ -217,6 +217,12 @@ class TorchDistReader:
             raise CheckpointError(f"{self.path / METADATA} cannot be read: {error!r}") from error
         self._files: dict[str, memoryview] = {}
 
+    @property
+    def tensors(self) -> dict[str, Shape]:
+        """Keys and whole shapes of everything stored as a tensor, an optimizer's state too."""
+        described = self._metadata.state_dict_metadata
+        return {k: tuple(d.size) for k, d in described.items() if hasattr(d, "chunks")}
+
     def dtype(self, place: Place) -> torch.dtype:
         """What the tensor is stored as."""
         found: torch.dtype = self._described(place).properties.dtype
@@ -229,6 +235,8 @@ class TorchDistReader:
         """
         described, depth = self._described(place), len(place.index)
         found = tuple(described.size)
+        if not found and not shape:
+            return self._block(place, described.chunks[0])
         wanted, padding = (*place.shape[:depth], *shape), 0 if depth else found[0] - shape[0]
         if padding < 0 or found != (wanted[0] + padding, *wanted[1:]):
             raise CheckpointError(

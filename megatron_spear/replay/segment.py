@@ -107,15 +107,17 @@ def map_segment(path: Path, num_bytes: int) -> mmap.mmap:
     )
 
 
-def read_index(content: mmap.mmap, checksum: int, source: Path) -> RowArray:
-    """``ROW [N]`` of a mapped file; CheckpointError if it is not ours or not that of
-    ``checksum``."""
+def read_index(content: mmap.mmap, checksum: int | None, source: Path) -> RowArray:
+    """``ROW [N]`` of a mapped file; CheckpointError if it is not ours, corrupt, or not that of
+    ``checksum`` (None: no checkpoint names one)."""
     if content[: len(MAGIC)] != MAGIC:
         raise CheckpointError(
             f"{source}: not a replay segment of this version (starts with "
             f"{content[: len(MAGIC)]!r}, expected {MAGIC!r}); {RESTORE}"
         )
     end = len(content) - _TRAILER.size
+    if end < len(MAGIC):
+        raise CheckpointError(f"{source}: cut off after {len(content)} bytes; {RESTORE}")
     num_rows, saved = _TRAILER.unpack_from(content, end)
     index = content[max(end - num_rows * ROW.itemsize, 0) : end]
     found = xxhash.xxh3_64_intdigest(index)
@@ -124,7 +126,7 @@ def read_index(content: mmap.mmap, checksum: int, source: Path) -> RowArray:
             f"{source}: the index is corrupt (checksum {found:016x}, its trailer says "
             f"{saved:016x}); {RESTORE}"
         )
-    if found != checksum:
+    if checksum is not None and found != checksum:
         raise CheckpointError(
             f"{source}: got an index with checksum {found:016x}, the checkpoint expects "
             f"{checksum:016x}: overwritten by another run; {RESTORE}"

@@ -21,6 +21,11 @@ from megatron_spear.trainer.manifest import MANIFEST, check_manifest, write_mani
 
 log = logging.getLogger(__name__)
 
+STATE_FILE = "trainer.json"
+"""In a run's checkpoint: the controller's state."""
+POLICY_FOLDER = "policy"
+"""In a run's checkpoint: the policy's, in Megatron's format."""
+
 _STEP = re.compile(r"step_(\d+)")
 
 

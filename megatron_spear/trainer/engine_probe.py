@@ -51,7 +51,8 @@ def check_engine(
     if engine is not None:
         loop, server = engine
         try:
-            samples = loop.run(_draw(server, num_probes, step))
+            vocab_size, temperature = step.policy.shape.vocab_size, step.loss.temperature
+            samples = loop.run(draw_probes(server, num_probes, vocab_size, temperature))
         except EngineError as error:
             failure = f"the engine did not answer a probe: {error}"
     failure = broadcast(failure)
@@ -69,8 +70,11 @@ def check_engine(
     return gap
 
 
-async def _draw(engine: RolloutEngine, num_probes: int, step: SpearStep) -> list[TrainSample]:
-    requests = [_request(number, step) for number in range(num_probes)]
+async def draw_probes(
+    engine: RolloutEngine, num_probes: int, vocab_size: int, temperature: float
+) -> list[TrainSample]:
+    """Generations from prompts of drawn tokens, all at once; raises EngineError as the engine."""
+    requests = [_request(number, vocab_size, temperature) for number in range(num_probes)]
     answers = await asyncio.gather(*map(engine.generate, requests))
     for request in requests:
         engine.release(request.session)
@@ -78,13 +82,13 @@ async def _draw(engine: RolloutEngine, num_probes: int, step: SpearStep) -> list
     return [_sample(number, *pair) for number, pair in enumerate(pairs)]
 
 
-def _request(number: int, step: SpearStep) -> GenerationRequest:
+def _request(number: int, vocab_size: int, temperature: float) -> GenerationRequest:
     draw = np.random.default_rng([2, number])
     return GenerationRequest(
         session=f"probe {number}",
-        token_ids=draw.integers(0, step.policy.shape.vocab_size, _PROMPT_TOKENS).astype(np.int32),
+        token_ids=draw.integers(0, vocab_size, _PROMPT_TOKENS).astype(np.int32),
         sampling=SamplingParams(
-            temperature=step.loss.temperature, max_new_tokens=_NEW_TOKENS, stop_token_ids=()
+            temperature=temperature, max_new_tokens=_NEW_TOKENS, stop_token_ids=()
         ),
         seed=(2, number),
     )

@@ -188,6 +188,41 @@ def evaluate_model(
     return result
 
 
+def compare_logprobs(
+    config: RunConfig, model: Path, stop: Any, *, num_drawn: int | None, top: int
+) -> bool:
+    """Compare the engine's log-probs with the policy's, both with a Hugging Face folder's weights.
+
+    Prompts as in ``logprob_job.engine_samples``; the ``top`` worst tokens are shown. Gives whether
+    the mean difference is one that the precision explains. Every rank runs it.
+    """
+    console, controller = _start(config, "train")
+    with console, _ranks(config, console, None) as context:
+        from megatron_spear.trainer import build, logprob_job
+        from megatron_spear.trainer.engine_probe import max_logprob_gap
+        from megatron_spear.trainer.logprob_gap import gap_text, token_gaps
+        from megatron_spear.trainer.models import check_model
+        from megatron_spear.trainer.ranks import broadcast
+        from megatron_spear.trainer.replay_of_run import make_decoder
+
+        check_model(model)
+        console.phase(f"Engine: {config.rollout.engine}")
+        samples = []
+        if controller:
+            samples = logprob_job.engine_samples(config, model, stop, console, num_drawn=num_drawn)
+        console.phase("Policy")
+        policy = build.make_policy(config, model, context)
+        values = logprob_job.policy_logprobs(config, policy, samples)
+        normal = True
+        if controller:
+            gaps, allowed = token_gaps(samples, values), max_logprob_gap(config)
+            console.phase("Log-probs")
+            for line in gap_text(gaps, samples, make_decoder(model), top, allowed):
+                console.line(line)
+            normal = gaps.mean <= allowed
+        return bool(broadcast(normal))
+
+
 def _play_panel(
     config: RunConfig, model: Path, panel: Panel, console: Console, stop: Any
 ) -> list[TrajectoryGroup]:

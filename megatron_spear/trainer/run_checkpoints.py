@@ -15,7 +15,12 @@ from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import CheckpointError, ConfigError, SpearError
 from megatron_spear.replay.state import require_keys
 from megatron_spear.tracking.wandb_sink import read_run_id, write_run_id
-from megatron_spear.trainer.commit import Checkpoint, CheckpointStore
+from megatron_spear.trainer.commit import (
+    POLICY_FOLDER,
+    STATE_FILE,
+    Checkpoint,
+    CheckpointStore,
+)
 from megatron_spear.trainer.controller import Controller
 from megatron_spear.trainer.evaluation import Won
 from megatron_spear.trainer.loop import SpearStep
@@ -26,8 +31,6 @@ from megatron_spear.types import StepReport
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "trainer.json"
-POLICY_FOLDER = "policy"
 _KEYS = ("progress", "cursor", "hooks", "config_hash", "panel_sha256", "versions", "wandb_id")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,3 +268,68 @@ def _sample(tokens: list[int]) -> Any:
         anchors=("",),
         policy_version=0,
     )
+
+
+def test_inspect_tells_what_the_replay_store_holds(
+    finished: tuple[Path, Any], command: Callable[..., Any], tmp_path: Path
+) -> None:
+    from megatron_spear.replay.store import ReplayStore
+
+    run_dir, _ = finished
+    saved = run_dir / "checkpoints" / "step_3" / "trainer.json"
+    store = ReplayStore(run_dir / "replay", None)
+    store.load_state_dict(
+        json.loads(saved.read_text())["hooks"]["built_in.self_imitation"]["store"]
+    )
+    assert len(store) > 0
+    told = command("inspect", "replay", str(run_dir), "--best", "1").out
+    assert f"live      {len(store)} rows" in told and "checksums all hold" in told
+    assert "as checkpoint step_3 has it (policy version 3)" in told
+    row = told.splitlines()[-1].split()[0]
+    text = command("inspect", "replay", str(run_dir), "--row", row).out
+    assert f"row {row}: prompt " in text and "Your task is to: " in text and "--- turn 1, " in text
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    victim = max((copy / "replay").iterdir())
+    victim.write_bytes(victim.read_bytes()[:-1])
+    broken = command("inspect", "replay", str(copy), status=1).out
+    assert f"DAMAGED   {victim.name}: got " in broken
+
+
+def test_inspect_compares_checkpoints_and_draws(
+    finished: tuple[Path, Any], command: Callable[..., Any], tmp_path: Path
+) -> None:
+    run_dir, done = finished
+    told = command("inspect", "diff", str(run_dir / "model"), str(run_dir)).out
+    assert told.splitlines()[-1] == "bitwise equal" and "(step 3, policy version 3)" in told
+    (warm,) = [x.split(": ")[1] for x in done.out.splitlines() if "from the cache: " in x]
+    told = command("inspect", "diff", warm, str(run_dir), "--top", "2", status=1).out
+    assert "weights: 0 of " in told and "more that changed" in told
+    picture = tmp_path / "x.png"
+    told = command("inspect", "plot", str(run_dir), "--out", str(picture)).out
+    assert picture.is_file() and "replay/rows" in told
+
+
+def test_inspect_compares_log_probs_of_engine_and_policy(
+    finished: tuple[Path, Any], command: Callable[..., Any]
+) -> None:
+    """Of the embedded engine on the run's games, and of a server on drawn tokens."""
+    from megatron_spear.testing.serve import serve_in_thread
+
+    run_dir, _ = finished
+    told = command("inspect", "logprobs", str(run_dir), "-n", "2").out
+    assert "in 2 contexts" in told and _mean_gap(told) < 1e-4
+    assert "normal: a mean up to 0.001 nats" in told
+    with serve_in_thread(run_dir / "model", max_context=512) as url:
+        server = ("rollout.engine=sglang", f"rollout.servers=[{url}]", "run.threads=1")
+        words = ("inspect", "logprobs", str(run_dir / "model"), "-n", "3", "--top", "1")
+        told = command(*words, *server).out
+        assert "48 in 3 contexts" in told and _mean_gap(told) < 1e-4
+        # A limit that nothing can keep.
+        limit = "weight_sync.max_logprob_gap=1e-12"
+        assert "NOT NORMAL" in command(*words, *server, limit, status=1).out
+
+
+def _mean_gap(told: str) -> float:
+    (line,) = [line for line in told.splitlines() if line.startswith("|engine - policy|")]
+    return float(line.split()[4])
