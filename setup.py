@@ -57,6 +57,7 @@ setup(
             "types-PyYAML",
             "psutil",
             "gymnasium>=1.2",
+            "mkdocs-material>=9.8,<10",  # the documentation as a site; brings mkdocs 1
             "accelerate>=1.10",  # transformers reads GGUF files and FP8 folders with it
             *MATH,
         ],

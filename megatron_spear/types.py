@@ -349,10 +349,11 @@ class ConsumedPrompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
-    """What one trainer step gave: metrics by name (``reward/mean``, ``time/rollout_s``), and the
-    prompts it consumed."""
+    """What one trainer step gave: metrics by name (``reward/mean``, ``time/rollout_s``), the
+    prompts it consumed, and one of its trajectories to show, if there is any."""
 
     step: int
     policy_version: int
     metrics: Mapping[str, float]
     consumed: tuple[ConsumedPrompt, ...] = ()
+    example: ScoredTrajectory | None = None

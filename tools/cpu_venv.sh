@@ -17,13 +17,15 @@ need_python_311() {
     exit 2
 }
 
-# True or False: whether this torch, as the index has it, would bring CUDA packages.
-torch_needs_cuda() {
+# Of this torch, as the index has it: True or False, whether it would bring CUDA packages; its URL.
+look_up_torch() {
     "${pip[@]}" install --quiet --dry-run --ignore-installed --no-deps --report - \
         "${torch_index[@]}" "$1" | "$venv/bin/python" -c '
 import json, sys
-requires = json.load(sys.stdin)["install"][0]["metadata"].get("requires_dist", [])
-print(any(r.startswith(("nvidia-", "cuda-")) and "extra ==" not in r for r in requires))'
+found = json.load(sys.stdin)["install"][0]
+requires = found["metadata"].get("requires_dist", [])
+needs = any(r.startswith(("nvidia-", "cuda-")) and "extra ==" not in r for r in requires)
+print(needs, found["download_info"]["url"])'
 }
 
 finish_env() { # STAMP
@@ -53,11 +55,13 @@ run_step() { # TITLE COMMAND...
 
 # Torch first, and without dependencies: the engines' own would bring gigabytes of CUDA packages.
 install_pins() { # REQUIREMENTS
-    local torch_spec
+    local torch_spec found=""
     torch_spec="$(grep '^torch==' "$1")"
     [ -x "$venv/bin/python" ] || run_step "a virtual environment" "$python" -m venv "$venv"
-    if ! "$venv/bin/python" -c 'import torch' 2>/dev/null &&
-        [ "$(torch_needs_cuda "$torch_spec")" = True ]; then
+    if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+        found="$(look_up_torch "$torch_spec")"
+    fi
+    if [ "${found%% *}" = True ]; then
         echo "$name: this package index has $torch_spec for CUDA only. Name one for the CPU:" >&2
         echo "$name:   SPEAR_CPU_INDEX=https://download.pytorch.org/whl/cpu $0" >&2
         exit 2

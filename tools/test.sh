@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
 # Everything CI checks: lint, format, types, import contract, tests. Further arguments go to pytest.
+# Made for two cores: what waits (installing, Slurm) goes on beside what computes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-tools/setup_env.sh
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes start; what one has compiled serves all
+SPEAR_UV="${SPEAR_UV:-1}" tools/setup_env.sh
 bin="${SPEAR_VENV:-.venv}/bin"
 export WANDB_MODE="${WANDB_MODE:-offline}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-"$bin/ruff" check .
-"$bin/ruff" format --check .
-"$bin/mypy"
-"$bin/lint-imports"
+logs="$(mktemp -d)"
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT
+
+check_code() {
+    "$bin/ruff" check .
+    "$bin/ruff" format --check .
+    "$bin/mypy"
+    "$bin/lint-imports"
+}
 if [ $# -gt 0 ]; then
-    exec "$bin/python" -m pytest "$@"
+    check_code
+    "$bin/python" -m pytest "$@"
+    exit
 fi
+
 # A real Slurm and bubblewrap, of a few megabytes, for their tests; they are skipped where these cannot
 # be installed.
 try_install() { # WHAT PACKAGE..
@@ -23,12 +33,6 @@ try_install() { # WHAT PACKAGE..
         apt-get -qq install -y --no-install-recommends "${packages[@]}" >/dev/null 2>&1 ||
         echo "test: $what could not be installed; its tests are skipped"
 }
-if ! [ -x /usr/sbin/slurmctld ] || ! [ -x /usr/sbin/slurmd ] || ! [ -x /usr/sbin/munged ]; then
-    try_install Slurm slurmctld slurmd slurm-client munge
-fi
-if ! command -v bwrap >/dev/null; then
-    try_install bubblewrap bubblewrap
-fi
 # Questions for the tests of its adapter; they are skipped where its pycosat cannot be compiled.
 install_reasoning_gym() {
     local find='import importlib.util, sys; sys.exit(importlib.util.find_spec("reasoning_gym") is None)'
@@ -38,21 +42,45 @@ install_reasoning_gym() {
         --constraint tools/constraints-cpu.txt reasoning-gym >/dev/null 2>&1 ||
         echo "test: reasoning-gym could not be installed; its tests are skipped"
 }
-install_reasoning_gym
+install_what_tests_need() {
+    if ! [ -x /usr/sbin/slurmctld ] || ! [ -x /usr/sbin/slurmd ] || ! [ -x /usr/sbin/munged ]; then
+        try_install Slurm slurmctld slurmd slurm-client munge
+    fi
+    if ! command -v bwrap >/dev/null; then
+        try_install bubblewrap bubblewrap
+    fi
+    install_reasoning_gym
+    tools/test_megatron_019.sh --install
+}
+install_what_tests_need >"$logs/install" 2>&1 &
+installing=$!
+check_code
+wait "$installing" || { cat "$logs/install" && exit 1; }
+cat "$logs/install"
+
+export OMP_NUM_THREADS=1 # two processes on two cores
+# Jobs on a real Slurm, one at a time, which wait more than they compute. Then the same policy on the
+# GPU stack's Megatron version. Where the versions differ: checkpoint files (of each layout; on a full
+# disk; written in a thread by the units), experts and TransformerEngine's layers (on one and two
+# ranks, all of untied models, so that the layouts need the tied one only), the optimizer on the CPU
+# and fused Adam (units), schedules and gradient buffers (each layout). With it comes triton, whose
+# kernels run in its interpreter (which has to be chosen before triton is imported).
+test_slurm_and_megatron_019() {
+    local failed=0
+    "$bin/python" -m pytest -p no:cacheprovider -m slurm tests/slurm || failed=1
+    TRITON_INTERPRET=1 tools/test_megatron_019.sh -p no:cacheprovider -k "not untied" \
+        tests/distributed/test_layouts.py tests/distributed/test_transformer_engine.py \
+        tests/distributed/test_full_disk.py tests/distributed/test_stock_megatron.py \
+        tests/unit/policy tests/unit/algorithms/test_logprobs_triton.py || failed=1
+    return "$failed"
+}
+test_slurm_and_megatron_019 >"$logs/beside" 2>&1 &
+beside=$!
 # A file's tests run in one process, as they share results of ranks and whole runs; in this order, in
 # which the long files come first.
-export OMP_NUM_THREADS=1 # two processes on two cores
+failed=0
 "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30 \
-    -m "not gpu and not slurm and not real_engine"
-# One at a time: their jobs have nodes of this machine to themselves.
-"$bin/python" -m pytest -m slurm tests/slurm
-# The same policy on the GPU stack's Megatron version, in at most 2.5 minutes. Where the versions
-# differ: checkpoint files (of each layout; on a full disk; written in a thread by the units), experts
-# and TransformerEngine's layers (on one and two ranks, all of untied models, so that the layouts need
-# the tied one only), the optimizer on the CPU and fused Adam (units), schedules and gradient buffers
-# (each layout). With it comes triton, whose kernels run in its interpreter (which has to be chosen
-# before triton is imported).
-TRITON_INTERPRET=1 tools/test_megatron_019.sh tests/distributed/test_layouts.py \
-    tests/distributed/test_transformer_engine.py tests/distributed/test_full_disk.py \
-    tests/distributed/test_stock_megatron.py \
-    tests/unit/policy tests/unit/algorithms/test_logprobs_triton.py -k "not untied"
+    -m "not gpu and not slurm and not real_engine" || failed=1
+wait "$beside" || failed=1
+cat "$logs/beside"
+exit "$failed"

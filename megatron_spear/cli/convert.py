@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     """Run one conversion or comparison; returns the exit status."""
     options = build_parser().parse_args(arguments)
-    first, second = options.paths
+    first, second = options.first, options.second
     if options.kind == "verify":
         return _verify(first, second, options.config)
     from megatron_spear.conversion import convert
@@ -100,7 +100,8 @@ def _add(
     paths: tuple[str, str] = ("SRC", "DST"),
 ) -> argparse.ArgumentParser:
     parser = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    parser.add_argument("paths", nargs=2, type=Path, metavar=paths)
+    for place, metavar in zip(("first", "second"), paths, strict=True):
+        parser.add_argument(place, type=Path, metavar=metavar)
     return parser
 
 

@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-spear launch",
         description="Run a job with its trainer ranks, engine servers and environment workers.",
-        epilog="After the file come settings, a.b=c or --a.b c.",
+        epilog="After the file come further ones that go over it, and settings, a.b=c or --a.b c.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="WHERE")

@@ -46,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-spear",
         description="SPEAR for agentic LLMs on Megatron-Core, from a CPU to a cluster.",
-        epilog="After the file come settings, a.b=c or --a.b c. `train --resume DIR` without a "
-        "file continues a run with the settings it was started with.",
+        epilog="After the file come further ones that go over it, and settings, a.b=c or --a.b c. "
+        "`train --resume DIR` without a file continues a run with the settings it began with.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
@@ -80,11 +80,10 @@ def run(arguments: Sequence[str]) -> int:
 
     config = load_config(options.config, settings)
     if options.command == "check-config":
-        from megatron_spear.config.layout import ranks_of_a_replica
-        from megatron_spear.trainer.jobs import require_possible
+        from megatron_spear.cluster.roles import require_settings
         from megatron_spear.trainer.own_code import own_code
 
-        require_possible(config, ranks_of_a_replica(config.policy))
+        require_settings(config)
         own_code(config, environment_too=True)
         print(dump_config(config), end="")
         return 0

@@ -18,8 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="megatron-spear plan",
         description="Memory by part, step time by phase, resharding and better layouts of a run on "
         "the machines of cluster.*; nothing is started. Exit status 1 if it cannot fit.",
-        epilog="After the file come settings, a.b=c or --a.b c. Without a file: the defaults, "
-        "with these settings. docs/planner.md says what it assumes.",
+        epilog="After the file come further ones that go over it, and settings, a.b=c or --a.b c. "
+        "Without a file: the defaults, with these settings. docs/planner.md says what it assumes.",
         allow_abbrev=False,
     )
     parser.add_argument("config", nargs="?", help="YAML file")

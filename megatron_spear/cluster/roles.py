@@ -10,8 +10,11 @@ node 3  engine 2
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_spear.config.check import check_config
 from megatron_spear.config.cluster import ClusterSection
+from megatron_spear.config.layout import ranks_of_a_replica
 from megatron_spear.config.schema import RunConfig
+from megatron_spear.errors import ConfigError
 
 PROGRAMS = {"serve": "sglang", "sglang": "sglang", "vllm": "vllm"}
 """The ``rollout.engine`` that speaks to each ``cluster.servers.program``."""
@@ -66,6 +69,7 @@ def role_problems(config: RunConfig) -> Iterator[str]:
             f"cluster.ranks_per_node={cluster.ranks_per_node} is above "
             f"cluster.gpus_per_node={cluster.gpus_per_node}: a rank has a GPU of its own"
         )
+    yield from _shared_gpu_problems(config)
     if not servers.count:
         if cluster.engine_nodes:
             yield (
@@ -91,6 +95,36 @@ def role_problems(config: RunConfig) -> Iterator[str]:
             f"{needed} GPUs a node, and cluster.gpus_per_node={cluster.gpus_per_node}{ranks}; "
             "use fewer servers, fewer ranks a node, or more engine nodes"
         )
+
+
+def _shared_gpu_problems(config: RunConfig) -> Iterator[str]:
+    """NCCL refuses a group with two ranks on one GPU, such as rank 0 and a server's beside it; and
+    a server that is started sees its own GPUs only, of which rank 0's may be none."""
+    transport, servers = config.weight_sync.transport, config.cluster.servers
+    if not (config.rollout.colocated and config.cluster.gpus_per_node) or transport == "disk":
+        return
+    if transport != "ipc":
+        yield (
+            f"rollout.colocated=true with weight_sync.transport={transport}: NCCL has no group of "
+            "a trainer rank and a server on the same GPU; set weight_sync.transport=disk"
+        )
+    elif servers.count > 1:
+        yield (
+            f"rollout.colocated=true with weight_sync.transport=ipc: of "
+            f"cluster.servers.count={servers.count} servers only the first sees the GPU of rank 0; "
+            "set weight_sync.transport=disk"
+        )
+
+
+def require_settings(config: RunConfig) -> None:
+    """ConfigError with every combination that cannot work, on the machines of ``cluster.*`` where
+    they have GPUs, else on as few CPU ranks as a replica of the model needs."""
+    ranks = ranks_of_a_replica(config.policy)
+    if config.cluster.gpus_per_node:
+        ranks = config.cluster.world_size
+    problems = [*check_config(config, ranks), *role_problems(config)]
+    if problems:
+        raise ConfigError("these settings cannot work:\n" + "\n".join(f"  {p}" for p in problems))
 
 
 def _program_problems(config: RunConfig) -> Iterator[str]:

@@ -119,7 +119,7 @@ def _math_model(config: RunConfig) -> Iterator[str]:
             f"env.prompt={env.prompt} needs a model whose chat template lists tools, and "
             "model.path=null makes the tiny one; set model.path, or env.prompt=compact"
         )
-    for name in ("problems", "eval_problems"):
+    for name in ("problems", "eval_problems", "demonstrations"):
         if getattr(env, name) is not None:
             yield (
                 f"env.{name} are for a model that reads English, and model.path=null makes the "

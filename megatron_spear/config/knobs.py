@@ -5,8 +5,9 @@ this one walk.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -59,6 +60,7 @@ class Knob:
         return self.path.rpartition(".")[0]
 
 
+@cache
 def schema_paths(model: type[BaseModel] = RunConfig) -> tuple[Knob, ...]:
     """Every knob and section of the schema, in schema order, parents before their children.
 
@@ -73,42 +75,43 @@ def schema_paths(model: type[BaseModel] = RunConfig) -> tuple[Knob, ...]:
     return tuple(found.values())
 
 
-def known_paths(model: type[BaseModel] = RunConfig) -> dict[str, Knob]:
+@cache
+def known_paths(model: type[BaseModel] = RunConfig) -> Mapping[str, Knob]:
     """The knobs of the run configuration (or of another model) by path."""
-    return {knob.path: knob for knob in schema_paths(model)}
+    return types.MappingProxyType({knob.path: knob for knob in schema_paths(model)})
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Knob]:
     for name, info in model.model_fields.items():
         path = prefix + name
-        members = tuple(_members(info.annotation))
-        sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+        alternatives = tuple(members(info.annotation))
+        sections = [m for m in alternatives if isinstance(m, type) and issubclass(m, BaseModel)]
         yield Knob(
             path=path,
             expected=_expected(info),
-            is_section=bool(sections) and len(members) == 1,
-            types=tuple(m for m in members if isinstance(m, type)),
+            is_section=bool(sections) and len(alternatives) == 1,
+            types=tuple(m for m in alternatives if isinstance(m, type)),
         )
         for section in sections:
             yield from _walk(section, path + ".")
-        if (entry := _section_of_list(info.annotation)) is not None:
+        if (entry := section_of_list(info.annotation)) is not None:
             yield Knob(path=path + ITEM, expected=_describe(entry), is_section=True, types=(entry,))
             yield from _walk(entry, path + ITEM + ".")
 
 
-def _section_of_list(annotation: Any) -> type[BaseModel] | None:
+def section_of_list(annotation: Any) -> type[BaseModel] | None:
     """The section that each entry of a list is; None for any other value."""
     entry = get_args(annotation)[0] if get_origin(annotation) in (tuple, list) else None
     return entry if isinstance(entry, type) and issubclass(entry, BaseModel) else None
 
 
-def _members(annotation: Any) -> Iterator[Any]:
+def members(annotation: Any) -> Iterator[Any]:
     """The alternatives of a union without ``Annotated``; a Literal stays one member."""
     if get_origin(annotation) is Annotated:
-        yield from _members(get_args(annotation)[0])
+        yield from members(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, types.UnionType):
         for part in get_args(annotation):
-            yield from _members(part)
+            yield from members(part)
     else:
         yield annotation
 

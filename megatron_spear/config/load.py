@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from megatron_spear.config.complaints import validated
+from megatron_spear.config.layers import read_layers, split_files
 from megatron_spear.config.presets.layouts import PRESETS
 from megatron_spear.config.schema import RunConfig
-from megatron_spear.config.sources import Settings, merged, read_overrides, read_yaml
+from megatron_spear.config.sources import Settings, merged, read_overrides
 from megatron_spear.errors import ConfigError
 
 CONFIG_NAME = "config.yaml"
@@ -17,11 +18,13 @@ CONFIG_NAME = "config.yaml"
 
 
 def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a run: defaults, the preset, the YAML file, the overrides in order.
+    """The configuration of a run: defaults, the preset, the YAML files, the overrides in order.
 
-    Overrides are ``a.b=c``, ``--a.b=c`` or ``--a.b c``; values are YAML (``null``, ``[a, b]``,
-    ``{window: 2}``). A map changes the keys it names and leaves its neighbours alone. Relative
-    paths start at the current directory, also those written in the file.
+    A YAML file comes over those that it names as its ``base``, and further files among the
+    overrides (words that end in .yaml or .yml) come over it, the last over all. Overrides are
+    ``a.b=c``, ``--a.b=c`` or ``--a.b c``; values are YAML (``null``, ``[a, b]``, ``{window: 2}``).
+    A map changes the keys it names and leaves its neighbours alone. Relative paths start at the
+    current directory, also those written in the files, but for ``base``.
 
     ``resume=DIR`` without a file takes ``DIR/config.yaml`` as the file, except ``run.stop_after``,
     which belongs to one launch. With ``resume`` the run directory is ``DIR``, whatever ``run.dir``
@@ -32,14 +35,17 @@ def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -
     Example: ``load_config("quickstart.yaml", ["run.steps=3", "--replay.capacity", "64"])``.
     """
     given = Settings()
+    files, overrides = split_files(overrides)
     read_overrides(overrides, given)
     settings = Settings(problems=given.problems)
     resumed = given.tree.get("resume")
     if path is not None:
-        read_yaml(Path(path), settings)
+        read_layers(Path(path), settings)
     elif isinstance(resumed, str):
-        read_yaml(Path(resumed) / CONFIG_NAME, settings)
+        read_layers(Path(resumed) / CONFIG_NAME, settings)
         _forget_launch(settings.tree)
+    for file in files:
+        read_layers(file, settings)
     settings.origins.update(given.origins)
     preset = _preset_layer(given.tree.get("preset", settings.tree.get("preset")))
     if path is None and "preset" in given.tree:

@@ -248,6 +248,8 @@ class TrackingSection(Section):
     """wandb project."""
     progress: bool = True
     """A live view on a terminal; plain lines otherwise."""
+    curves: bool = True
+    """Draw ``curves.png`` at the end of the run, which takes a second."""
     recorded_groups: NonNegativeInt = 8
     """Groups a step whose trajectories are written to ``trajectories/`` in the run directory, token
     by token, with the step's replayed rows (docs/run-directory.md); 0 = none."""

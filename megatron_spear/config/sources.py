@@ -3,6 +3,7 @@
 Nothing is checked against the schema here beyond texts: ``run.name=007`` stays the text ``007``.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,8 +89,7 @@ def read_yaml(path: Path, settings: Settings) -> None:
         )
         return
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
+        node, value = _parsed(text)
     except yaml.YAMLError as error:
         settings.problems.append(f"{path}{_where(error)}: not YAML: {_reason(error)}")
         return
@@ -110,6 +110,17 @@ def read_yaml(path: Path, settings: Settings) -> None:
         lines[key] = line
     settings.tree = merged(settings.tree, _text_keys(value))
     settings.origins.update({key: f"{path.name} line {line}" for key, line in lines.items()})
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
+    """Nodes and value, which nobody changes: a table of runs reads its files again and again."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def read_overrides(overrides: Sequence[str], settings: Settings) -> None:

@@ -121,6 +121,11 @@ class Heart:
             self._wait = before
         self.move()
 
+    @property
+    def now(self) -> tuple[str, str]:
+        """The task and the phase of it."""
+        return self._task, self._phase
+
     def place(self) -> Place:
         """Where the main thread is."""
         found = place_of(self._main)
@@ -273,6 +278,12 @@ def beat() -> None:
 def phase(name: str) -> contextlib.AbstractContextManager[None]:
     """A part of the task that the main thread has begun."""
     return contextlib.nullcontext() if _heart is None else _heart.phase(name)
+
+
+def doing() -> tuple[str, str]:
+    """The task that the main thread has begun and the phase of it (``step 12``, ``train``); empty
+    where no heart beats."""
+    return ("", "") if _heart is None else _heart.now
 
 
 def waiting_for(what: str) -> contextlib.AbstractContextManager[None]:

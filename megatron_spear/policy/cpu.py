@@ -3,7 +3,8 @@
 Nothing is changed where CUDA is present. Three parts, from cold to hot:
 
 1. ``install()`` (on importing ``megatron_spear.policy``, before megatron) replaces functions of
-   ``torch.cuda`` that fail without a device: current device, streams, events, generator states.
+   ``torch.cuda`` that fail without a device: current device, streams, events, generator states;
+   then it imports megatron without torch's compiler and wandb, which halves the time to start.
 2. ``patch_megatron()`` (after importing megatron) gives the pipeline schedules, which write
    ``device="cuda"`` on the hot path, a view of torch whose factories allocate on the CPU, and the
    exchange of tokens between experts its sizes in the form that gloo takes.
@@ -16,6 +17,7 @@ Works with megatron-core 0.16.1 and 0.19.2.
 import contextlib
 import ctypes
 import functools
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -89,6 +91,30 @@ def install() -> None:
         setattr(torch.cuda, name, meaning)
     _keep_freed_memory()
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args, **kwargs: None
+    _import_megatron()
+
+
+def _import_megatron() -> None:
+    """Import megatron; its small functions that are fused by compiling stay plain ones.
+
+    Wrapping the first of them imports torch's compiler (1.5 s), and a logger that is not used here
+    imports wandb (1 s). Both are to be had afterwards.
+    """
+    compiler, wandb = torch.compile, sys.modules.get("wandb")
+    torch.compile = _uncompiled
+    sys.modules["wandb"] = wandb  # type: ignore[assignment]  # None: importing it fails
+    try:
+        from megatron.core import jit
+    finally:
+        torch.compile = compiler
+        if wandb is None:
+            del sys.modules["wandb"]
+    jit.disable_jit_fuser()  # for modules that are imported later
+
+
+def _uncompiled(function: Any = None, **options: Any) -> Any:
+    """What ``torch.compile`` gives, as it was, also as a decorator with options."""
+    return _uncompiled if function is None else function
 
 
 def _keep_freed_memory() -> None:

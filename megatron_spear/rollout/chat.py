@@ -82,11 +82,14 @@ class ChatRenderer:
 
     def text_of(self, tokens: Sequence[int] | TokenArray) -> str:
         """The text of tokens, special ones too: what the engine was given or sampled."""
-        text: str = self._tokenizer.decode(
-            [int(token) for token in tokens],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
+        ids = [int(token) for token in tokens]
+        text: str
+        if self._fast is not None:
+            text = self._fast.decode(ids, skip_special_tokens=False)
+        else:
+            text = self._tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         return text
 
     def encode_action(self, text: str) -> TokenArray:
@@ -115,12 +118,14 @@ class ChatRenderer:
         return ids
 
     def _fast_encoder(self, sample: str) -> Any:
-        """The tokenizer's compiled part, where it gives the same tokens; else None.
+        """The tokenizer's compiled part, where it gives the same tokens and text; else None.
 
         transformers spends several times as long around it as it takes itself.
         """
         fast = getattr(self._tokenizer, "backend_tokenizer", None)
         if fast is None or fast.truncation is not None or fast.padding is not None:
             return None
-        same = fast.encode(sample, add_special_tokens=False).ids == self._encode(sample)
+        ids = self._encode(sample)
+        same = fast.encode(sample, add_special_tokens=False).ids == ids
+        same = same and fast.decode(ids, skip_special_tokens=False) == self.text_of(ids)
         return fast if same else None

@@ -66,6 +66,7 @@ _JOB = (
     "run.steps=12",
     "run.threads=1",
     "tracking.wandb=false",
+    "tracking.curves=false",
 )
 
 _IN_THE_START = 0.25

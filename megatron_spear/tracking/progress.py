@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,48 +30,11 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_spear.heartbeats.heart import begin
+from megatron_spear.tracking.bars import Bar, StepsBar, duration, rate_text
 
 _LOG_WIDTH = 120
-
-
-class Bar:
-    """One countable piece of work; made by ``Console.bar``."""
-
-    def __init__(self, console: "Console", name: str, total: int, done: int) -> None:
-        self.name, self.total, self.done = name, total, done
-        self.values: dict[str, float] = {}
-        self._console = console
-        self._first = done
-        self._started = time.monotonic()
-
-    def advance(self, count: int = 1, **values: float) -> None:
-        """``count`` more are done; ``values`` are the few numbers shown beside the bar."""
-        self.at(self.done + count, **values)
-
-    def at(self, done: int, **values: float) -> None:
-        """``done`` of them are done in all."""
-        self.done = done
-        self.values.update(values)
-        self._console._moved(self)
-
-    @property
-    def rate(self) -> float:
-        """Done a second since the bar began; 0 before the first."""
-        elapsed = time.monotonic() - self._started
-        return (self.done - self._first) / elapsed if elapsed > 0 else 0.0
-
-    def shown_values(self) -> str:
-        """The numbers beside the bar: ``loss 0.251, success 0.5``."""
-        return ", ".join(f"{name} {value:.4g}" for name, value in self.values.items())
-
-    def shown(self) -> str:
-        """The bar as a line: ``rollout 12/64 (19%), 3.1/s, ETA 17 s, loss 0.25``."""
-        parts = [f"{self.name} {self.done}/{self.total} ({100 * self.done // max(1, self.total)}%)"]
-        if self.rate > 0:
-            parts.append(_rate(self.rate))
-            if self.done < self.total:
-                parts.append(f"ETA {duration((self.total - self.done) / self.rate)}")
-        return ", ".join([*parts, self.shown_values()]).removesuffix(", ")
+_REFRESHES_A_SECOND = 2.0
+_AnyBar = TypeVar("_AnyBar", bound=Bar)
 
 
 class Console:
@@ -99,7 +64,9 @@ class Console:
         if not self._rich.is_terminal:
             self._rich.width = _LOG_WIDTH
         self._line_every_s, self._heartbeat_s = line_every_s, heartbeat_s
-        self._live: Progress | None = None
+        self._live: Live | None = None
+        self._bars = Progress(*_columns(), console=self._rich, auto_refresh=False)
+        self._steps: StepsBar | None = None
         self._tasks: dict[Bar, TaskID] = {}
         self._doing = "starting"
         self._opened = self._since = self._last_shown = time.monotonic()
@@ -126,9 +93,11 @@ class Console:
     def beat(self, doing: str) -> None:
         """Say what is being done just now; seen beside the bar, or in the next heartbeat line."""
         self._doing = doing
+        if self._steps is not None:
+            self._steps.view.note = doing
         for bar, task in list(self._tasks.items())[-1:]:
-            if self._live:
-                self._live.update(task, values=" ".join([bar.shown_values(), doing]).strip())
+            if self._live and bar is not self._steps:
+                self._bars.update(task, values=" ".join([bar.shown_values(), doing]).strip())
 
     def table(self, rows: Iterable[Sequence[str]], *, title: str = "") -> None:
         """Rows of a name and one or more values."""
@@ -140,7 +109,18 @@ class Console:
     @contextmanager
     def bar(self, name: str, total: int, *, done: int = 0) -> Iterator[Bar]:
         """A progress bar with rate and ETA; ``done`` are there already. Bars may nest."""
-        bar = Bar(self, name, total, done)
+        with self._opened_bar(Bar(self._moved, name, total, done)) as bar:
+            yield bar
+
+    @contextmanager
+    def steps(self, total: int, *, done: int = 0) -> Iterator[StepsBar]:
+        """The trainer steps, with all that is worth seeing of them on a terminal. Bars may be
+        opened inside."""
+        with self._opened_bar(StepsBar(self._moved, total, done)) as bar:
+            yield bar
+
+    @contextmanager
+    def _opened_bar(self, bar: _AnyBar) -> Iterator[_AnyBar]:
         self._start_heart()
         doing = self._doing
         self._open(bar)
@@ -175,33 +155,53 @@ class Console:
         self._tasks[bar] = TaskID(-1)
         if not self._is_live:
             return
+        if isinstance(bar, StepsBar):
+            self._steps = bar
+            self._moved_steps(bar)
+        else:
+            self._tasks[bar] = self._bars.add_task(
+                bar.name, total=bar.total, completed=bar.done, values=""
+            )
         if self._live is None:
-            self._live = Progress(*_columns(), console=self._rich, transient=True)
+            self._live = Live(
+                get_renderable=self._screen,
+                console=self._rich,
+                transient=True,
+                refresh_per_second=_REFRESHES_A_SECOND,
+            )
             self._live.start()
-        self._tasks[bar] = self._live.add_task(
-            bar.name, total=bar.total, completed=bar.done, values=""
-        )
+        self._live.refresh()
 
     def _shut(self, bar: Bar) -> None:
         task = self._tasks.pop(bar)
         if self._live is None:
             return
-        self._live.remove_task(task)
+        if bar is self._steps:
+            self._steps = None
+        else:
+            self._bars.remove_task(task)
         if not self._tasks:
             self._live.stop()
             self._live = None
 
     def _moved(self, bar: Bar) -> None:
         if self._live is not None and bar in self._tasks:
-            self._live.update(
-                self._tasks[bar],
-                completed=bar.done,
-                values=bar.shown_values(),
-            )
+            if isinstance(bar, StepsBar):
+                self._moved_steps(bar)
+            else:
+                self._bars.update(self._tasks[bar], completed=bar.done, values=bar.shown_values())
         elif self._enabled:
-            waited = time.monotonic() - max(self._last_shown, bar._started)
+            waited = time.monotonic() - max(self._last_shown, bar.started)
             if waited >= self._line_every_s:
                 self._print(f"  {bar.shown()}")
+
+    def _moved_steps(self, bar: StepsBar) -> None:
+        bar.view.done, bar.view.total, bar.view.rate = bar.done, bar.total, bar.rate
+
+    def _screen(self) -> Group:
+        """What the live part of the screen shows: the steps, and below them the other bars."""
+        steps = [self._steps] if self._steps is not None else []
+        return Group(*steps, *([self._bars] if self._bars.task_ids else []))
 
     def _print(self, what: str | Text | Table) -> None:
         self._last_shown = time.monotonic()
@@ -234,7 +234,7 @@ class _RateColumn(ProgressColumn):
     """Done a second; rich has this for bytes only."""
 
     def render(self, task: Task) -> Text:
-        return Text(_rate(task.speed) if task.speed else "", style="dim")
+        return Text(rate_text(task.speed) if task.speed else "", style="dim")
 
 
 def _columns() -> tuple[ProgressColumn, ...]:
@@ -247,17 +247,3 @@ def _columns() -> tuple[ProgressColumn, ...]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}", style="dim"),
     )
-
-
-def _rate(per_s: float) -> str:
-    return f"{per_s:.1f}/s" if per_s >= 1 else f"{1 / per_s:.1f} s each"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: ``17 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_spear.errors import DataError
-from megatron_spear.files import write_whole
+from megatron_spear.files import replacing
 from megatron_spear.tracking.recorded import (
     FORMAT,
     RecordedReplay,
@@ -64,7 +64,7 @@ def list_steps(folder: Path) -> list[int]:
 
 def write_step(folder: Path, recorded: RecordedStep) -> Path:
     """Write a step's file, whole or not at all, in place of an earlier one; the same records give
-    the same bytes.
+    the same bytes. No disk is waited for, so a power cut may cost the last ones.
 
     Raises OSError (a full disk), and ValueError for a number that is not finite.
     """
@@ -76,7 +76,8 @@ def write_step(folder: Path, recorded: RecordedStep) -> Path:
     text = "".join(_encode(line) + "\n" for line in lines)
     folder.mkdir(exist_ok=True)
     path = step_file(folder, recorded.step)
-    write_whole(path, gzip.compress(text.encode("ascii"), _LEVEL, mtime=0))
+    with replacing(path) as file:
+        file.write(gzip.compress(text.encode("ascii"), _LEVEL, mtime=0))
     return path
 
 
@@ -112,7 +113,7 @@ def drop_steps_after(folder: Path, step: int) -> int:
 def _fields(record: Any) -> dict[str, Any]:
     """A record's fields by name. A turn leaves out a text that its tokens make up, and an optional
     list is null."""
-    plain = {f.name: getattr(record, f.name) for f in fields(record)}
+    plain = {name: getattr(record, name) for name in record.__slots__}
     if isinstance(record, RecordedTurn) and record.text == "".join(record.tokens):
         del plain["text"]
     return plain

@@ -29,6 +29,7 @@ from megatron_spear.types import (
     Fate,
     RowKey,
     ScoredGroup,
+    ScoredTrajectory,
     StepContext,
     TrainSample,
     TrajectoryGroup,
@@ -44,6 +45,11 @@ class Collected:
     played: tuple[TrajectoryGroup, ...]
     positions: tuple[Any, ...]
     metrics: dict[str, float]
+
+    @property
+    def example(self) -> ScoredTrajectory | None:
+        """The last trajectory that was scored."""
+        return next((g.members[-1] for g in reversed(self.groups) if g.members), None)
 
     def consumed(self, trained: Collection[str]) -> tuple[ConsumedPrompt, ...]:
         """What became of each prompt; ``trained`` are the ids of the groups that were trained

@@ -337,8 +337,14 @@ def _finish(
     summary = {"name": config.run.name, "seed": config.run.seed, **summary}
     write_summary(directory.summary_file, summary)
     console.table(summary_rows(summary), title="Summary")
+    if config.tracking.curves:
+        _draw_curves(config, directory, console)
+    console.line(f"metrics: {directory.metrics_file}")
+
+
+def _draw_curves(config: RunConfig, directory: RunDirectory, console: Console) -> None:
     try:
         plot_curves(directory.metrics_file, directory.curves_file, title=config.run.name)
     except (OSError, ValueError, RuntimeError) as error:  # the run itself is done and saved
         log.warning("the curves could not be drawn: %s", error)
-    console.line(f"curves: {directory.curves_file}   metrics: {directory.metrics_file}")
+    console.line(f"curves: {directory.curves_file}")

@@ -30,7 +30,6 @@ from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.timing import PhaseTimer
 from megatron_spear.trainer.work import Pass, PassWork, policy_work, rollout_work, work_metrics
 from megatron_spear.types import (
-    ConsumedPrompt,
     Fate,
     Origin,
     StepContext,
@@ -96,7 +95,7 @@ class SpearStep:
             metrics.update(self.weight_sync.publish(ctx.policy_version + 1))
         metrics.update(timer.metrics() | (work_metrics(work) if self.controller else {}))
         trained = {sample.trajectory_id.group for sample in moving}
-        return self._finish(ctx, metrics, collected.consumed(trained) if collected else ())
+        return self._finish(ctx, metrics, collected, trained)
 
     def policy_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Collective: the present policy's log-probs ``[L]`` of each sample, on the controller."""
@@ -229,9 +228,15 @@ class SpearStep:
         )
 
     def _finish(
-        self, ctx: StepContext, metrics: dict[str, float], consumed: tuple[ConsumedPrompt, ...]
+        self,
+        ctx: StepContext,
+        metrics: dict[str, float],
+        collected: Collected | None,
+        trained: set[str],
     ) -> StepReport:
-        """Add the hooks' metrics, make the report and tell the hooks."""
+        """Add the hooks' metrics, make the report and tell the hooks. ``trained`` are ids of
+        groups."""
+        consumed = collected.consumed(trained) if collected else ()
         hooks = self.controller.hooks if self.controller else HookCalls({})
         metrics.update(hooks.metrics(ctx))
         coefficients = ctx.coefficients
@@ -244,6 +249,7 @@ class SpearStep:
             policy_version=ctx.policy_version + 1,
             metrics=metrics,
             consumed=consumed,
+            example=collected.example if collected else None,
         )
         hooks.on_step_end(ctx, report)
         return report

@@ -2,7 +2,8 @@
 sum up."""
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.family import Panel
 from megatron_spear.errors import StopRequested
 from megatron_spear.heartbeats.heart import beat, begin
+from megatron_spear.tracking.bars import Bar, StepsBar
 from megatron_spear.tracking.evaluations import EvaluationLog
-from megatron_spear.tracking.progress import Bar, Console
+from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import Tracker
 from megatron_spear.trainer.build import RolloutStack
 from megatron_spear.trainer.consumption import ConsumptionLog
@@ -56,6 +58,7 @@ class SpearRun:
             config, step, directory, panel.sha256 if panel is not None else None
         )
         self._progress = Progress()
+        self._steps: StepsBar | None = None
         self._saved = 0
         self._wall_s_before = 0.0
         self._is_controller = rollout is not None
@@ -120,7 +123,10 @@ class SpearRun:
             return
         self._console.phase(f"SPEAR steps {self._progress.step + 1} to {last}")
         stopping = False
-        with self._console.bar("step", last, done=self._progress.step) as bar:
+        with self._console.steps(last, done=self._progress.step) as bar:
+            self._steps = bar
+            if self._progress.won_before:
+                bar.evaluated(0, share_won(self._progress.won_before))
             while self._progress.step < last:
                 self._evaluate_if_due()
                 begin(f"step {self._progress.step + 1}")
@@ -128,7 +134,7 @@ class SpearRun:
                 self._progress.add(report)
                 self._track(report)
                 self._checkpoints.poll()
-                bar.advance(1, **_shown(report.metrics))
+                bar.finished(report.metrics, report.example)
                 step, every = report.step, self._config.checkpoint.every
                 # A signal may have come to some ranks alone; all of them save the same step.
                 stopping = not all_true(not self._stop)
@@ -199,7 +205,7 @@ class SpearRun:
 
     def _play_panel(self, step: int) -> PanelResult:
         assert self._rollout and self._panel, "the controller has both"
-        section = self._config.evaluation
+        section, started = self._config.evaluation, time.perf_counter()
         with self._console.bar("games", len(self._panel.prompts) * section.attempts) as bar:
             shown = advance(bar, self._stop)
 
@@ -214,6 +220,8 @@ class SpearRun:
                 progress=progress,
             )
         self._console.line(f"success {result.success:.3f} on {result.num_games} games")
+        if self._steps is not None:
+            self._steps.evaluated(step, result.success, time.perf_counter() - started)
         if result.failed:
             log.warning(
                 "%d of the %d attempts failed; they count neither as won nor as lost",
@@ -287,9 +295,3 @@ def advance(bar: Bar, stop: StopFlag) -> Callable[[int], None]:
             raise StopRequested(f"{stop.reason} during an evaluation")
 
     return report
-
-
-def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few numbers beside the progress bar."""
-    names = {"success": "rollout/success", "replayed": "replay/rows", "entropy": "policy/entropy"}
-    return {short: metrics[name] for short, name in names.items() if name in metrics}

@@ -3,9 +3,9 @@
 config.yaml     the resolved configuration        versions.json  packages and machine
 metrics.jsonl   one line a record                 summary.json   the result
 consumed.jsonl  one line a prompt consumed        evaluations.jsonl  each game of the panel
-trajectories/   what was played, a file a step
-curves.png      the curves                        checkpoints/   step_N, committed whole
-wandb/          wandb's own files                 model/         the policy, for Hugging Face
+curves.png      the curves                        trajectories/  what was played, a file a step
+checkpoints/    step_N, committed whole           model/         the policy, for Hugging Face
+wandb/          wandb's own files
 """
 
 import contextlib

@@ -18,7 +18,7 @@ from megatron_spear.heartbeats.heart import begin
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
-from megatron_spear.tracking.progress import Bar
+from megatron_spear.tracking.bars import Bar
 from megatron_spear.trainer.demonstrations import DemonstrationSource, to_samples
 from megatron_spear.trainer.models import made_once
 from megatron_spear.trainer.ranks import broadcast

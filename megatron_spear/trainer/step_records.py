@@ -37,6 +37,8 @@ from megatron_spear.types import (
 # Digits behind the point that are kept; advantages may be small where rewards are.
 _LOGPROB_DIGITS = 4
 _DIGITS = 6
+_MANY = 64
+"""Numbers from which on numpy is the quicker way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +238,11 @@ def _number(value: float | None) -> float | None:
 
 def _numbers(values: npt.NDArray[np.floating], digits: int) -> Numbers:
     """As decimal numbers; None where a value is not finite."""
-    rounded = np.round(values.astype(np.float64), digits)
-    if np.isfinite(rounded).all():
-        return tuple(rounded.tolist())
-    return tuple(value if math.isfinite(value) else None for value in rounded.tolist())
+    if len(values) > _MANY and np.isfinite(values).all():
+        return tuple(np.round(values.astype(np.float64), digits).tolist())
+    return tuple(
+        round(value, digits) if math.isfinite(value) else None for value in values.tolist()
+    )
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float | None:

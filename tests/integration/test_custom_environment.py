@@ -22,6 +22,7 @@ TINY = (
     "rollout.max_slots=8",
     "evaluation.games=4",
     "tracking.wandb=false",
+    "tracking.curves=false",
     "run.threads=1",
 )
 

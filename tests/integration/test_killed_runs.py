@@ -51,7 +51,8 @@ def test_a_killed_job_loses_and_doubles_no_prompt_on_a_continuous_schedule(
     warm: Path, tmp_path: Path
 ) -> None:
     job = Killed((*MODES["continuous"], SHORT), tmp_path, cache=warm, seed=2, most_steps=1)
-    job.left_alone()
+    alone = job.left_alone()
+    assert (alone / "summary.json").exists() and not (alone / "curves.png").exists()
     killed, report = job.killed()
     assert len(report.killed_after) >= 2, report
     assert twice_or_missing(killed, PROMPTS_PER_STEP) == []

@@ -1,6 +1,7 @@
 """The main job from end to end: what three steps leave behind, and that it is true."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,24 @@ from megatron_spear.tracking.recorded_files import FOLDER, list_steps, read_step
 
 pytestmark = pytest.mark.timeout(300)
 
+PAGE = Path(__file__).parents[2] / "docs" / "run-directory.md"
+
 
 @pytest.fixture(scope="module")
 def finished(
     spear: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Any]:
     run_dir = tmp_path_factory.mktemp("main-job") / "run"
-    done = spear(
-        "train", f"run.dir={run_dir}", "run.steps=3", "policy.optimizer.lr=0.01", "run.name=three"
-    )
+    settings = ("run.steps=3", "policy.optimizer.lr=0.01", "run.name=three", "tracking.curves=true")
+    done = spear("train", f"run.dir={run_dir}", *settings)
     return run_dir, done
 
 
 def test_the_run_directory_has_every_file(finished: tuple[Path, Any]) -> None:
-    run_dir, _ = finished
+    run_dir, done = finished
     assert (run_dir / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (run_dir / "curves.png").stat().st_size > 10_000
+    assert f"curves: {run_dir / 'curves.png'}" in done.out
     assert json.loads((run_dir / "versions.json").read_text())["torch"]
     assert "steps: 3" in (run_dir / "config.yaml").read_text()
     assert not list(run_dir.rglob("*.tmp")) and not list(run_dir.glob(".*"))
@@ -107,6 +110,24 @@ def test_the_trajectories_of_each_step_are_recorded(
 def _recorded_before(run_dir: Path, step: int) -> list[Any]:
     earlier = (read_step(run_dir / FOLDER, number) for number in range(1, step))
     return [trajectory for recorded in earlier for trajectory in recorded.trajectories]
+
+
+def test_the_page_names_every_file_and_its_example_runs(
+    finished: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, _ = finished
+    page = PAGE.read_text()
+    named = {
+        name.split("/")[0].split("-")[0]
+        for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+        for name in re.findall(r"`(.*?)`", row)
+    }
+    assert {path.name.split("-")[0] for path in run_dir.iterdir()} <= named
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    exec(example.replace("runs/alfworld-quickstart", str(run_dir)), {})
+    told = capsys.readouterr().out.splitlines()
+    steps = [line.split()[0] for line in told if not line.startswith("  ")]
+    assert steps == ["1", "2", "3"] and any("replayed 0." in line for line in told)
 
 
 def test_the_exported_model_is_the_trained_policy(finished: tuple[Path, Any]) -> None:

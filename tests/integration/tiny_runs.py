@@ -33,6 +33,7 @@ TINY = (
     "curriculum.replay_warmup_steps=0",
     "evaluation.games=4",
     "tracking.wandb=false",
+    "tracking.curves=false",
     "run.threads=1",
 )
 

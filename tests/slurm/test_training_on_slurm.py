@@ -45,7 +45,7 @@ TWO_NODES = (
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[LocalSlurm]:
-    with LocalSlurm(nodes=2) as cluster:
+    with LocalSlurm(nodes=2, grace_s=60) as cluster:  # other tests may run beside
         yield cluster
 
 
@@ -74,17 +74,17 @@ class _Job:
     def until_step(self, step: int) -> None:
         """Wait until the run has recorded this step."""
         with self._telling():
-            self.slurm.wait_until(lambda: newest_step(self.run) >= step, 150, f"step {step}")
+            self.slurm.wait_until(lambda: newest_step(self.run) >= step, 240, f"step {step}")
 
     def until_again(self, restarts: int) -> None:
         """Wait until it has been requeued for the given time, and let it begin."""
         with self._telling():
-            self.slurm.start_again(self.number, restart=restarts, within_s=60)
+            self.slurm.start_again(self.number, restart=restarts, within_s=120)
 
     def until_completed(self) -> None:
         """Wait for its end."""
         with self._telling():
-            self.slurm.wait_for(self.number, "COMPLETED", within_s=180)
+            self.slurm.wait_for(self.number, "COMPLETED", within_s=300)
 
     def pids(self, attempt: int, node: str) -> dict[str, int]:
         """Processes that a supervisor started, by role and number."""
@@ -142,13 +142,13 @@ def test_a_job_that_is_stopped_killed_preempted_and_loses_a_node_is_the_job_left
     job.until_step(newest_step(job.run) + 1)
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/bash\n#SBATCH -p urgent -N 2 --exclusive -o /dev/null\nsleep 1\n")
-    slurm.wait_for(slurm.submit(urgent), "COMPLETED", within_s=60)
+    slurm.wait_for(slurm.submit(urgent), "COMPLETED", within_s=120)
     job.until_again(3)
     assert (job.run / "attempt_2" / "stopped.json").is_file(), "it had time to save"
 
     job.until_step(newest_step(job.run) + 1)
     slurm.lose_node("n2")
-    slurm.wait_until(lambda: slurm.job(job.number)["JobState"] == "PENDING", 30, "n2 is lost")
+    slurm.wait_until(lambda: slurm.job(job.number)["JobState"] == "PENDING", 60, "n2 is lost")
     slurm.bring_back("n2")
     job.until_again(4)
 

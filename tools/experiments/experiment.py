@@ -6,14 +6,19 @@ settings: [run.steps=40, evaluation.every=10]
 parts:                                      # settings under a name, for several arms
   plain: [replay.enabled=false]
 arms:
-  grpo: {title: GRPO, settings: [plain, algorithm.normalize_std=true]}
+  grpo: {title: GRPO, settings: [examples/methods/grpo.yaml]}
+  ablation: {title: without replay, settings: [plain, curriculum.intrinsic_schedule=constant]}
   spear: {title: SPEAR, seeds: 3}
 compare:
   - {arm: spear, reference: grpo, aim: 0.10}
+
+``base: FILE`` takes all from another file, beside this one, but for what is given here; parts are
+added to those there.
 """
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -25,12 +30,13 @@ ROOT = Path(__file__).parents[2]
 
 
 class Arm(Section):
-    """One method: what it is called, its settings (``a.b=c``, or the name of a part), its seeds."""
+    """One method: what it is called, its settings (``a.b=c``, a file of settings, or the name of a
+    part), its seeds."""
 
     title: str
     """Name in tables and pictures."""
     settings: tuple[str, ...] = ()
-    """Settings and names of parts, in order; later ones win."""
+    """In order; later ones win, and all ``a.b=c`` over all files."""
     seeds: PositiveInt | None = None
     """How many; None = the experiment's number."""
 
@@ -64,10 +70,10 @@ class Experiment(Section):
     def _known_names(self) -> "Experiment":
         for name, arm in self.arms.items():
             for entry in arm.settings:
-                if "=" not in entry and entry not in self.parts:
+                if not _is_setting(entry) and entry not in self.parts:
                     raise ValueError(
-                        f"arms.{name}: {entry!r} is neither a setting (a.b=c) nor one of the parts "
-                        f"({', '.join(self.parts) or 'there are none'})"
+                        f"arms.{name}: {entry!r} is neither a setting (a.b=c), a file (.yaml) nor "
+                        f"one of the parts ({', '.join(self.parts) or 'there are none'})"
                     )
         for pair in self.compare:
             for name in (pair.arm, pair.reference):
@@ -81,21 +87,45 @@ class Experiment(Section):
         return range(self.first_seed, self.first_seed + number)
 
     def settings_of(self, name: str) -> tuple[str, ...]:
-        """All settings of an arm behind those of the configuration file."""
-        own = (self.parts.get(x, (x,)) if "=" not in x else (x,) for x in self.arms[name].settings)
-        return (*self.settings, *(setting for part in own for setting in part))
+        """All settings of an arm behind those of the configuration file; files from the current
+        directory."""
+        entries = list(self.settings)
+        for entry in self.arms[name].settings:
+            entries += (entry,) if _is_setting(entry) else self.parts[entry]
+        return tuple(os.path.relpath(ROOT / x) if _is_file(x) else x for x in entries)
+
+
+def _is_setting(entry: str) -> bool:
+    return "=" in entry or _is_file(entry)
+
+
+def _is_file(entry: str) -> bool:
+    return "=" not in entry and entry.endswith(".yaml")
 
 
 def read_experiment(path: Path) -> Experiment:
     """Raises ConfigError with every mistake in the file."""
     try:
-        return Experiment.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        return Experiment.model_validate(_tree(path))
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, e['loc'])) or 'experiment'}: {e['msg']}" for e in error.errors()
         ]
         raise ConfigError(f"{path}:\n" + "\n".join(lines)) from None
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    """The file's values over those of its base."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: got {type(tree).__name__}, expected a map with 'arms:'")
+    if "base" not in tree:
+        return tree
+    below = _tree(path.parent / str(tree.pop("base")))
+    parts = {**(below.get("parts") or {}), **(tree.get("parts") or {})}
+    return {**below, **tree, "parts": parts}

@@ -1,8 +1,8 @@
 """What is kept of a finished run: one JSON file a seed, small enough to be committed.
 
 ``steps`` has a list for each of ``METRICS``, one value a trainer step; ``evaluations`` the panel
-at several steps, ``won`` the share of attempts won, game by game. ``settings`` are those that were
-given (paths aside), so that results of other settings are not taken for one's own.
+at several steps, ``won`` the share of attempts won, game by game. ``settings`` are those
+that are no defaults (paths aside), so that results of other settings are not taken for one's own.
 """
 
 import json
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_spear.config.load import load_config
-from megatron_spear.config.sources import Settings, leaves, merged, read_overrides, read_yaml
+from megatron_spear.config.schema import RunConfig
+from megatron_spear.config.sources import leaves
 from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.files import write_whole
 from megatron_spear.tracking.evaluations import read_evaluations
@@ -148,24 +149,21 @@ def collect(arm: str, seed: int, settings: Mapping[str, Any], run: Path) -> Outc
     )
 
 
-def given_settings(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """What defines a run, as it was given: dotted path to value, without paths and without what
-    says where a run goes. Raises ConfigError as ``load_config`` does.
+def settings_of(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What defines a run: dotted path to value where it is not the default, without paths and
+    without what says where a run goes. Raises ConfigError as ``load_config`` does.
 
-    Example: a file with ``run: {steps: 40}`` and ``["env.games=DIR"]`` give ``{"run.steps": 40}``;
+    Example: a file with ``run: {steps: 9}`` and ``["env.games=DIR"]`` give ``{"run.steps": 9}``;
     of the games the panel's hash tells.
     """
-    checked = load_config(config, overrides)
-    settings = Settings()
-    read_yaml(config, settings)
-    own = Settings()
-    read_overrides(overrides, own)
-    tree = merged(settings.tree, own.tree)
-    python_values = dict(leaves(checked.model_dump()))
+    checked, defaults = load_config(config, overrides), dict(leaves(RunConfig().model_dump()))
+    plain = dict(leaves(checked.model_dump(mode="json")))
     return {
-        path: value
-        for path, value in sorted(leaves(tree))
-        if not path.startswith(_WHERE_NOT_WHAT) and not isinstance(python_values.get(path), Path)
+        path: plain[path]
+        for path, value in sorted(leaves(checked.model_dump()))
+        if not path.startswith(_WHERE_NOT_WHAT)
+        and not isinstance(value, Path)
+        and (path not in defaults or value != defaults[path])
     }
 
 

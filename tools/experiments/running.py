@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import Experiment
-from outcome import collect, given_settings, read_outcome, require_same
+from outcome import collect, read_outcome, require_same, settings_of
 
 from megatron_spear.errors import SpearError
 
@@ -60,7 +60,7 @@ def run_all(seeds: Sequence[Seed], jobs: int) -> list[str]:
 
     Raises ConfigError, before anything runs, where a result is there and of other settings.
     """
-    given = {seed: given_settings(seed.config, seed.settings) for seed in seeds}
+    given = {seed: settings_of(seed.config, seed.settings) for seed in seeds}
     todo = []
     for seed in seeds:
         if seed.result.is_file():

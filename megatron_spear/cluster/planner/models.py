@@ -17,7 +17,8 @@ def planned_model(config: RunConfig, named: str | None = None) -> tuple[str, Mod
     """What to call the model, and its shape.
 
     It is the one that is ``named`` (a published model, or a folder with a config.json), else that
-    of ``model.path``, else the preset's, else the tiny one that a run would make.
+    of ``model.path``, else the preset's, else the tiny one that a run would make. The preset's too
+    where ``model.path`` is not on this machine: a run refuses a model of another shape.
 
     Raises ConfigError for an unknown name or a shape that is not supported, CheckpointError for a
     folder without a config.json that can be read.
@@ -27,7 +28,8 @@ def planned_model(config: RunConfig, named: str | None = None) -> tuple[str, Mod
     if named is not None and not Path(named).is_dir():
         raise ConfigError(_unknown(named))
     folder = Path(named) if named is not None else config.model.path
-    if folder is not None:
+    elsewhere = folder is not None and not folder.expanduser().exists()
+    if folder is not None and not (named is None and config.preset is not None and elsewhere):
         return folder.resolve().name, shape_of_folder(folder.expanduser())
     if config.preset is not None:
         return planned_model(config, PRESETS[config.preset].model)

@@ -28,6 +28,12 @@ def refusals(job: Job) -> Iterator[str]:
     """One line for each thing that keeps the run from its machines."""
     problems = list(model_problems(job.policy, job.shape, job.trainer_gpus))
     yield from problems
+    if job.lengths.longest > job.shape.max_length:
+        yield (
+            f"rollout.max_context={job.lengths.longest} is above the model's "
+            f"max_position_embeddings={job.shape.max_length}: engines refuse longer contexts; "
+            "lower the first"
+        )
     if problems or job.is_cpu:
         return
     memory = training_memory(job)

@@ -26,8 +26,8 @@ class ArithmeticSection(Section):
     largest: Annotated[int, Field(ge=9, le=1_000_000)] = 99
     """Largest number in them; the dividend of a remainder goes up to its square."""
     guesses: Fraction = 0.0
-    """Share of the warm start's demonstrations that guess a digit instead of calling, as models do
-    that have not learned to trust a tool; it is for RL to find out what pays."""
+    """Share of demonstrations made of them that guess a digit instead of calling, as models do that
+    have not learned to trust a tool; it is for RL to find out what pays."""
 
 
 class MathCodeSection(EnvironmentSection):
@@ -41,6 +41,9 @@ class MathCodeSection(EnvironmentSection):
     problems are generated fresh for every step."""
     eval_problems: tuple[Path, ...] | None = None
     """Files or folders of the panel; None = generated problems, which are never trained on."""
+    demonstrations: tuple[Path, ...] | None = None
+    """Files or folders of recorded conversations with the tool that the warm start learns, in an
+    order of its own each epoch (docs/math.md); None = generated problems are solved for it."""
     arithmetic: ArithmeticSection = ArithmeticSection()
     """Generated problems; read where ``problems`` or ``eval_problems`` is None."""
     prompt: Literal["compact", "official"] = "compact"

@@ -16,6 +16,7 @@ from megatron_spear.data.prompts import FreshPrompts, PoolPrompts, PromptSource
 from megatron_spear.envs.demonstration import Demonstration
 from megatron_spear.envs.family import EnvironmentFamily, Panel, Vocabulary
 from megatron_spear.envs.math_code.arithmetic import Arithmetic, fresh_problem
+from megatron_spear.envs.math_code.conversations import conversations_sha256, load_conversations
 from megatron_spear.envs.math_code.demonstrations import demonstrate, demonstration_environment
 from megatron_spear.envs.math_code.problems import (
     Problem,
@@ -82,8 +83,12 @@ class MathCodeFamily(EnvironmentFamily):
         return _panel([loaded_prompt(problem) for problem in spread])
 
     def demonstration(self, section: SftSection, made_seed: int, index: int) -> Demonstration:
-        """A generated problem as it is solved with the tool, whatever is trained on later."""
+        """A recorded conversation, or a generated problem as it is solved with the tool."""
         env = self._section
+        if env.demonstrations is not None:
+            recorded = _conversations(env.demonstrations)
+            epoch, place = divmod(index, len(recorded))
+            return recorded[_order(len(recorded), section.seed, epoch)[place]]
         problem = self._problem(made_seed, index, env.arithmetic.kinds)
         played = demonstrate(
             problem,
@@ -94,6 +99,11 @@ class MathCodeFamily(EnvironmentFamily):
             guesses=env.arithmetic.guesses,
         )
         return replace(played, prompt=made_prompt(problem))
+
+    def contents(self) -> dict[str, str]:
+        """Of the recorded conversations."""
+        paths = self._section.demonstrations
+        return {} if paths is None else {"demonstrations": conversations_sha256(paths)}
 
     def vocabulary(self) -> Vocabulary:
         """The words of generated problems and of the tool's texts; digits are tokens."""
@@ -174,6 +184,17 @@ def _panel(prompts: Sequence[Prompt]) -> Panel:
     for prompt in prompts:
         digest.update(json.dumps([prompt.prompt_id, dict(prompt.metadata)]).encode())
     return Panel(tuple(prompts), digest.hexdigest())
+
+
+@functools.lru_cache(maxsize=1)
+def _conversations(paths: tuple[Path, ...]) -> list[Demonstration]:
+    return load_conversations(paths)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(size: int, seed: int, epoch: int) -> list[int]:
+    """The order of the recorded conversations in an epoch of the warm start."""
+    return random.Random(f"sft/{seed}/epoch/{epoch}").sample(range(size), size)
 
 
 @functools.lru_cache(maxsize=2)

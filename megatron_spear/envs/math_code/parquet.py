@@ -1,4 +1,5 @@
-"""Rows of DAPO-Math-17k's parquet file, each index once (needs pyarrow, in the extra ``math``)."""
+"""Rows of parquet files, of DAPO-Math-17k's each index once (needs pyarrow, in the extra
+``math``)."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,14 +18,7 @@ def parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     Only the first of equal rows becomes Python objects: the published 1.8 million rows hold 17
     thousand problems. Raises DataError for a file that is no parquet, or has other columns.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(
-            f"{file}: reading parquet needs pyarrow, which is not installed; "
-            "pip install 'megatron-spear[math]'"
-        ) from None
+    pyarrow = _pyarrow(file)
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             columns = _columns(file, table.schema_arrow.names)
@@ -39,6 +33,40 @@ def parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise DataError(
             f"{file}: cannot be read as parquet ({error}); copy or fetch it again"
         ) from None
+
+
+def table_rows(file: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(1-based number, row with ``column`` alone) of each row; DataError where there is none."""
+    pyarrow = _pyarrow(file)
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if column not in names:
+                raise DataError(
+                    f"{file}: has the columns {', '.join(names)}, and no {column}; fetch another "
+                    "file, or rename it"
+                )
+            first = 1
+            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+                yield from enumerate(batch.to_pylist(), first)
+                first += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file}: cannot be read as parquet ({error}); copy or fetch it again"
+        ) from None
+
+
+def _pyarrow(file: Path) -> Any:
+    """The library; DataError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(
+            f"{file}: reading parquet needs pyarrow, which is not installed; "
+            "pip install 'megatron-spear[math]'"
+        ) from None
+    return pyarrow
 
 
 def _columns(file: Path, names: list[str]) -> list[str]:

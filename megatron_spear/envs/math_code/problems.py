@@ -59,8 +59,10 @@ def load_problems(paths: Sequence[Path]) -> list[Problem]:
     return list(found.values())
 
 
-def problem_files(paths: Sequence[Path]) -> list[Path]:
-    """The files at the paths: each file named, and those in each folder by name.
+def problem_files(
+    paths: Sequence[Path], setting: str = "env.problems or env.eval_problems"
+) -> list[Path]:
+    """The files at the paths of ``setting``: each file named, and those in each folder by name.
 
     Raises DataError where there are none.
     """
@@ -74,7 +76,7 @@ def problem_files(paths: Sequence[Path]) -> list[Path]:
             )
             raise DataError(
                 f"{path}: {what}; expected a file {' or '.join(SUFFIXES)}, or a folder of such "
-                "files. Correct env.problems or env.eval_problems."
+                f"files. Correct {setting}."
             )
         files += inside or [path]
     return list(dict.fromkeys(files))
@@ -92,7 +94,7 @@ def _file_problems(file: Path) -> Iterator[Problem]:
 
         rows: Iterable[tuple[int, Mapping[str, Any]]] = parquet_rows(file)
     else:
-        rows = _jsonl_rows(file)
+        rows = json_rows(file, _FORMS)
     seen: set[str] = set()
     for number, row in rows:
         problem = read_row(row, file.stem, number, f"{file}, row {number}")
@@ -101,8 +103,8 @@ def _file_problems(file: Path) -> Iterator[Problem]:
             yield problem
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(1-based number, row) of each line that is not empty."""
+def json_rows(file: Path, expected: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(1-based number, row) of each line that is not empty; ``expected`` says what a row has."""
     try:
         with file.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, start=1):
@@ -112,7 +114,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise DataError(
-                        f"{file}, row {number}: no JSON ({error}); expected {_FORMS}"
+                        f"{file}, row {number}: no JSON ({error}); expected {expected}"
                     ) from None
                 yield number, row
     except (OSError, UnicodeDecodeError) as error:

@@ -67,6 +67,17 @@ def test_the_file_is_the_one_word_that_is_no_setting(
     assert (config.run.stop_after, config.run.name) == (2, "x")
 
 
+def test_further_files_come_over_the_first(
+    trained: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    for name, text in (("a", "{steps: 7, seed: 1}"), ("b", "{seed: 2}"), ("c=d", "{name: c}")):
+        (tmp_path / f"{name}.yaml").write_text(f"run: {text}\n")
+    first, *further = (str(tmp_path / f"{name}.yaml") for name in ("a", "b", "c=d"))
+    for words in ([first, *further, "run.steps=8"], ["--run.steps", "8", first, *further]):
+        config = trained(*words)
+        assert (config.run.steps, config.run.seed, config.run.name) == (8, 2, "c")
+
+
 def test_a_rank_of_a_launch_knows_its_attempt_and_ends_with_torchrun(
     monkeypatch: pytest.MonkeyPatch, run_dir: Path
 ) -> None:

@@ -64,6 +64,8 @@ def test_mistakes_are_one_message(
     assert told.startswith("error: this layout cannot work:") and "Traceback" not in told
     assert run("hf-to-megatron", folder, tmp_path / "there", "--tensor-parallel", 0) == 2
     assert "got 0, expected 1 or more" in capsys.readouterr().err
+    assert run("hf-to-megatron", folder) == 2
+    assert "the following arguments are required: DST" in capsys.readouterr().err
     assert run("megatron-to-hf", folder, tmp_path / "back") == 2
     assert "expected a torch_dist checkpoint" in capsys.readouterr().err
 

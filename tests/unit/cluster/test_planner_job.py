@@ -7,12 +7,13 @@ import pytest
 from megatron_spear.cluster.planner.chips import CHIPS, cpu_rank
 from megatron_spear.cluster.planner.job import Job
 from megatron_spear.cluster.planner.models import planned_model
+from megatron_spear.cluster.planner.refusal import refusals
 from megatron_spear.config.cluster import ClusterSection
 from megatron_spear.config.load import load_config
 from megatron_spear.conversion.shape import load_config as load_folder
 from megatron_spear.conversion.shape import model_shape
 from megatron_spear.envs.family import family_of
-from megatron_spear.errors import ConfigError
+from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.trainer.models import initial_model
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "alfworld" / "quickstart.yaml"
@@ -93,3 +94,19 @@ def test_models_by_name_preset_and_folder(tmp_path: Path) -> None:
     assert planned_model(config, str(folder))[1].num_layers == 4
     with pytest.raises(ConfigError, match=r"did you mean llama-3\.1-70b"):
         planned_model(config, "llama-3.1-7b")
+
+
+def test_a_model_that_is_elsewhere_is_the_presets(tmp_path: Path) -> None:
+    preset, gone = "preset=qwen2.5-7b-8gpus", f"model.path={tmp_path / 'gone'}"
+    assert planned_model(load_config(None, [preset, gone]))[0] == "qwen2.5-7b"
+    with pytest.raises(CheckpointError, match="model folder"):
+        planned_model(load_config(None, [preset, f"model.path={tmp_path}"]))
+    with pytest.raises(CheckpointError, match="model folder"):
+        planned_model(load_config(None, [gone]))
+
+
+def test_contexts_beyond_the_models_positions_are_refused() -> None:
+    settings = ("preset=qwen3-32b-32gpus", "cluster.trainer_nodes=4", "cluster.gpus_per_node=8")
+    assert not list(refusals(job_of(*settings, "rollout.max_context=40960")))
+    (told,) = refusals(job_of(*settings, "rollout.max_context=40961"))
+    assert "rollout.max_context=40961 is above the model's max_position_embeddings=40960" in told

@@ -4,9 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_spear.cluster.roles import first_server_gpu, role_problems, roles_of
+from megatron_spear.cluster.roles import (
+    first_server_gpu,
+    require_settings,
+    role_problems,
+    roles_of,
+)
 from megatron_spear.config.cluster import ClusterSection
 from megatron_spear.config.load import load_config
+from megatron_spear.errors import ConfigError
 
 
 def cluster(**settings):
@@ -58,6 +64,7 @@ def test_servers_begin_after_the_ranks_gpus_unless_they_share_them():
 
 
 SERVERS = ("rollout.engine=sglang", "cluster.servers.count=2")
+SHARED_GPUS = (*SERVERS, "cluster.gpus_per_node=8", "rollout.colocated=true")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +89,9 @@ SERVERS = ("rollout.engine=sglang", "cluster.servers.count=2")
             ),
             "starts from an FP8 folder only",
         ),
+        ((*SHARED_GPUS, "weight_sync.transport=auto"), "transport=auto: NCCL has no group"),
+        ((*SHARED_GPUS, "weight_sync.transport=sharded"), "set weight_sync.transport=disk"),
+        ((*SHARED_GPUS, "weight_sync.transport=ipc"), "only the first sees the GPU of rank 0"),
     ],
 )
 def test_roles_that_do_not_fit_are_named(settings, words):
@@ -97,8 +107,20 @@ def test_roles_that_do_not_fit_are_named(settings, words):
         SERVERS,
         (*SERVERS, "cluster.engine_nodes=2", "cluster.gpus_per_node=8"),
         (*SERVERS, "cluster.gpus_per_node=8", "cluster.ranks_per_node=6"),
-        (*SERVERS, "cluster.gpus_per_node=8", "rollout.colocated=true"),
+        (*SHARED_GPUS, "weight_sync.transport=disk"),
+        (*SHARED_GPUS, "weight_sync.transport=ipc", "cluster.servers.count=1"),
+        (*SERVERS, "rollout.colocated=true"),
     ],
 )
 def test_roles_that_fit(settings):
     assert list(role_problems(load_config(None, settings))) == []
+
+
+def test_settings_are_held_to_the_machines_gpus():
+    on_gpus = ("cluster.gpus_per_node=8", "policy.tensor_parallel=2", "policy.pipeline_parallel=2")
+    require_settings(load_config(None, on_gpus[1:]))
+    require_settings(load_config(None, on_gpus))
+    with pytest.raises(ConfigError, match="world size 6 is not a multiple"):
+        require_settings(load_config(None, [*on_gpus, "cluster.ranks_per_node=6"]))
+    with pytest.raises(ConfigError, match="need 2 GPUs a node"):
+        require_settings(load_config(None, [*SERVERS, "cluster.gpus_per_node=8"]))

@@ -124,6 +124,7 @@ SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
         (["rollout.max_new_tokens=512"], 1, "leaves no room for a prompt"),
         ([*MATH, "env.prompt=official"], 1, "needs a model whose chat template lists tools"),
         ([*MATH, "env.problems=[a.jsonl]"], 1, "env.problems are for a model that reads English"),
+        ([*MATH, "env.demonstrations=[a.jsonl]"], 1, "env.demonstrations are for a model"),
         (["reward.failure=1"], 1, "reward.failure=1 is not below reward.success=1"),
         (["rollout.servers=[http://a:1]"], 1, "rollout.engine=embedded has no servers"),
         (["rollout.engine=sglang"], 1, "needs rollout.servers"),

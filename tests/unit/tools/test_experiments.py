@@ -1,6 +1,7 @@
 """Experiments: what is read, what is compared at equal work, and what the page says."""
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ first_seed: 7
 parts:
   plain: [replay.enabled=false, curriculum.intrinsic_weight=0]
 arms:
-  grpo: {title: GRPO, settings: [plain, algorithm.normalize_std=true]}
+  grpo: {title: GRPO, settings: [plain, examples/methods/grpo.yaml, algorithm.mini_batches=2]}
   spear: {title: SPEAR, seeds: 1}
 compare:
   - {arm: spear, reference: grpo, aim: 0.1, published: "+16.1"}
@@ -82,7 +83,8 @@ def test_an_arm_is_its_parts_and_settings_in_order(experiment: Any) -> None:
         "run.steps=4",
         "replay.enabled=false",
         "curriculum.intrinsic_weight=0",
-        "algorithm.normalize_std=true",
+        os.path.relpath(FOLDER.parents[1] / "examples" / "methods" / "grpo.yaml"),
+        "algorithm.mini_batches=2",
     )
     assert experiment.settings_of("spear") == ("run.steps=4",)
     assert (list(experiment.seeds_of("grpo")), list(experiment.seeds_of("spear"))) == ([7, 8], [7])
@@ -168,8 +170,8 @@ def test_settings_that_say_where_are_not_part_of_a_result(
     tools: dict[str, ModuleType], tmp_path: Path
 ) -> None:
     config = tmp_path / "a.yaml"
-    config.write_text("run: {steps: 4, dir: somewhere}\nreplay: {capacity: 9}\n")
-    given = tools["outcome"].given_settings(
+    config.write_text("run: {steps: 4, dir: somewhere}\nreplay: {capacity: 9, max_age: 5}\n")
+    given = tools["outcome"].settings_of(
         config, ["env.games=/data", "run.seed=3", "run.steps=5", "tracking.wandb=false"]
     )
     assert given == {"run.steps": 5, "replay.capacity": 9}
@@ -212,8 +214,26 @@ def test_every_committed_experiment_can_be_run(tools: dict[str, ModuleType]) -> 
         config = tools["experiment"].ROOT / read.config
         out = FOLDER.parents[1] / "docs" / "evidence" / file.stem
         for seed in tools["running"].seeds_of(read, config, (), out, out):
-            given = tools["outcome"].given_settings(seed.config, seed.settings)
+            given = tools["outcome"].settings_of(seed.config, seed.settings)
             if seed.result.is_file():
                 kept = tools["outcome"].read_outcome(seed.result)
                 assert (kept.arm, kept.seed) == (seed.arm, seed.number)
                 tools["outcome"].require_same(kept, given, seed.result)
+
+
+def test_a_file_takes_the_rest_from_its_base(tools: dict[str, ModuleType], tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_ARMS)
+    (tmp_path / "own.yaml").write_text(
+        "base: two.yaml\ntitle: Own\nparts: {further: [run.steps=9]}\n"
+        "arms: {own: {title: own, settings: [plain, further]}}\ncompare: []\n"
+    )
+    own = tools["experiment"].read_experiment(tmp_path / "own.yaml")
+    assert (own.title, list(own.arms), own.first_seed, own.compare) == ("Own", ["own"], 7, ())
+    assert own.settings_of("own")[1:] == (
+        "replay.enabled=false",
+        "curriculum.intrinsic_weight=0",
+        "run.steps=9",
+    )
+    (tmp_path / "lost.yaml").write_text("base: nowhere.yaml\n")
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        tools["experiment"].read_experiment(tmp_path / "lost.yaml")

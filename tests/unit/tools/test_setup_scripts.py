@@ -17,12 +17,14 @@ TOOLS = Path(__file__).parents[3] / "tools"
 CONSTRAINTS = (TOOLS / "constraints-cpu.txt").read_text().splitlines()
 (PINNED,) = (line for line in CONSTRAINTS if line.startswith("torch=="))
 INDEX = "https://example.org/cpu"
+WHEEL = "https://example.org/torch-2+cpu.whl"
 
 STUB = f"""#!/usr/bin/env bash
 case "$*" in
     *version_info*) echo "${{STUB_VERSION:-3.11}}" ;;
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-c import torch") exit 1 ;;
+    "pip install "*) echo "uv $*" >> "$STUB_CALLS"; exit "${{STUB_UV_STATUS:-0}}" ;;
     *"megatron.core as m"*) echo 0.19.2 ;;
     *"import sglang"* | *"import vllm"*)
         if [ -n "${{STUB_ERROR:-}}" ]; then echo "$STUB_ERROR"; exit 1; fi ;;
@@ -30,6 +32,7 @@ case "$*" in
         echo "${{*:3}}" >> "$STUB_CALLS"
         case "$*" in
             *--dry-run*) cat "$STUB_REPORT" ;;
+            *" uv") cp "$0" "${{0%/*}}/uv" ;;
             *--target*) echo "no route to the index" >&2; exit 1 ;;
             *)
                 echo "Collecting torch"
@@ -71,7 +74,8 @@ def run(tmp_path: Path) -> Run:
         requires: tuple[str, ...] = ("filelock", "nvidia-x; extra == 'all'"),
         **env: str,
     ) -> subprocess.CompletedProcess[str]:
-        report = {"install": [{"metadata": {"requires_dist": list(requires)}}]}
+        found = {"metadata": {"requires_dist": list(requires)}, "download_info": {"url": WHEEL}}
+        report = {"install": [found]}
         (tmp_path / "report").write_text(json.dumps(report))
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SPEAR_", "MEGATRON_"))}
         kept |= {
@@ -136,6 +140,31 @@ def test_setup_installs_and_says_what_it_does(
     assert shown[-1] == f"setup: done ({tmp_path / 'venv'})"
     again = run("setup_env.sh", requires, **env)
     assert (again.returncode, again.stdout, len(calls())) == (0, "", 5)
+
+
+def test_setup_with_uv_takes_the_torch_that_pip_found(
+    run: Run, calls: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    done = run("setup_env.sh", SPEAR_UV="1", SPEAR_CPU_INDEX=INDEX)
+    assert done.returncode == 0, done.stderr
+    uv, looked_up, torch, tools, rest, templates = calls()
+    assert uv.endswith(" install --quiet --constraint tools/constraints-cpu.txt uv")
+    assert "--dry-run" in looked_up
+    python = tmp_path / "venv" / "bin" / "python"
+    common = f"uv pip install --quiet --python {python} --constraint tools/constraints-cpu.txt "
+    assert torch == common + WHEEL and tools == f"{common}setuptools"
+    assert rest == f"{common}--no-build-isolation -e .[dev]"
+    assert templates.startswith(f"{common}--no-deps trl==")
+
+
+def test_setup_goes_on_with_pip_where_uv_fails(run: Run, calls: Callable[[], list[str]]) -> None:
+    done = run("setup_env.sh", SPEAR_UV="1", STUB_UV_STATUS="2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("setup: uv could not (see above); pip goes on") == 1
+    by_uv = [call for call in calls() if call.startswith("uv ")]
+    assert len(by_uv) == 1 and by_uv[0].endswith(WHEEL)
+    torch, *_, rest, templates = [call for call in calls() if not call.startswith("uv ")][2:]
+    assert torch.endswith(f" {WHEEL}") and rest.endswith(" -e .[dev]") and " trl==" in templates
 
 
 def test_setup_refuses_another_python(run: Run, calls: Callable[[], list[str]]) -> None:

@@ -9,7 +9,8 @@ import sys
 import textwrap
 import time
 
-from megatron_spear.tracking.progress import Console, duration
+from megatron_spear.tracking.bars import duration
+from megatron_spear.tracking.progress import Console
 
 
 def console(**options) -> tuple[Console, io.StringIO]:
@@ -46,6 +47,22 @@ def test_a_plain_bar_reports_rate_and_eta_now_and_then() -> None:
     assert lines[0].startswith("  rollout 4/8 (50%), ")
     assert "/s, ETA " in lines[0]
     assert lines[0].endswith(", loss 0.1235")
+
+
+def test_steps_off_a_terminal_are_one_plain_line_each() -> None:
+    screen, file = console(line_every_s=0.0)
+    with screen.steps(48, done=46) as bar:
+        bar.evaluated(0, 0.25)
+        for _ in range(2):
+            time.sleep(0.01)
+            bar.finished(
+                {"rollout/success": 0.5156, "replay/rows": 24.0, "policy/entropy": 0.22912}
+            )
+    screen.close()
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("  step 48/48 (100%), ")
+    assert lines[1].endswith("/s, success 0.5156, replayed 24, entropy 0.2291")
 
 
 def test_a_short_bar_leaves_no_line() -> None:
@@ -103,10 +120,10 @@ _ON_A_TERMINAL = """
     from megatron_spear.tracking.progress import Console
     with Console() as screen:
         screen.phase("Steps")
-        with screen.bar("step", 3) as bar:
+        with screen.steps(3) as bar:
             for step in range(3):
-                bar.advance(1, success=0.5)
-                screen.beat("rollout")
+                bar.finished({"rollout/success": 0.5, "time/step_s": 1.0, "time/train_s": 0.5})
+                screen.beat("rollout: 1 trajectories")
                 with screen.bar("games", 2) as games:
                     games.at(2)
                     screen.line(f"line {step}")
@@ -132,7 +149,8 @@ def test_a_terminal_gets_live_bars() -> None:
     text = seen.decode()
     assert "━" in text
     assert "games" in text
-    assert "success 0.5" in text
+    assert "step 3/3" in text and "train" in text and "50%" in text
+    assert "success 0.500 (mean of 3 steps)" in text
     assert all(f"line {step}" in text for step in range(3))
     assert text.rstrip().endswith("the end")
 

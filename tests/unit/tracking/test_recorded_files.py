@@ -2,9 +2,10 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,14 @@ def test_a_damaged_file_is_named(content: bytes, told: str, tmp_path: Path) -> N
 def test_a_step_that_is_not_recorded_is_no_damage(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_step(tmp_path, 3)
+
+
+def test_the_page_shows_every_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "run-directory.md").read_text()
+    shown = set(re.findall(r'"(\w+)":', page))
+    for kind in (RecordedStep, RecordedTrajectory, RecordedTurn, RecordedReplay, RecordedReward):
+        lists = {"text", "trajectories", "replayed"}  # left out where tokens make it up; lines
+        assert {field.name for field in fields(kind)} - lists <= shown, kind
 
 
 def test_the_reader_needs_no_torch() -> None:

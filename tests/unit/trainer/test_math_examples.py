@@ -23,12 +23,3 @@ def test_the_quickstart_panel_is_fixed() -> None:
     assert len(panel.prompts) == 256
     assert panel.sha256[:16] == "31eb739df50dda4e"
     assert {p.kind for p in panel.prompts} == {"sum", "product", "mixed", "remainder", "range"}
-
-
-def test_the_paper_setting_works_on_its_ranks() -> None:
-    config = load_config(EXAMPLES / "qwen2.5-32b.yaml")
-    cluster = config.cluster
-    assert check_config(config, cluster.trainer_nodes * cluster.ranks_per_node) == []
-    assert config.env.task_kinds == ("dapo-math-17k",)
-    assert (config.env.max_turns, config.env.sandbox.timeout_s) == (8, 30.0)
-    assert config.rollout.max_context == 2048 + config.rollout.max_new_tokens
