@@ -154,8 +154,17 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         if value is not None:
-            found.append((label, str(value)))
+            found.append((label, _words(value)))
     return found
+
+
+def _words(value: Any) -> str:
+    """A setting for the reader: on, off, ``window 2`` for ``{window: 2}``."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(inner)}" for key, inner in value.items())
+    return str(value)
 
 
 def _arm(runs: Sequence[Run], arm: Arm, charts: Sequence[Chart]) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def test_a_trajectory_shows_turns_calls_and_shaded_tokens(opened: Open, report: 
     probability = float(tip.partition("probability ")[2].partition(",")[0])
     assert probability == pytest.approx(2.718281828 ** (turn.rollout_logprobs[0] or 0), abs=1e-4)
     assert "policy version 5" in tip and f"log-prob {_number(turn.rollout_logprobs[0])}" in tip
-    page.key("j")
+    page.value("document.querySelector('.sticky select').focus()")
+    page.click("#next")
     page.wait(f"!location.hash.includes(encodeURIComponent({json.dumps(name)}))")
 
 
@@ -233,6 +234,20 @@ def test_texts_of_models_are_inert(opened: Open, folder: Path) -> None:
     assert shown == ["⟦U+202E⟧gnp.exe⟦U+202C⟧", "⟦U+D800⟧", "␀␛[2J"]
 
 
+def test_no_other_program_runs_in_the_page(browser: Browser, report: Path) -> None:
+    page = browser.open(report, width=1280, height=900)
+    page.wait(DRAWN)
+    page.value(
+        "(s => { s.textContent = 'window.harmed = 1'; document.body.append(s); })"
+        "(document.createElement('script'))"
+    )
+    page.value("document.body.append(Object.assign(new Image(), {src: 'data:image/gif;base64,'}))")
+    page.wait("document.querySelector('body > img')")
+    assert page.value("window.harmed") is None
+    refused = [error for error in page.errors if "Content Security Policy" in error]
+    assert len(refused) == 2, page.errors
+
+
 def test_ten_thousand_trajectories_are_paged(opened: Open, folder: Path) -> None:
     run = made_run(folder / "large", steps=100, groups=25, members=4, turns=1)
     written = ReportWriter([run], folder / "large.html").write()
@@ -260,6 +275,8 @@ def test_arms_have_bands(opened: Open, folder: Path) -> None:
     assert keys == ["replay.enabled=True (n = 3)", "replay.enabled=False (n = 2)"]
     page.click("input[type=checkbox]")
     page.wait(f"{chart}.querySelectorAll('.faint').length === 5")
+    page.click("#tab-trajectories")
+    page.wait("document.querySelector('.empty')")
     page.click("#tab-figures")
     page.wait("document.querySelector('.figures')")
     assert "(n = 3)" in page.value("document.querySelector('.figures').textContent")

@@ -41,7 +41,8 @@ const show = async (data, listing) => {
   const mine = drawing;
   hideTip();
   document.documentElement.dataset.theme = state.theme || '';
-  const focus = document.activeElement?.closest('label')?.textContent;
+  const fields = () => [...byId('view').querySelectorAll('input, select, button.head')];
+  const focus = fields().indexOf(document.activeElement);
   byId('top').replaceChildren(...header(data));
   byId('tabs').replaceChildren(...tabsOf(data));
   const tab = state.tab || 'curves';
@@ -57,10 +58,7 @@ const show = async (data, listing) => {
   }
   if (mine !== drawing) return;
   byId('view').replaceChildren(...parts.filter(Boolean));
-  if (focus) {
-    const same = [...document.querySelectorAll('label')].find((l) => l.textContent === focus);
-    same?.querySelector('input, select')?.focus();
-  }
+  fields()[focus]?.focus();
 };
 
 const summaryOf = (data) => (data.runs[0].summary.length ? summaryTable(data.runs[0]) : null);
