@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NEEDS = ("GPUs", "a Slurm cluster", "a download", "root")
+NEEDS = ("GPUs", "a Slurm cluster", "a download", "a server", "root")
 """What a block may need, in the words of its page."""
 
 _FENCE = re.compile(

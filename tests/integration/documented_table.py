@@ -78,6 +78,35 @@ RUN: dict[str, Run] = {
     "megatron-spear launch slurm my-run.yaml cluster.trainer_nodes=4 --dry-run": Run(
         swap={"my-run.yaml": "small.yaml"}
     ),
+    "megatron-spear inspect replay runs/seed1": Run(after=(_SEED1,)),
+    "megatron-spear inspect replay runs/seed1 --best 2": Run(after=(_SEED1,)),
+    "megatron-spear inspect replay runs/seed1 --row 1099": Run(swap={"1099": "0"}, after=(_SEED1,)),
+    "megatron-spear inspect logprobs runs/seed1 -n 8": Run(
+        swap={"8": "2"}, more=("env.max_turns=2",), after=(_SEED1,)
+    ),
+    "megatron-spear inspect diff runs/seed1/checkpoints/step_40 runs/seed1 --top 3": Run(
+        swap={"runs/seed1/checkpoints/step_40": "runs/seed1/checkpoints/step_1"}, after=(_SEED1,)
+    ),
+    "megatron-spear inspect diff runs/seed1/model runs/seed1": Run(after=(_SEED1,)),
+    (
+        "megatron-spear inspect plot runs/seed1 runs/no-replay "
+        "--metrics rollout/success,policy/entropy,replay/* --smooth 5 --out curves.png"
+    ): Run(after=(_SEED1, _NO_REPLAY)),
+    "megatron-spear inspect plot runs/seed1 --list": Run(after=(_SEED1,)),
+    "megatron-spear report runs/seed0": Run(swap={"runs/seed0": "runs/seed1"}, after=(_SEED1,)),
+    "megatron-spear report runs/seed0 --watch": Run(
+        swap={"runs/seed0": "runs/seed1"}, after=(_SEED1,)
+    ),
+    "megatron-spear report runs/*/ --out compare.html": Run(
+        swap={"runs/*/": "runs/seed1"}, after=(_SEED1,)
+    ),
+    "megatron-spear report --group SPEAR=runs/a,runs/b --group GRPO=runs/c,runs/d": Run(
+        swap={
+            "SPEAR=runs/a,runs/b": "SPEAR=runs/seed1",
+            "GRPO=runs/c,runs/d": "GRPO=runs/no-replay",
+        },
+        after=(_SEED1, _NO_REPLAY),
+    ),
     _TINY_FOLDER: Run(),
     _SERVE_TINY: Run(after=(_TINY_FOLDER,)),
 }
