@@ -60,6 +60,14 @@ RUN: dict[str, Run] = {
     "megatron-spear convert verify A B": Run(
         swap={"A": "runs/seed1/model", "B": "hf-again"}, after=(_TO_HF,)
     ),
+    "megatron-spear report runs/seed1": Run(after=(_SEED1,)),
+    "megatron-spear report runs/seed1 --watch": Run(after=(_SEED1,)),  # it has ended
+    "megatron-spear report runs/seed1 runs/no-replay --out two.html": Run(
+        after=(_SEED1, _NO_REPLAY)
+    ),
+    "megatron-spear report --group SPEAR=runs/seed1 --group GRPO=runs/no-replay": Run(
+        after=(_SEED1, _NO_REPLAY)
+    ),
     "megatron-spear train examples/webshop/quickstart.yaml": Run(COLD),
     "megatron-spear train examples/math_code/quickstart.yaml": Run(
         (*COLD, "env.sandbox.unsafe=true")  # where there is no bubblewrap

@@ -27,7 +27,7 @@ from documented_commands import (
 from documented_table import ELSEWHERE, OTHERS, RUN, Run, run_of
 from tiny_runs import run_here
 
-from megatron_spear.cli import convert, evaluate, launch, main, plan, serve
+from megatron_spear.cli import convert, evaluate, launch, main, plan, report, serve
 from megatron_spear.cli.settings import split_settings
 from megatron_spear.config.check import check_config
 from megatron_spear.config.load import load_config
@@ -230,8 +230,9 @@ def parse(words: list[str]) -> None:
     parsers: dict[str, Callable[[], Any]] = {
         "convert": convert.build_parser, "serve": serve.build_parser, "plan": plan.build_parser,
         "evaluate": evaluate.build_parser, "launch": launch.build_parser,
+        "report": report.build_parser,
     }  # fmt: skip
-    if name in ("convert", "serve"):
+    if name in ("convert", "serve", "report"):
         parsers[name]().parse_args(arguments)
         return
     parser = parsers.get(name, main.build_parser)()
