@@ -60,6 +60,14 @@ RUN: dict[str, Run] = {
     "megatron-spear convert verify A B": Run(
         swap={"A": "runs/seed1/model", "B": "hf-again"}, after=(_TO_HF,)
     ),
+    "megatron-spear report runs/seed1": Run(after=(_SEED1,)),
+    "megatron-spear report runs/seed1 --watch": Run(after=(_SEED1,)),  # it has ended
+    "megatron-spear report runs/seed1 runs/no-replay --out two.html": Run(
+        after=(_SEED1, _NO_REPLAY)
+    ),
+    "megatron-spear report --group SPEAR=runs/seed1 --group GRPO=runs/no-replay": Run(
+        after=(_SEED1, _NO_REPLAY)
+    ),
     "megatron-spear train examples/webshop/quickstart.yaml": Run(COLD),
     "megatron-spear train examples/math_code/quickstart.yaml": Run(
         (*COLD, "env.sandbox.unsafe=true")  # where there is no bubblewrap
@@ -93,20 +101,6 @@ RUN: dict[str, Run] = {
         "--metrics rollout/success,policy/entropy,replay/* --smooth 5 --out curves.png"
     ): Run(after=(_SEED1, _NO_REPLAY)),
     "megatron-spear inspect plot runs/seed1 --list": Run(after=(_SEED1,)),
-    "megatron-spear report runs/seed0": Run(swap={"runs/seed0": "runs/seed1"}, after=(_SEED1,)),
-    "megatron-spear report runs/seed0 --watch": Run(
-        swap={"runs/seed0": "runs/seed1"}, after=(_SEED1,)
-    ),
-    "megatron-spear report runs/*/ --out compare.html": Run(
-        swap={"runs/*/": "runs/seed1"}, after=(_SEED1,)
-    ),
-    "megatron-spear report --group SPEAR=runs/a,runs/b --group GRPO=runs/c,runs/d": Run(
-        swap={
-            "SPEAR=runs/a,runs/b": "SPEAR=runs/seed1",
-            "GRPO=runs/c,runs/d": "GRPO=runs/no-replay",
-        },
-        after=(_SEED1, _NO_REPLAY),
-    ),
     _TINY_FOLDER: Run(),
     _SERVE_TINY: Run(after=(_TINY_FOLDER,)),
 }
