@@ -22,8 +22,8 @@ if [ $# -gt 0 ]; then
     exit
 fi
 
-# A real Slurm and bubblewrap, of a few megabytes, for their tests; they are skipped where these cannot
-# be installed.
+# A real Slurm and bubblewrap, of a few megabytes, and Chromium, of 360, for their tests; they are
+# skipped where these cannot be installed.
 try_install() { # WHAT PACKAGE..
     local what="$1" packages=("${@:2}")
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
@@ -48,6 +48,9 @@ install_what_tests_need() {
     fi
     if ! command -v bwrap >/dev/null; then
         try_install bubblewrap bubblewrap
+    fi
+    if ! command -v chromium >/dev/null; then
+        try_install Chromium chromium
     fi
     install_reasoning_gym
     tools/test_megatron_019.sh --install
