@@ -62,28 +62,23 @@ wait "$installing" || { cat "$logs/install" && exit 1; }
 cat "$logs/install"
 
 export OMP_NUM_THREADS=1 # two processes on two cores
-# Jobs on a real Slurm, one at a time, which wait more than they compute. Then the same policy on the
-# GPU stack's Megatron version. Where the versions differ: checkpoint files (of each layout; on a full
-# disk; written in a thread by the units), experts and TransformerEngine's layers (on one and two
-# ranks, all of untied models, so that the layouts need the tied one only), the optimizer on the CPU
-# and fused Adam (units), schedules and gradient buffers (each layout). With it comes triton, whose
-# kernels run in its interpreter (which has to be chosen before triton is imported).
-test_slurm_and_megatron_019() {
-    local failed=0
-    "$bin/python" -m pytest -p no:cacheprovider -m slurm tests/slurm || failed=1
-    TRITON_INTERPRET=1 tools/test_megatron_019.sh -p no:cacheprovider -k "not untied" \
-        tests/distributed/test_layouts.py tests/distributed/test_transformer_engine.py \
-        tests/distributed/test_full_disk.py tests/distributed/test_stock_megatron.py \
-        tests/unit/policy tests/unit/algorithms/test_logprobs_triton.py || failed=1
-    return "$failed"
-}
-test_slurm_and_megatron_019 >"$logs/beside" 2>&1 &
-beside=$!
 # A file's tests run in one process, as they share results of ranks and whole runs; in this order, in
 # which the long files come first.
 failed=0
 "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30 \
     -m "not gpu and not slurm and not real_engine" || failed=1
+# The same policy on the GPU stack's Megatron version. Where the versions differ: checkpoint files (of
+# each layout; on a full disk; written in a thread by the units), experts and TransformerEngine's layers
+# (on one and two ranks, all of untied models, so that the layouts need the tied one only), the
+# optimizer on the CPU and fused Adam (units), schedules and gradient buffers (each layout). With it
+# comes triton, whose kernels run in its interpreter (which has to be chosen before triton is imported).
+TRITON_INTERPRET=1 tools/test_megatron_019.sh -p no:cacheprovider -k "not untied" \
+    tests/distributed/test_layouts.py tests/distributed/test_transformer_engine.py \
+    tests/distributed/test_full_disk.py tests/distributed/test_stock_megatron.py \
+    tests/unit/policy tests/unit/algorithms/test_logprobs_triton.py >"$logs/megatron" 2>&1 &
+beside=$!
+# Beside it jobs on a real Slurm, one at a time, which wait more than they compute, and want a core.
+"$bin/python" -m pytest -p no:cacheprovider -m slurm tests/slurm || failed=1
 wait "$beside" || failed=1
-cat "$logs/beside"
+cat "$logs/megatron"
 exit "$failed"
