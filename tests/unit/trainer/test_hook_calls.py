@@ -249,7 +249,9 @@ def test_the_prefixes_of_the_run_are_all_listed() -> None:
                 found.update([match[1]] if match else [])
     others = {
         "runs",
-        "data",
-        "application",
-    }  # folders (the second in what torch saves), a MIME type
+        "data",  # both folders, the second in what torch saves
+        "application",  # a MIME type
+        "tokens",  # a unit
+        "throughput",  # what the report makes of metrics
+    }
     assert found - others == RUN_PREFIXES
