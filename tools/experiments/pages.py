@@ -29,10 +29,17 @@ def page(experiment: Experiment, arms: Arms, picture: str, command: str) -> str:
     """All tables. ``picture`` is a path beside the page, ``command`` what makes it."""
     games = len(next(iter(arms.values()))[0].evaluations[0].won)
     panels = sorted({run.panel_sha256 for runs in arms.values() for run in runs})
+    made, planned = (
+        sum(map(len, arms.values())),
+        sum(len(experiment.seeds_of(a)) for a in experiment.arms),
+    )
+    missing = (
+        f"**{made} of {planned} runs are there; the rest is to come.** " if made < planned else ""
+    )
     parts = [
         f"# {experiment.title}",
-        f"Made by `{command}` from the results in this folder; intervals are 95 %, by bootstrap "
-        "over seeds and then games, differences paired by seed and game. Panel: "
+        f"{missing}Made by `{command}` from the results in this folder; intervals are 95 %, by "
+        "bootstrap over seeds and then games, differences paired by seed and game. Panel: "
         f"{games} tasks that no run trains on, sha256 {panels[0][:8]}...",
         f"![curves]({picture})",
         "## Success on the panel",

@@ -185,6 +185,9 @@ def test_the_page_tells_every_seed_and_the_difference(
         "spear": [outcome(tools, [[0, 0], [1, 0], [1, 1]], seed=7)],
     }
     text = tools["pages"].page(experiment, arms, "curves.png", "compare two.yaml")
+    assert "of 3 runs are there" not in text
+    part = tools["pages"].page(experiment, {"grpo": arms["grpo"]}, "curves.png", "compare two.yaml")
+    assert "**2 of 3 runs are there; the rest is to come.**" in part
     assert "| SPEAR | 1 | 0.000 | 1.000 (1.000 to 1.000) | 1.000 |" in text
     assert "| GRPO | 2 | 0.000 | 0.000 (0.000 to 0.000) | 0.000, 0.000 |" in text
     sure = "**+1.000 (+1.000 to +1.000)**"
