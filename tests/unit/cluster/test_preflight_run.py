@@ -126,13 +126,14 @@ def test_a_silent_node_is_bad_and_named_where_it_can_be(job, tmp_path):
     assert again.bad == ["n2"]
 
 
-def test_a_node_that_sees_other_files_is_bad_on_both_sides(job, tmp_path):
+def test_a_node_that_sees_other_files_is_bad_on_both_sides(tmp_path):
+    job = Job(tmp_path, deadline_s=6.0)  # room for the others on a busy machine
     (tmp_path / "elsewhere").mkdir()
     elsewhere = Attempt.begin(tmp_path / "elsewhere")
     statuses = job.run(attempts={2: elsewhere}, names=["n0", "n1", "n2"])
     assert statuses == {0: 3, 1: 3, 2: 3}
     assert job.bad == ["n2"]
-    assert "node 0 did not answer through shared files within 2 s" in job.said
+    assert "node 0 did not answer through shared files within 6 s" in job.said
 
 
 def test_without_node_0_the_others_end_in_time(job):
