@@ -112,3 +112,23 @@ def test_a_seed_that_was_cut_off_goes_on_and_what_is_there_is_kept(
     assert not (tmp_path / "work" / "tiny" / "spear" / "seed-0").exists(), "only the result is kept"
 
     assert call() == (0, []), "nothing is left to do"
+
+
+def test_ctrl_c_says_how_to_go_on(
+    compare: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(EXPERIMENT)
+
+    def interrupted(*_: object) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_all", interrupted)
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(file), f"--out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit) as ended:
+        compare.main()
+    assert ended.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err

@@ -37,6 +37,9 @@ def main() -> None:
         sys.exit(_main(options, further))
     except SpearError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
 
 
 def _main(options: argparse.Namespace, further: list[str]) -> int:
