@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear.config.schema import Fp8Section
-from megatron_spear.data.packing import PackedStep, pack
+from megatron_spear.data.packing import PackedStep
 from megatron_spear.errors import ConfigError
+from megatron_spear.policy.pack_for import pack_for
 from megatron_spear.types import Origin, Reward, TrainSample, TrajectoryId
 
 logger = logging.getLogger(__name__)
@@ -203,16 +204,12 @@ def _few_tokens(policy: Any) -> PackedStep:
     samples = [
         _sample(number, length, policy.shape.vocab_size) for number in range(policy.ctx.data_size)
     ]
-    return pack(
+    return pack_for(
+        policy,
         samples,
         [np.zeros(length, np.float32)] * len(samples),
         [Origin.ON_POLICY] * len(samples),
-        data_parallel=policy.ctx.data_size,
         tokens_per_microbatch=length,
-        pad_multiple=policy.pad_multiple,
-        sequence_multiple=policy.sequence_multiple,
-        mix_lengths=policy.mix_lengths,
-        microbatch_multiple=policy.microbatch_multiple,
     )
 
 

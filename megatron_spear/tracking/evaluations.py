@@ -28,8 +28,14 @@ class PanelRecord:
 
         Example: (1, 0, None) gives 0.5.
         """
-        played = [share for share in self.won if share is not None]
-        return sum(played) / len(played) if played else None
+        return None if all(share is None for share in self.won) else share_won(self.won)
+
+
+def share_won(won: Sequence[float | None]) -> float:
+    """Mean share won over the games that have one. Example: (1, 0, None) gives 0.5."""
+    played = [share for share in won if share is not None]
+    assert played, "a rollout in which everything failed raises"
+    return sum(played) / len(played)
 
 
 class EvaluationLog:

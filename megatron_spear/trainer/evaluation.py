@@ -9,6 +9,7 @@ import numpy as np
 from megatron_spear.config.schema import EvaluationSection
 from megatron_spear.envs.family import Panel
 from megatron_spear.rollout.rollouter import Rollouter
+from megatron_spear.tracking.evaluations import share_won
 from megatron_spear.types import TrajectoryGroup
 
 Won = tuple[float | None, ...]
@@ -101,13 +102,6 @@ def _share_of(group: TrajectoryGroup) -> float | None:
     if not group.members:
         return None
     return sum(member.won for member in group.members) / len(group.members)
-
-
-def share_won(won: Won) -> float:
-    """Mean share won over the games that have one. Example: (1, 0, None) gives 0.5."""
-    played = [w for w in won if w is not None]
-    assert played, "a rollout in which everything failed raises"
-    return sum(played) / len(played)
 
 
 def paired_interval(

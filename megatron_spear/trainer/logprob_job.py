@@ -8,8 +8,8 @@ import numpy as np
 
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.shape import load_config, model_shape
-from megatron_spear.data.packing import pack
 from megatron_spear.errors import EngineError
+from megatron_spear.policy.pack_for import pack_for
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.tracking.progress import Console
 from megatron_spear.trainer import build
@@ -64,15 +64,11 @@ def policy_logprobs(
     """
     packed = None
     if policy.ctx.is_controller:
-        packed = pack(
+        packed = pack_for(
+            policy,
             samples,
             [np.zeros(len(sample.token_ids), np.float32) for sample in samples],
             [Origin.ON_POLICY] * len(samples),
-            data_parallel=policy.ctx.data_size,
             tokens_per_microbatch=config.policy.tokens_per_microbatch,
-            pad_multiple=policy.pad_multiple,
-            sequence_multiple=policy.sequence_multiple,
-            mix_lengths=policy.mix_lengths,
-            microbatch_multiple=policy.microbatch_multiple,
         )
     return policy.logprobs(packed, config.rollout.temperature) or []

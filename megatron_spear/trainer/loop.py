@@ -13,8 +13,9 @@ import numpy as np
 
 from megatron_spear.algorithms.policy_loss import PolicyLoss, finish_metrics
 from megatron_spear.config.method import AlgorithmSection, ReplaySection
-from megatron_spear.data.packing import PackedStep, pack
+from megatron_spear.data.packing import PackedStep
 from megatron_spear.metrics import merge
+from megatron_spear.policy.pack_for import pack_for
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.engines.fleet_memory import FleetMemory
 from megatron_spear.trainer.controller import (
@@ -213,17 +214,12 @@ class SpearStep:
         origins: Sequence[Origin],
         columns: Mapping[str, Sequence[np.ndarray]] | None = None,
     ) -> PackedStep:
-        layout = self.policy.ctx
-        return pack(
+        return pack_for(
+            self.policy,
             samples,
             weights,
             origins,
-            data_parallel=layout.data_size,
             tokens_per_microbatch=self.tokens_per_microbatch,
-            pad_multiple=self.policy.pad_multiple,
-            sequence_multiple=self.policy.sequence_multiple,
-            mix_lengths=self.policy.mix_lengths,
-            microbatch_multiple=self.policy.microbatch_multiple,
             columns=columns,
         )
 

@@ -2,7 +2,6 @@
 sum up."""
 
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from megatron_spear.envs.family import Panel
 from megatron_spear.errors import StopRequested
 from megatron_spear.heartbeats.heart import beat, begin
 from megatron_spear.tracking.bars import Bar, StepsBar
-from megatron_spear.tracking.evaluations import EvaluationLog
+from megatron_spear.tracking.evaluations import EvaluationLog, share_won
 from megatron_spear.tracking.progress import Console
 from megatron_spear.tracking.sinks import Tracker
 from megatron_spear.trainer.build import RolloutStack
 from megatron_spear.trainer.consumption import ConsumptionLog
 from megatron_spear.trainer.engine_probe import check_engine, max_logprob_gap
-from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval, share_won
+from megatron_spear.trainer.evaluation import PanelResult, evaluate, paired_interval
 from megatron_spear.trainer.loop import SpearStep
 from megatron_spear.trainer.ranks import all_true, broadcast
 from megatron_spear.trainer.run_checkpoints import Progress, RunCheckpoints
@@ -205,7 +204,7 @@ class SpearRun:
 
     def _play_panel(self, step: int) -> PanelResult:
         assert self._rollout and self._panel, "the controller has both"
-        section, started = self._config.evaluation, time.perf_counter()
+        section = self._config.evaluation
         with self._console.bar("games", len(self._panel.prompts) * section.attempts) as bar:
             shown = advance(bar, self._stop)
 
@@ -221,7 +220,7 @@ class SpearRun:
             )
         self._console.line(f"success {result.success:.3f} on {result.num_games} games")
         if self._steps is not None:
-            self._steps.evaluated(step, result.success, time.perf_counter() - started)
+            self._steps.evaluated(step, result.success, result.wall_s)
         if result.failed:
             log.warning(
                 "%d of the %d attempts failed; they count neither as won nor as lost",

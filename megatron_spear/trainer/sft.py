@@ -9,12 +9,13 @@ from megatron_spear.algorithms.policy_loss import NllLoss, finish_metrics
 from megatron_spear.config.environments.custom import CustomSection
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.conversion.hf_io import write_hf_folder
-from megatron_spear.data.packing import PackedStep, pack
+from megatron_spear.data.packing import PackedStep
 from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.demonstration import Demonstration
 from megatron_spear.envs.family import family_of
 from megatron_spear.errors import StopRequested
 from megatron_spear.heartbeats.heart import begin
+from megatron_spear.policy.pack_for import pack_for
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
@@ -120,16 +121,12 @@ def _pack(
         )
     ]
     total = sum(float(weights.sum()) for _, weights in rows)
-    return pack(
+    return pack_for(
+        policy,
         [sample for sample, _ in rows],
         [weights / total for _, weights in rows],
         [Origin.ON_POLICY] * len(rows),
-        data_parallel=policy.ctx.data_size,
         tokens_per_microbatch=config.policy.tokens_per_microbatch,
-        pad_multiple=policy.pad_multiple,
-        sequence_multiple=policy.sequence_multiple,
-        mix_lengths=policy.mix_lengths,
-        microbatch_multiple=policy.microbatch_multiple,
     )
 
 

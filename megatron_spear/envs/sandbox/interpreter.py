@@ -24,8 +24,8 @@ _PROBE_S = 30.0
 class Interpreter:
     """An interpreter and the folders, beside the system's own, in which it has its files.
 
-    Example: a virtual environment ``/opt/code`` made by ``/root/.pyenv/versions/3.11.7/bin/python``
-    is ``Interpreter("/opt/code/bin/python", ("/opt/code", "/root/.pyenv/versions/3.11.7"))``.
+    Example: a virtual environment ``/opt/code`` made by ``/opt/python3.11/bin/python``
+    is ``Interpreter("/opt/code/bin/python", ("/opt/code", "/opt/python3.11"))``.
     """
 
     program: str
