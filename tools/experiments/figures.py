@@ -8,6 +8,7 @@ import numpy as np
 from estimates import Amount, trainer_steps
 from outcome import Array, Outcome
 
+from megatron_spear.report.bands import interval_of
 from megatron_spear.tracking.plot import moving_average
 
 Arms = Mapping[str, Sequence[Outcome]]
@@ -69,9 +70,9 @@ def _draw_metric(axes: Any, arms: Arms, titles: Mapping[str, str], metric: str) 
 
 
 def _draw_band(axes: Any, at: Array, curves: Array, colour: str, label: str) -> None:
-    """Mean of [S, X] curves and 1.96 standard errors to either side."""
-    mean = curves.mean(axis=0)
-    axes.plot(at, mean, color=colour, label=label)
+    """Mean of [S, X] curves and its 95 % interval, as the report has them."""
+    intervals = [interval_of(values) for values in curves.T.tolist()]
+    axes.plot(at, [interval.mean for interval in intervals], color=colour, label=label)
     if len(curves) > 1:
-        half = 1.96 * curves.std(axis=0, ddof=1) / len(curves) ** 0.5
-        axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.12, linewidth=0)
+        low, high = ([getattr(i, side) for i in intervals] for side in ("low", "high"))
+        axes.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
