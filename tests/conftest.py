@@ -1,10 +1,13 @@
 """What several folders of tests share."""
 
+import importlib
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hypothesis
@@ -15,7 +18,21 @@ import yaml
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
+EXPERIMENTS = Path(__file__).parents[1] / "tools" / "experiments"
 HOOKS_PAGE = Path(__file__).parents[1] / "docs" / "hooks.md"
+
+
+@pytest.fixture(scope="module")
+def experiment_modules() -> Iterator[dict[str, ModuleType]]:
+    """The modules of tools/experiments by name, as the script among them sees the others."""
+    names = [path.stem for path in sorted(EXPERIMENTS.glob("*.py"))]
+    sys.path.insert(0, str(EXPERIMENTS))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(EXPERIMENTS))
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

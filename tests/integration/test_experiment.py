@@ -1,9 +1,8 @@
 """An experiment from its file to its page, the runs within this process."""
 
-import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 from tiny_runs import TINY, run_here
 
-FOLDER = Path(__file__).parents[2] / "tools" / "experiments"
 EXPERIMENT = """
 title: Two tiny arms
 config: examples/alfworld/quickstart.yaml
@@ -38,25 +36,21 @@ class InTurn:
     map = staticmethod(map)
 
 
-@pytest.fixture(scope="module")
-def compare() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(FOLDER))
-    before = set(sys.modules)
-    try:
-        yield importlib.import_module("compare")
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
-                del sys.modules[name]
+@pytest.fixture
+def compare(experiment_modules: dict[str, ModuleType]) -> ModuleType:
+    return experiment_modules["compare"]
 
 
 @pytest.fixture
 def call(
-    compare: ModuleType, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment_modules: dict[str, ModuleType],
+    compare: ModuleType,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[int, list[Sequence[str]]]]:
     """Run the script's work; gives its status and the settings of each command it gave."""
-    running = sys.modules["running"]
+    running = experiment_modules["running"]
     file = tmp_path / "tiny.yaml"
     file.write_text(EXPERIMENT)
 

@@ -1,9 +1,7 @@
 """Experiments: what is read, what is compared at equal work, and what the page says."""
 
-import importlib
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +12,6 @@ import pytest
 from megatron_spear.errors import ConfigError, DataError
 
 FOLDER = Path(__file__).parents[3] / "tools" / "experiments"
-NAMES = ("experiment", "outcome", "estimates", "figures", "pages", "running", "compare")
 
 TWO_ARMS = """
 title: Two methods
@@ -32,16 +29,9 @@ compare:
 """
 
 
-@pytest.fixture(scope="module")
-def tools() -> Iterator[dict[str, ModuleType]]:
-    """The modules beside compare.py, as the script itself sees them."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+@pytest.fixture
+def tools(experiment_modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+    return experiment_modules
 
 
 @pytest.fixture
