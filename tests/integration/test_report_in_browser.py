@@ -90,6 +90,12 @@ def test_a_chart_answers_mouse_keyboard_and_buttons(opened: Open, report: Path) 
     )
     page.key("ArrowLeft")
     assert page.value(tip).startswith("step 11 ")
+    width = f"Number({chart}.querySelector('svg').getAttribute('width'))"
+    before = page.value(width)
+    page.resize(1000, 800)
+    page.wait(f"{width} !== {before}")
+    page.key("ArrowLeft")
+    assert page.value(tip).startswith("step 10 "), "drawn anew, it keeps focus and cursor"
     page.value(f"{chart}.querySelector('svg').scrollIntoView({{block: 'center'}})")
     box = page.value(
         f"(({{x, y}}) => [x, y])({chart}.querySelector('svg').getBoundingClientRect())"

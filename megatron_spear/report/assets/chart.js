@@ -35,9 +35,16 @@ const chartOf = (spec) => {
       },
     },
   });
+  let cursor = null;
   const paint = () => {
     const shownLines = spec.lines.filter((line) => !off.has(line.label));
-    const left = paintChart(paper, spec, shownLines, isLog.get(spec.key));
+    const isFocused = paper.contains(document.activeElement);
+    const step = cursor?.step();
+    const painted = paintChart(paper, spec, shownLines, isLog.get(spec.key));
+    const { left } = painted;
+    cursor = painted.cursor;
+    if (isFocused) paper.querySelector('svg')?.focus({ preventScroll: true });
+    cursor?.moveTo(step);
     const words = [spec.note, left ? `${left} values at or below 0 are not drawn.` : ''];
     remark.textContent = words.filter(Boolean).join(' ');
   };
@@ -72,7 +79,7 @@ const chartOf = (spec) => {
   return figure;
 };
 
-/** Draw the lines; returns how many values a logarithmic axis leaves out. */
+/** Draw the lines; returns the cursor and how many values a logarithmic axis leaves out. */
 const paintChart = (paper, spec, lines, log) => {
   const width = paper.clientWidth || 420;
   paper.dataset.width = paper.clientWidth;
@@ -84,7 +91,7 @@ const paintChart = (paper, spec, lines, log) => {
   const steps = extent(layers.flatMap((line) => line.steps));
   if (!span || !steps) {
     paper.append(make('p', { class: 'empty', text: 'nothing to draw' }));
-    return 0;
+    return { left: 0, cursor: null };
   }
   const [low, high] = roomy(span, spec, log);
   const x = axisOf({ low: steps[0], high: steps[1], start: MARGIN.left, end: width - MARGIN.right,
@@ -97,8 +104,11 @@ const paintChart = (paper, spec, lines, log) => {
   });
   svg.append(gridOf(x, y, width), ...layers.map((line) => drawLine(line, x, y, fits, spec)));
   paper.append(svg);
-  addCursor(svg, spec, layers, x, y, fits);
-  return log ? layers.reduce((n, line) => n + line.values.filter((v) => !fits(v)).length, 0) : 0;
+  const unfit = (line) => line.values.filter((value) => !fits(value)).length;
+  return {
+    left: log ? layers.reduce((n, line) => n + unfit(line), 0) : 0,
+    cursor: addCursor(svg, spec, layers, x, y, fits),
+  };
 };
 
 const roomy = ([low, high], spec, log) => {

@@ -21,7 +21,10 @@ const valueAt = (line, step, isStack) => {
   return { words: words.join(' '), height: line.values[place], place: line.place };
 };
 
-/** Give a drawing its cursor. Left and Right move it by a step, Home and End to the ends. */
+/** Give a drawing its cursor. Left and Right move it by a step, Home and End to the ends.
+ *
+ * Returned is what a drawing that replaces this one needs to have it at the same step.
+ */
 const addCursor = (svg, spec, layers, x, y, fits) => {
   const steps = [...new Set(layers.flatMap((line) => line.steps))].sort((a, b) => a - b);
   const mark = draw('g', { class: 'cursor' });
@@ -69,4 +72,10 @@ const addCursor = (svg, spec, layers, x, y, fits) => {
     event.stopPropagation();
     point(keys[event.key]());
   });
+  return {
+    step: () => steps[at],
+    moveTo: (step) => {
+      if (steps.includes(step)) point(steps.indexOf(step));
+    },
+  };
 };
