@@ -5,6 +5,7 @@ import argparse
 import errno
 import importlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 USAGE_EXIT = 2
 STOPPED_EXIT = 130
 PEER_GONE_EXIT = 71
+UNREAD_EXIT = 128 + signal.SIGPIPE
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -156,13 +158,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = STOPPED_EXIT
     except OSError as error:
         message = _machine_says(error)
-        if message is None:
+        if message is None and not _output_is_unread():
             raise
-        print(f"error: {message}", file=sys.stderr)
+        if message is not None:
+            print(f"error: {message}", file=sys.stderr)
         status = USAGE_EXIT
-    sys.stdout.flush()
+    if _output_is_unread():
+        print("stopped: nobody reads the output any more", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit complains
+        status = UNREAD_EXIT
     _hear_no_more()
     sys.exit(status)
+
+
+def _output_is_unread() -> bool:
+    """Whether what is printed goes to a pipe that nobody reads any more, as after ``| head``."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+        ends = select.poll()
+        ends.register(sys.stdout, 0)
+        return any(event & select.POLLERR for _, event in ends.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError):  # no file of the system's, or one that is closed
+        return False
 
 
 def _hear_no_more() -> None:
