@@ -9,6 +9,7 @@ import tempfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -141,3 +142,57 @@ def wait_until(condition: Any, limit_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.01)
+
+
+PROMPT = [5, 9, 2, 44, 17]
+KINDS = ["qwen3", "qwen3_moe"]
+
+
+def flattened(tensors):
+    """A bucket as SGLang's clients make it."""
+    parts, records, at = [], [], 0
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().flatten().view(torch.uint8)
+        record = {"name": name, "shape": tensor.shape, "dtype": tensor.dtype, "numel": len(raw)}
+        records.append(SimpleNamespace(**record, start_idx=at, end_idx=at + len(raw)))
+        parts.append(raw)
+        at += len(raw)
+    return payload({"flattened_tensor": torch.cat(parts), "metadata": records})
+
+
+def send(url, tensors, load_format=None, **more):
+    """One part, by update_weights_from_tensor."""
+    make = flattened if load_format == "flattened_bucket" else lambda t: payload(list(t.items()))
+    body = {"serialized_named_tensors": [make(tensors)], "load_format": load_format} | more
+    return call(url, "/update_weights_from_tensor", body)
+
+
+def in_two(tensors):
+    pairs = list(tensors.items())
+    return dict(pairs[:7]), dict(pairs[7:])
+
+
+def fused(tensors):
+    """The same weights under SGLang's names."""
+    made = dict(tensors)
+    for i in range(2):
+        prefix = f"model.layers.{i}."
+        for name, parts in (
+            ("self_attn.qkv_proj.weight", [f"self_attn.{x}_proj.weight" for x in "qkv"]),
+            ("mlp.gate_up_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
+        ):
+            if prefix + parts[0] in made:
+                made[prefix + name] = torch.cat([made.pop(prefix + part) for part in parts])
+        experts = [f"{prefix}mlp.experts.{e}." for e in range(4)]
+        if f"{experts[0]}up_proj.weight" in made:
+            pairs = [
+                torch.cat([made.pop(f"{e}gate_proj.weight"), made.pop(f"{e}up_proj.weight")])
+                for e in experts
+            ]
+            made[f"{prefix}mlp.experts.w13_weight"] = torch.stack(pairs)
+            downs = [made.pop(f"{e}down_proj.weight") for e in experts]
+            made[f"{prefix}mlp.experts.w2_weight"] = torch.stack(downs)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in made:
+            made[name] = torch.cat([made[name], torch.zeros(3, 32)])
+    return made

@@ -1,85 +1,31 @@
 """Weight updates through every way in, judged by log-probs, and what refuses them."""
 
 import base64
-import json
 import os
-import threading
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from serve_cases import (
+    KINDS,
+    PROMPT,
     ask,
     call,
     done,
     error_of,
+    fused,
     get,
+    in_two,
     later,
     payload,
     saved,
+    send,
     served_by,
     wait_until,
     weights,
 )
 
-from megatron_spear.conversion.fp8_blocks import CONFIG, SCALE, dequantize, quantize
-from megatron_spear.errors import ConfigError
 from megatron_spear.testing.serve import serve_in_thread
-
-PROMPT = [5, 9, 2, 44, 17]
-KINDS = ["qwen3", "qwen3_moe"]
-
-
-def flattened(tensors):
-    """A bucket as SGLang's clients make it."""
-    parts, records, at = [], [], 0
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().flatten().view(torch.uint8)
-        record = {"name": name, "shape": tensor.shape, "dtype": tensor.dtype, "numel": len(raw)}
-        records.append(SimpleNamespace(**record, start_idx=at, end_idx=at + len(raw)))
-        parts.append(raw)
-        at += len(raw)
-    return payload({"flattened_tensor": torch.cat(parts), "metadata": records})
-
-
-def send(url, tensors, load_format=None, **more):
-    """One part, by update_weights_from_tensor."""
-    make = flattened if load_format == "flattened_bucket" else lambda t: payload(list(t.items()))
-    body = {"serialized_named_tensors": [make(tensors)], "load_format": load_format} | more
-    return call(url, "/update_weights_from_tensor", body)
-
-
-def in_two(tensors):
-    pairs = list(tensors.items())
-    return dict(pairs[:7]), dict(pairs[7:])
-
-
-def fused(tensors):
-    """The same weights under SGLang's names."""
-    made = dict(tensors)
-    for i in range(2):
-        prefix = f"model.layers.{i}."
-        for name, parts in (
-            ("self_attn.qkv_proj.weight", [f"self_attn.{x}_proj.weight" for x in "qkv"]),
-            ("mlp.gate_up_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
-        ):
-            if prefix + parts[0] in made:
-                made[prefix + name] = torch.cat([made.pop(prefix + part) for part in parts])
-        experts = [f"{prefix}mlp.experts.{e}." for e in range(4)]
-        if f"{experts[0]}up_proj.weight" in made:
-            pairs = [
-                torch.cat([made.pop(f"{e}gate_proj.weight"), made.pop(f"{e}up_proj.weight")])
-                for e in experts
-            ]
-            made[f"{prefix}mlp.experts.w13_weight"] = torch.stack(pairs)
-            downs = [made.pop(f"{e}down_proj.weight") for e in experts]
-            made[f"{prefix}mlp.experts.w2_weight"] = torch.stack(downs)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in made:
-            made[name] = torch.cat([made[name], torch.zeros(3, 32)])
-    return made
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -383,104 +329,6 @@ def test_checksums_are_of_sglangs_parameters_and_follow_the_weights(url):
     assert other["per_gpu_checksum"] != rank["per_gpu_checksum"]
 
 
-def load_by_hand(model, named_tensors):
-    """A custom loader: writes to SGLang's parameters; raises for a name it does not know."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in named_tensors:
-            parameters[name].copy_(tensor)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_custom_loader_writes_to_sglangs_parameters(kind):
-    name = f"{load_by_hand.__module__}.load_by_hand"
-    with serve_in_thread(saved(0, kind)[1], custom_weight_loaders=(name,)) as url:
-        done(url, "/begin_weight_update")
-        status, _ = send(url, fused(weights(1, kind)), name, weight_version="mine")
-        assert status == 200
-        done(url, "/end_weight_update")
-        answer = done(url, "/generate", ask(PROMPT))
-        assert error_of(answer, 1, PROMPT, kind) < 1e-5
-        assert answer["meta_info"]["weight_version"] == "mine"
-        done(url, "/begin_weight_update")
-        status, answer = send(url, {"nobody": torch.ones(1)}, name)
-        assert status == 400 and "KeyError: 'nobody'" in answer["message"]
-        assert call(url, "/end_weight_update")[0] == 400
-        assert call(url, "/generate", ask(PROMPT))[0] == 503
-
-
-def in_fp8(tensors):
-    """e4m3 and scales for the linear layers, as published; and what they stand for."""
-    stored, meant = {}, {}
-    for name, tensor in tensors.items():
-        meant[name] = stored[name] = tensor
-        if "proj" in name and name.endswith("weight"):
-            stored[name], stored[name + SCALE] = quantize(tensor)
-            meant[name] = dequantize(stored[name], stored[name + SCALE])
-    return stored, meant
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_a_quantised_server_takes_fp8_and_nothing_else(order):
-    stored, meant = in_fp8(weights(1))
-    with serve_in_thread(saved(0)[1], quantization="fp8") as url:
-        status, answer = call(url, "/begin_weight_update")
-        pairs = dict(list(stored.items())[::order])
-        for part in in_two(pairs):
-            status, answer = send(url, part, "flattened_bucket")
-            assert status == 200, answer
-        done(url, "/end_weight_update")
-        served = done(url, "/generate", ask(PROMPT, 8))
-        with serve_in_thread(saved(0)[1]) as plain:
-            done(plain, "/begin_weight_update")
-            assert send(plain, meant)[0] == 200
-            done(plain, "/end_weight_update")
-            body = ask([*PROMPT, *served["output_ids"]], 0, logprob_start_len=0)
-            scored = done(plain, "/generate", body)["meta_info"]["input_token_logprobs"]
-        expected = [entry[0] for entry in scored[len(PROMPT) :]]
-        got = [entry[0] for entry in served["meta_info"]["output_token_logprobs"]]
-        assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < 1e-5
-        assert error_of(served, 1, PROMPT) > 1e-3, "the rounding of FP8 cannot be seen"
-        for spoilt, message in (
-            (weights(1), "this server is quantised (fp8)"),
-            ({k: v for k, v in stored.items() if not k.endswith(SCALE)}, "without the other half"),
-        ):
-            done(url, "/begin_weight_update")
-            status, answer = send(url, spoilt, "flattened_bucket")
-            ended = call(url, "/end_weight_update")
-            assert ended[0] == 400 and message in ended[1]["message"]
-
-
-def _fp8_folder(path, seed):
-    """A folder as ``convert megatron-to-hf --dtype fp8-block`` writes it."""
-    path.mkdir()
-    config = json.loads((saved(seed)[1] / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
-    save_file(in_fp8(weights(seed))[0], path / "model.safetensors")
-    return path
-
-
-def test_a_folder_in_fp8_is_served_and_loaded_as_such(tmp_path):
-    first, second = (_fp8_folder(tmp_path / str(seed), seed) for seed in (0, 1))
-    with serve_in_thread(first) as url:
-        assert get(url, "/server_info")[1]["quantization"] == "fp8"
-        assert 1e-3 < error_of(done(url, "/generate", ask(PROMPT)), 0, PROMPT) < 0.5
-        before = done(url, "/weights_checker")["ranks"][0]["checksums"]
-        assert set(before) == set(fused(weights(0))), "scales are no parameters of their own"
-        done(url, "/update_weights_from_disk", {"model_path": str(second)})
-        assert 1e-3 < error_of(done(url, "/generate", ask(PROMPT)), 1, PROMPT) < 0.5
-        status, answer = call(url, "/update_weights_from_disk", {"model_path": str(saved(2)[1])})
-        assert status == 400 and "has no weights in FP8" in answer["message"]
-        assert 1e-3 < error_of(done(url, "/generate", ask(PROMPT)), 1, PROMPT) < 0.5
-    with serve_in_thread(saved(0)[1], quantization="fp8") as url:
-        assert done(url, "/weights_checker")["ranks"][0]["checksums"] == before
-    config = json.loads((first / "config.json").read_text())
-    config["quantization_config"]["weight_block_size"] = [64, 64]
-    (first / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="weight_block_size"), serve_in_thread(first):
-        pass
-
-
 def test_an_update_that_is_never_ended_is_waited_for_within_the_deadline():
     with serve_in_thread(saved(0)[1], deadline_s=0.5) as url:
         done(url, "/begin_weight_update")
@@ -489,27 +337,3 @@ def test_an_update_that_is_never_ended_is_waited_for_within_the_deadline():
         assert "a weight update is open" in answer["error"]["message"]
         done(url, "/end_weight_update")
         assert served_by(url) == [0]
-
-
-def _slow_loader(model, named_tensors):
-    _RELEASED.wait(20)
-
-
-_RELEASED = threading.Event()
-
-
-def test_a_loader_that_does_not_end_is_told_and_waited_for(monkeypatch):
-    monkeypatch.setattr("megatron_spear.serving.updates._GRACE_S", 0.0)
-    name = f"{_slow_loader.__module__}._slow_loader"
-    settings = {"custom_weight_loaders": (name,), "update_deadline_s": 0.3}
-    with serve_in_thread(saved(0)[1], **settings) as url:
-        done(url, "/begin_weight_update")
-        status, answer = send(url, {"a": torch.ones(1)}, name)
-        assert status == 400 and "not received within 0.3 s" in answer["message"]
-        status, answer = call(url, "/end_weight_update")
-        assert status == 400 and "wait for its answer" in answer["message"]
-        _RELEASED.set()
-        wait_until(lambda: "given up" in call(url, "/end_weight_update")[1]["message"])
-        assert call(url, "/generate", ask(PROMPT))[0] == 503
-        done(url, "/update_weights_from_disk", {"model_path": str(saved(1)[1])})
-        assert served_by(url) == [1]

@@ -1,6 +1,8 @@
 """Sandboxes for the tests, and what is there to be found outside of them."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from local_sandboxes import make_local
@@ -46,3 +48,12 @@ def plain() -> Iterator[LocalSandbox]:
     made = make_local(jailed=False)
     yield made
     made.close()
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of all temporary files, which other users can enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
