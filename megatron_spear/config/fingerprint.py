@@ -66,8 +66,11 @@ class Difference:
 
 
 def config_hash(config: RunConfig) -> str:
-    """sha256 (hex) of what defines the run: all settings but ``RESUME_MAY_DIFFER``."""
+    """sha256 (hex) of what defines the steps of a run: all settings but ``RESUME_MAY_DIFFER`` and,
+    where the steps do not depend on it, their number."""
     kept = defining_settings(config.model_dump(mode="json"))
+    if _may_be_longer(config):
+        kept.pop("run.steps")
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -82,13 +85,24 @@ def defining_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def config_differences(
     old: RunConfig, new: RunConfig, *, everything: bool = False
 ) -> tuple[Difference, ...]:
-    """Settings that differ; those of ``RESUME_MAY_DIFFER`` only with ``everything``."""
+    """Settings that differ; only with ``everything`` those that a resumed run may change, which are
+    ``RESUME_MAY_DIFFER`` and more ``run.steps`` where the steps so far do not depend on it."""
     before, after = dict(_flat(old)), dict(_flat(new))
+    is_longer = _may_be_longer(old) and _may_be_longer(new) and new.run.steps > old.run.steps
+
+    def is_free(path: str) -> bool:
+        return _may_differ(path) or (is_longer and path == "run.steps")
+
     return tuple(
         Difference(path=path, old=before.get(path), new=after.get(path))
         for path in dict.fromkeys([*before, *after])
-        if before.get(path) != after.get(path) and (everything or not _may_differ(path))
+        if before.get(path) != after.get(path) and (everything or not is_free(path))
     )
+
+
+def _may_be_longer(config: RunConfig) -> bool:
+    """Whether a run of more steps begins as this one; a decaying learning rate spans all steps."""
+    return config.policy.optimizer.schedule == "constant"
 
 
 def _may_differ(path: str) -> bool:

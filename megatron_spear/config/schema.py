@@ -42,7 +42,8 @@ class RunSection(Section):
     seed: NonNegativeInt = 0
     """Seed of everything that is drawn in RL (games, sampling)."""
     steps: PositiveInt = 40
-    """Trainer steps in total; a resumed run continues up to the same number."""
+    """Trainer steps in total. A resumed run may have more of them than before where the learning
+    rate does not decay (``policy.optimizer.schedule: constant``), never fewer."""
     stop_after: PositiveInt | None = None
     """Stop cleanly after this many steps in total (a partial run, to be resumed); None = never."""
     hang_limit_s: PositiveFloat = 1800.0

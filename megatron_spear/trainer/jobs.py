@@ -95,12 +95,12 @@ def _train(config: RunConfig, stop: Any, attempt: Attempt | None) -> dict[str, A
             if resumed is not None:
                 console.line(f"continuing after step {resumed.step} of {config.run.steps}")
             if controller:
-                directory.drop_records_after(resumed.step if resumed is not None else 0)
+                resumed_step = resumed.step if resumed is not None else None
+                directory.drop_what_comes_after(resumed_step or 0, config.run.steps)
                 consumption = run.consumption = ConsumptionLog(
                     directory.consumed_file,
                     resumed=(resumed.step, resumed.prompts) if resumed is not None else None,
                 )
-                resumed_step = resumed.step if resumed is not None else None
                 evaluations = run.evaluations = EvaluationLog(
                     directory.evaluations_file, resumed_step=resumed_step
                 )

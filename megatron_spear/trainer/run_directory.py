@@ -191,13 +191,20 @@ class RunDirectory:
     def _before(self, number: int) -> Path:
         return self.path / f"model.before-{number}"
 
-    def drop_records_after(self, step: int) -> None:
-        """Remove the recorded trajectories of later steps, which are to be played again; where that
-        fails it is told, and they are written over when their steps come."""
+    def drop_what_comes_after(self, step: int, num_steps: int) -> None:
+        """Remove the recorded trajectories of steps after ``step``, which are to be played again,
+        and the summary of a run that ended there and is now one of ``num_steps``; its model stays
+        as ``model.before-N``.
+
+        Where that fails it is told; they are written over when their time comes.
+        """
         try:
+            if step < num_steps and self.summary_file.is_file():
+                self.place_for_model()
+                self.summary_file.unlink()
             drop_steps_after(self.trajectories, step)
         except OSError as error:
-            log.warning("recorded trajectories after step %d are still there: %s", step, error)
+            log.warning("what was recorded after step %d is still there: %s", step, error)
 
     def remove_unused(self) -> None:
         """Undo ``create`` if nothing was recorded since, so that a corrected launch may follow."""

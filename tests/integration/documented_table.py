@@ -121,7 +121,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "its two lines are tools/setup_env.sh and the command that test_main_job runs, small",
     ),
     "./tools/test.sh": (".ci/run", "CI is this command"),
-    f"{_QUICKSTART} env.games=PATH/alfworld": (
+    f"{_QUICKSTART} env.games=PATH/alfworld run.dir=runs/official-games": (
         "tests/integration/test_real_games.py::test_real_games",
         "needs the official games",
     ),
@@ -135,14 +135,14 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     (
         f"{_QUICKSTART} rollout.engine=sglang rollout.servers=[http://127.0.0.1:30000] "
-        "weight_sync.transport=broadcast"
+        "weight_sync.transport=broadcast run.dir=runs/through-a-server"
     ): (
         "tests/integration/test_serve_run.py::test_training_through_a_server_gives_the_same_run",
         "the same settings with a server at another port",
     ),
     (
         "torchrun --nproc-per-node 2 -m megatron_spear.cli.train "
-        "examples/alfworld/quickstart.yaml policy.tensor_parallel=2"
+        "examples/alfworld/quickstart.yaml policy.tensor_parallel=2 run.dir=runs/two-ranks"
     ): (
         "tests/integration/test_job_layouts.py::test_several_ranks_make_the_warm_start",
         "two ranks under torchrun take 30 s",
@@ -164,16 +164,20 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     (
         "megatron-spear launch local examples/alfworld/quickstart.yaml cluster.ranks_per_node=2 "
-        "rollout.engine=sglang cluster.servers.count=2"
+        "rollout.engine=sglang cluster.servers.count=2 run.dir=runs/launched"
     ): (
         "tests/integration/test_launch_local.py::"
         "test_an_engine_that_is_killed_comes_back_and_a_stop_saves_the_run",
         "ranks and servers take a minute",
     ),
-    "megatron-spear launch local resume=runs/alfworld-quickstart": (
+    "megatron-spear launch local resume=runs/launched": (
         "tests/integration/test_launch_local.py::"
         "test_an_engine_that_is_killed_comes_back_and_a_stop_saves_the_run",
         "ranks and servers take a minute",
+    ),
+    "megatron-spear train resume=runs/seed1 run.steps=96": (
+        "tests/integration/test_resume.py::test_a_run_that_has_ended_goes_on_with_more_steps",
+        "other commands of the pages look at the run as it ended first",
     ),
     "megatron-spear launch preflight --attempt RUN/attempt_3": (
         "tests/integration/test_preflight_command.py::"

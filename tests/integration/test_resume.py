@@ -14,9 +14,7 @@ pytestmark = pytest.mark.timeout(300)
 SETTINGS = (
     "run.steps=4",
     "policy.optimizer.lr=0.002",
-    "policy.optimizer.schedule=cosine",
-    "policy.optimizer.min_lr=0.0002",
-    "policy.optimizer.warmup_steps=2",
+    "policy.optimizer.warmup_steps=4",
     "algorithm.keep_groups_fraction=1.0",
     "replay.rows_per_step=2",  # fewer than there are, so that some lie in the store over a stop
     "checkpoint.every=1",
@@ -65,6 +63,24 @@ def test_resumed_is_not_stopped(
     assert list(training_records(run_dir)) == [1, 2]
     done = spear("train", f"resume={run_dir}", *SETTINGS)
     assert "continuing after step 2 of 4" in done.out
+    same_run(whole, run_dir)
+
+
+def test_a_run_that_has_ended_goes_on_with_more_steps(
+    whole: Path, spear: Callable[..., Any], tmp_path: Path, same_run: Same
+) -> None:
+    run_dir = tmp_path / "run"
+    shorter = (*SETTINGS, "run.steps=2")
+    spear("train", f"run.dir={run_dir}", *shorter)
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 2
+    fewer = spear("train", f"resume={run_dir}", *SETTINGS, "run.steps=1", status=2)
+    assert "run.steps: was 2, now 1" in fewer.err
+    cut_off = spear("train", f"resume={run_dir}", *SETTINGS, "run.stop_after=3")
+    assert "continuing after step 2 of 4" in cut_off.out
+    assert not (run_dir / "summary.json").exists(), "that of the shorter run"
+    spear("train", f"resume={run_dir}", *SETTINGS)
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
+    assert (run_dir / "model.before-1").is_dir()
     same_run(whole, run_dir)
 
 

@@ -61,7 +61,6 @@ def test_free_keys_exist_and_leave_the_hash_alone() -> None:
     "override",
     [
         "run.seed=1",
-        "run.steps=41",
         "env.history={window: 2}",
         "sft.optimizer.lr=1",
         "hooks=[{name: a, path: m:A}]",
@@ -71,6 +70,20 @@ def test_everything_else_changes_the_hash(override: str) -> None:
     base, other = load_config(), load_config(None, [override])
     assert config_hash(base) != config_hash(other)
     assert config_differences(base, other)
+
+
+def test_a_run_may_get_longer_where_no_step_depends_on_their_number() -> None:
+    def run(steps: int, schedule: str = "constant") -> RunConfig:
+        return load_config(None, [f"run.steps={steps}", f"policy.optimizer.schedule={schedule}"])
+
+    assert config_differences(run(40), run(41)) == ()
+    assert config_hash(run(40)) == config_hash(run(41))
+    assert [d.path for d in config_differences(run(40), run(41), everything=True)] == ["run.steps"]
+    for old, new in ((run(41), run(40)), (run(40, "cosine"), run(41, "cosine"))):
+        assert [str(d) for d in config_differences(old, new)] == [
+            f"run.steps: was {old.run.steps}, now {new.run.steps}"
+        ]
+    assert config_hash(run(40, "cosine")) != config_hash(run(41, "cosine"))
 
 
 @pytest.mark.parametrize(
