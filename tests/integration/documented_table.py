@@ -189,6 +189,11 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "test_defect_06_a_run_that_replays_evaluates_and_resumes_as_if_not_stopped",
         "needs the official games and a model",
     ),
+    "python tools/experiments/compare.py tools/experiments/alfworld_generated.yaml": (
+        "tests/integration/test_experiment.py::"
+        "test_a_seed_that_was_cut_off_goes_on_and_what_is_there_is_kept",
+        "53 runs of minutes; there two small ones",
+    ),
     "python tools/check_golden.py PATH/golden": (
         "tests/unit/tools/test_check_golden.py::test_right_cases_pass",
         "the recorded vectors are not part of the repository",

@@ -2,7 +2,7 @@
 """Methods x seeds from one warm start, as tables, a picture and a page.
 
     python tools/experiments/compare.py tools/experiments/alfworld_generated.yaml [--jobs 2]
-        [--out DIR] [--work DIR] [--arms NAME ..] [--report-only] [a.b=c ..]
+        [--out DIR] [--work DIR] [--arms NAME,..] [--report-only] [a.b=c ..]
 
 Each finished seed is one small JSON file in ``--out`` (default docs/evidence/NAME); what is there
 is not run again, and a run that was cut off goes on from its last checkpoint. Settings at the end
@@ -12,16 +12,19 @@ are for all arms, such as the folder of the official games. No seed is left out 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiment import ROOT, Experiment, read_experiment
 from figures import draw
-from outcome import Outcome, read_outcome
+from outcome import WHERE_NOT_WHAT, Outcome, read_outcome
 from pages import page
-from running import run_all, seeds_of
+from running import require_results_of, run_all, seeds_of
 
 from megatron_spear.errors import SpearError
 from megatron_spear.files import write_whole
+
+_COMMAND = "python tools/experiments/compare.py tools/experiments/{}.yaml"
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"))
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="run these alone")
+    parser.add_argument("--arms", metavar="NAME,..", help="run these alone")
     parser.add_argument("--report-only", action="store_true", help="tables of what is there")
     options, further = parser.parse_known_args()
     try:
@@ -48,12 +51,17 @@ def _main(options: argparse.Namespace, further: list[str]) -> int:
     out = options.out or ROOT / "docs" / "evidence" / name
     config = Path(os.path.relpath(ROOT / experiment.config))
     seeds = seeds_of(experiment, config, further, out, options.work / name)
-    if options.arms:
-        seeds = [seed for seed in seeds if seed.arm in options.arms]
-    problems = [] if options.report_only else run_all(seeds, options.jobs)
+    require_results_of(seeds)
+    problems = []
+    if not options.report_only:
+        experiment.require_given(further)
+        chosen = options.arms.split(",") if options.arms else list(experiment.arms)
+        experiment.require_arms(chosen)
+        problems = run_all([seed for seed in seeds if seed.arm in chosen], options.jobs)
     arms = _outcomes(experiment, out)
     if arms:
-        _write(experiment, name, out, arms)
+        command = " ".join((_COMMAND.format(name), *_shown(experiment, further)))
+        _write(experiment, out, arms, command)
     else:
         print(f"{out}: no result yet")
     for problem in problems:
@@ -78,10 +86,20 @@ def _outcomes(experiment: Experiment, out: Path) -> dict[str, list[Outcome]]:
     return arms
 
 
-def _write(experiment: Experiment, name: str, out: Path, arms: dict[str, list[Outcome]]) -> None:
+def _shown(experiment: Experiment, further: Sequence[str]) -> list[str]:
+    """The settings behind the command as the page has them: none of this machine's paths."""
+    others = [
+        setting
+        for setting in further
+        if setting.partition("=")[0] not in experiment.needs
+        and not setting.startswith(WHERE_NOT_WHAT)
+    ]
+    return [*(f"{name}=PATH" for name in experiment.needs), *others]
+
+
+def _write(experiment: Experiment, out: Path, arms: dict[str, list[Outcome]], command: str) -> None:
     titles = {arm: experiment.arms[arm].title for arm in arms}
     draw(arms, titles, out / "curves.png", experiment.title)
-    command = f"python tools/experiments/compare.py tools/experiments/{name}.yaml"
     text = page(experiment, arms, "curves.png", command)
     write_whole(out / "README.md", text)
     print(text)

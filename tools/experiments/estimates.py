@@ -50,6 +50,8 @@ def won_at(outcome: Outcome, amount: Amount, at: float) -> Array:
     before = max(0, after - 1)
     span = work[after] - work[before]
     share = (at - work[before]) / span if span else 1.0
+    if share >= 1.0:
+        return np.asarray(won[after])
     mixed: Array = (1.0 - share) * won[before] + share * won[after]
     return mixed
 
@@ -77,8 +79,15 @@ def estimate(table: Array) -> Estimate:
     return Estimate(value=float(np.nanmean(table)), low=float(low), high=float(high))
 
 
+def in_pairs(
+    arm: Sequence[Outcome], reference: Sequence[Outcome]
+) -> tuple[list[Outcome], list[Outcome]]:
+    """The runs of the seeds that both arms have."""
+    seeds = {run.seed for run in arm} & {run.seed for run in reference}
+    return [run for run in arm if run.seed in seeds], [r for r in reference if r.seed in seeds]
+
+
 def difference(arm: Array, reference: Array) -> Estimate:
-    """Of two arms' tables, paired by seed and game; seeds that only one has are left out (the
-    tables' rows are seeds 0, 1, ..)."""
-    seeds = min(len(arm), len(reference))
-    return estimate(arm[:seeds] - reference[:seeds])
+    """Of two arms' tables [S, G] of the same seeds and games, paired."""
+    assert arm.shape == reference.shape, f"{arm.shape} against {reference.shape}: not in pairs"
+    return estimate(arm - reference)

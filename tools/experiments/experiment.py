@@ -17,6 +17,7 @@ added to those there.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,8 @@ class Experiment(Section):
 
     title: str
     config: Path
+    needs: tuple[str, ...] = ()
+    """Settings that the command has to give, such as where data lie: ``env.games``."""
     settings: tuple[str, ...] = ()
     seeds: PositiveInt = 3
     """Seeds of each arm."""
@@ -80,6 +83,22 @@ class Experiment(Section):
                 if name not in self.arms:
                     raise ValueError(f"compare: no arm {name!r}; there are {', '.join(self.arms)}")
         return self
+
+    def require_given(self, further: Sequence[str]) -> None:
+        """Raises ConfigError unless the command gives all that is needed."""
+        given = {setting.partition("=")[0] for setting in further}
+        if missing := [name for name in self.needs if name not in given]:
+            raise ConfigError(
+                f"{self.title}: got no {', '.join(missing)}; give "
+                + " ".join(f"{name}=PATH" for name in missing)
+            )
+
+    def require_arms(self, names: Sequence[str]) -> None:
+        """Raises ConfigError where there is no such arm."""
+        if unknown := [name for name in names if name not in self.arms]:
+            raise ConfigError(
+                f"--arms: no arm {', '.join(unknown)}; there are {', '.join(self.arms)}"
+            )
 
     def seeds_of(self, name: str) -> range:
         """The seeds of an arm."""

@@ -1,4 +1,4 @@
-"""Pictures of an experiment: an arm a colour, the mean over seeds and its 95 % band."""
+"""Pictures of an experiment: an arm a colour and dashes, the mean over seeds and its 95 % band."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ from estimates import Amount, trainer_steps
 from outcome import Array, Outcome
 
 from megatron_spear.report.bands import interval_of
-from megatron_spear.tracking.plot import moving_average
 
 Arms = Mapping[str, Sequence[Outcome]]
 
 _SMOOTH = 5
 _POINTS = 60
+_COLOURS, _DASHES = 10, ("-", "--", ":")
 
 
 def draw(arms: Arms, titles: Mapping[str, str], picture: Path, title: str) -> None:
@@ -59,20 +59,37 @@ def _draw_panel(axes: Any, arms: Arms, titles: Mapping[str, str], amount: Amount
         at = np.linspace(0.0, min(w[-1] for w in work), _POINTS)
         success = [np.nanmean(run.won, axis=1) for run in runs]
         curves = np.stack([np.interp(at, w, s) for w, s in zip(work, success, strict=True)])
-        _draw_band(axes, at, curves, f"C{index}", f"{titles[name]} ({len(runs)})")
+        _draw_band(axes, at, curves, index, f"{titles[name]} ({len(runs)})", top=1.0)
 
 
 def _draw_metric(axes: Any, arms: Arms, titles: Mapping[str, str], metric: str) -> None:
     for index, (name, runs) in enumerate(arms.items()):
         series = [np.array(run.steps[metric], dtype=np.float64) for run in runs]
-        curves = np.stack([moving_average(np.nan_to_num(s), _SMOOTH) for s in series])
-        _draw_band(axes, np.arange(1, curves.shape[1] + 1), curves, f"C{index}", titles[name])
+        curves = np.stack([mean_of_last(s, _SMOOTH) for s in series])
+        _draw_band(axes, np.arange(1, curves.shape[1] + 1), curves, index, titles[name])
 
 
-def _draw_band(axes: Any, at: Array, curves: Array, colour: str, label: str) -> None:
-    """Mean of [S, X] curves and its 95 % interval, as the report has them."""
+def mean_of_last(values: Array, window: int) -> Array:
+    """Mean of the last ``window`` values at each place, missing ones (NaN) left out; NaN where all
+    are missing."""
+    means = np.full(len(values), np.nan)
+    for place in range(len(values)):
+        near = values[max(0, place + 1 - window) : place + 1]
+        if not np.isnan(near).all():
+            means[place] = np.nanmean(near)
+    return means
+
+
+def _draw_band(
+    axes: Any, at: Array, curves: Array, index: int, label: str, top: float | None = None
+) -> None:
+    """Mean of [S, X] curves and its 95 % interval, as the report has them; within 0 and ``top``."""
+    colour, dashes = f"C{index % _COLOURS}", _DASHES[index // _COLOURS % len(_DASHES)]
     intervals = [interval_of(values) for values in curves.T.tolist()]
-    axes.plot(at, [interval.mean for interval in intervals], color=colour, label=label)
+    means = [interval.mean for interval in intervals]
+    axes.plot(at, means, color=colour, linestyle=dashes, label=label)
     if len(curves) > 1:
-        low, high = ([getattr(i, side) for i in intervals] for side in ("low", "high"))
+        low, high = (
+            np.clip([getattr(i, side) for i in intervals], 0.0, top) for side in ("low", "high")
+        )
         axes.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)

@@ -47,7 +47,8 @@ METRICS = (
     "time/train_s",
     "time/step_s",
 )
-_WHERE_NOT_WHAT = ("run.dir", "run.name", "run.seed", "run.threads", "model.cache_dir", "tracking")
+WHERE_NOT_WHAT = ("run.dir", "run.name", "run.seed", "run.threads", "model.cache_dir", "tracking")
+"""Settings that are no part of a result, with all below them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def collect(arm: str, seed: int, settings: Mapping[str, Any], run: Path) -> Outc
     numbers = range(1, summary["steps"] + 1)
     missing = [n for n in numbers if "rollout/success" not in records.get(n, {})]
     if missing:
-        raise DataError(f"{run}: metrics.jsonl lacks the steps {missing}; run this seed anew")
+        raise DataError(f"{run}: metrics.jsonl lacks the steps {missing}; remove this folder")
     panel = read_evaluations(run / "evaluations.jsonl")
     return Outcome(
         arm=arm,
@@ -154,32 +155,34 @@ def settings_of(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
     without what says where a run goes. Raises ConfigError as ``load_config`` does.
 
     Example: a file with ``run: {steps: 9}`` and ``["env.games=DIR"]`` give ``{"run.steps": 9}``;
-    of the games the panel's hash tells.
+    of the games the panel's hash tells. Of the starting model its folder's name is kept.
     """
     checked, defaults = load_config(config, overrides), dict(leaves(RunConfig().model_dump()))
     plain = dict(leaves(checked.model_dump(mode="json")))
-    return {
+    found = {
         path: plain[path]
         for path, value in sorted(leaves(checked.model_dump()))
-        if not path.startswith(_WHERE_NOT_WHAT)
+        if not path.startswith(WHERE_NOT_WHAT)
         and not isinstance(value, Path)
         and (path not in defaults or value != defaults[path])
     }
+    if checked.model.path is not None:
+        found["model.path"] = checked.model.path.name
+    return found
 
 
-def require_same(outcome: Outcome, settings: Mapping[str, Any], path: Path) -> None:
-    """Raises ConfigError where a result on disk belongs to other settings."""
-    keys = sorted(outcome.settings.keys() | settings.keys())
+def require_same(there: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError where a result or a run on disk, ``path``, is of other settings."""
     differences = [
-        f"  {key}: {outcome.settings.get(key)!r} there, {settings.get(key)!r} here"
-        for key in keys
-        if outcome.settings.get(key) != settings.get(key)
+        f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
     ]
     if differences:
         raise ConfigError(
             f"{path} is of other settings:\n"
             + "\n".join(differences)
-            + "\nwhat to do: set these back, remove the file, or give another --out"
+            + "\nwhat to do: set these back, remove it, or give another --out and --work"
         )
 
 

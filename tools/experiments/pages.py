@@ -8,10 +8,11 @@ from estimates import (
     common_amount,
     difference,
     estimate,
+    in_pairs,
     table_at,
     trainer_steps,
 )
-from experiment import Comparison, Experiment
+from experiment import Experiment
 from outcome import Outcome
 
 Arms = Mapping[str, Sequence[Outcome]]
@@ -39,8 +40,9 @@ def page(experiment: Experiment, arms: Arms, picture: str, command: str) -> str:
     parts = [
         f"# {experiment.title}",
         f"{missing}Made by `{command}` from the results in this folder; intervals are 95 %, by "
-        "bootstrap over seeds and then games, differences paired by seed and game. Panel: "
-        f"{games} tasks that no run trains on, sha256 {panels[0][:8]}...",
+        "bootstrap over seeds and then games, differences paired by seed and game; those of two "
+        "seeds or more that leave 0 out are bold. The picture's bands are Student's t over seeds. "
+        f"Panel: {games} tasks that no run trains on, sha256 {panels[0][:8]}...",
         f"![curves]({picture})",
         "## Success on the panel",
         _success(experiment, arms),
@@ -81,19 +83,24 @@ def _differences(experiment: Experiment, arms: Arms) -> str:
     rows = []
     for pair in experiment.compare:
         if pair.arm in arms and pair.reference in arms:
-            cells = [_difference(arms, pair, amount) for _, amount in measures]
+            both = in_pairs(arms[pair.arm], arms[pair.reference])
+            cells = [_difference(both, amount) for _, amount in measures]
             titles = (experiment.arms[name].title for name in (pair.arm, pair.reference))
             aim = f"{pair.aim:+.2f}" if pair.aim is not None else ""
-            rows.append([" minus ".join(titles), *cells, aim, pair.published])
-    return _table(["difference", *(name for name, _ in measures), "aim", "paper"], rows)
+            rows.append([" minus ".join(titles), str(len(both[0])), *cells, aim, pair.published])
+    names = (name for name, _ in measures)
+    return _table(["difference", "seeds", *names, "aim", "paper"], rows)
 
 
-def _difference(arms: Arms, pair: Comparison, amount: Amount) -> str:
-    """The estimate at the most work that both have done; bold where 0 is outside."""
-    both = (arms[pair.arm], arms[pair.reference])
+def _difference(both: tuple[Sequence[Outcome], Sequence[Outcome]], amount: Amount) -> str:
+    """The estimate at the most work that both have done; bold where 0 is outside, unless there is
+    one seed alone, whose interval knows nothing of seeds."""
+    if not both[0]:
+        return "no seed in common"
     at = common_amount([run for runs in both for run in runs], amount)
     found = difference(*(table_at(runs, amount, at) for runs in both))
-    return f"**{found.signed}**" if found.low > 0 or found.high < 0 else found.signed
+    is_sure = (found.low > 0 or found.high < 0) and len(both[0]) > 1
+    return f"**{found.signed}**" if is_sure else found.signed
 
 
 def _stages(experiment: Experiment, arms: Arms) -> str:

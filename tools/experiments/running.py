@@ -5,16 +5,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from experiment import Experiment
 from outcome import collect, read_outcome, require_same, settings_of
 
-from megatron_spear.errors import SpearError
+from megatron_spear.errors import DataError, SpearError
+
+CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +57,18 @@ def seeds_of(
     ]
 
 
-def run_all(seeds: Sequence[Seed], jobs: int) -> list[str]:
-    """Make all runs that have no result yet, ``jobs`` at once; gives what went wrong, a line each.
-
-    Raises ConfigError, before anything runs, where a result is there and of other settings.
-    """
-    given = {seed: settings_of(seed.config, seed.settings) for seed in seeds}
-    todo = []
+def require_results_of(seeds: Sequence[Seed]) -> None:
+    """Raises ConfigError where a result is there and of other settings."""
     for seed in seeds:
         if seed.result.is_file():
-            require_same(read_outcome(seed.result), given[seed], seed.result)
-        else:
-            todo.append(seed)
+            there = read_outcome(seed.result).settings
+            require_same(there, settings_of(seed.config, seed.settings), seed.result)
+
+
+def run_all(seeds: Sequence[Seed], jobs: int) -> list[str]:
+    """Make all runs that have no result yet, ``jobs`` at once; gives what went wrong, a line
+    each."""
+    todo = [seed for seed in seeds if not seed.result.is_file()]
     print(
         f"{len(seeds) - len(todo)} of {len(seeds)} runs are there, {len(todo)} to make", flush=True
     )
@@ -76,7 +78,7 @@ def run_all(seeds: Sequence[Seed], jobs: int) -> list[str]:
     if failed:
         return [failed]
     with ThreadPoolExecutor(jobs) as at_once:
-        found = list(at_once.map(lambda seed: _run(seed, given[seed]), todo))
+        found = list(at_once.map(_run, todo))
     return [problem for problem in found if problem]
 
 
@@ -86,26 +88,46 @@ def _warm_start(seed: Seed) -> str | None:
     return _spear("sft", seed, own, seed.folder.parent / "warm-start.log")
 
 
-def _run(seed: Seed, given: Mapping[str, Any]) -> str | None:
-    """One run and its result; gives what went wrong."""
-    summary, log = seed.folder / "summary.json", seed.folder.with_suffix(".log")
-    if not summary.is_file():
-        own = [f"run.seed={seed.number}", f"run.dir={seed.folder}", "run.threads=1"]
-        if (seed.folder / "config.yaml").is_file():
-            own.append(f"resume={seed.folder}")
-        print(f"{seed.name}: {'goes on' if own[3:] else 'begins'}", flush=True)
-        problem = _spear("train", seed, own, log)
-        if problem:
-            return problem
+def _run(seed: Seed) -> str | None:
+    """One run and its result; gives what went wrong, so that the others go on."""
     try:
-        outcome = collect(seed.arm, seed.number, given, seed.folder)
+        problem = _train(seed)
+        if problem is None:
+            _keep(seed)
+        return problem
     except (SpearError, OSError, ValueError) as error:
         return f"{seed.name}: {error}"
+    except KeyError as error:
+        return f"{seed.name}: {seed.folder} has no {error}"
+
+
+def _train(seed: Seed) -> str | None:
+    """The run, unless it has ended already; gives what went wrong."""
+    if (seed.folder / "summary.json").is_file():
+        return None
+    own = [f"run.seed={seed.number}", f"run.dir={seed.folder}", "run.threads=1"]
+    if (seed.folder / CONFIG_NAME).is_file():
+        own.append(f"resume={seed.folder}")
+    print(f"{seed.name}: {'goes on' if own[3:] else 'begins'}", flush=True)
+    return _spear("train", seed, own, seed.folder.with_suffix(".log"))
+
+
+def _keep(seed: Seed) -> None:
+    """The result of a run that has ended; raises where it is not of these settings or of another
+    panel than the arm's other results."""
+    given = settings_of(seed.config, seed.settings)
+    require_same(settings_of(seed.folder / CONFIG_NAME, ()), given, seed.folder)
+    outcome = collect(seed.arm, seed.number, given, seed.folder)
+    for path in sorted(seed.result.parent.parent.glob("*/seed-*.json")):
+        if read_outcome(path).panel_sha256 != outcome.panel_sha256:
+            raise DataError(
+                f"{seed.folder} was played on another panel than {path}; give the same games, or "
+                "another --out"
+            )
     outcome.write(seed.result)
     shutil.rmtree(seed.folder)
-    last = outcome.won[-1]
-    print(f"{seed.name}: {sum(last) / len(last):.3f} in {outcome.wall_s:.0f} s", flush=True)
-    return None
+    last = np.nanmean(outcome.won[-1])
+    print(f"{seed.name}: {last:.3f} in {outcome.wall_s:.0f} s", flush=True)
 
 
 def _spear(command: str, seed: Seed, own: Sequence[str], log: Path) -> str | None:

@@ -112,6 +112,8 @@ def test_a_game_between_two_evaluations_counts_in_proportion(tools: dict[str, Mo
     assert at(run, steps, 1.0).tolist() == [0.5, 0]
     assert at(run, lambda r: r.environment_steps, 60.0).tolist() == [1, 0.25]
     assert at(run, steps, 4.0).tolist() == [1, 1]
+    failed = outcome(tools, [[0, 0], [None, 0], [1, 1]])
+    assert at(failed, steps, 4.0).tolist() == [1, 1], "the evaluation before is not asked"
 
 
 def test_differences_are_paired(tools: dict[str, ModuleType]) -> None:
@@ -122,7 +124,20 @@ def test_differences_are_paired(tools: dict[str, ModuleType]) -> None:
     found = estimates.difference(reference + 0.25, reference)
     assert (found.value, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
     assert estimates.estimate(reference).high - estimates.estimate(reference).low > 0.05
-    assert estimates.difference(np.ones((3, 4)), np.zeros((2, 4))).value == 1.0
+
+
+def test_only_seeds_that_both_arms_have_are_compared(
+    tools: dict[str, ModuleType], experiment: Any
+) -> None:
+    """Seed 0 wins nothing, 1 half, 2 all, in both arms; one arm has no seed 0 yet."""
+    shares = {0: [0, 0], 1: [1, 0], 2: [1, 1]}
+    runs = [outcome(tools, [[0, 0], won, won], seed=seed) for seed, won in shares.items()]
+    arms = {"grpo": runs, "spear": runs[1:]}
+    row = tools["pages"]._differences(experiment, arms).splitlines()[-1]
+    assert row.startswith("| SPEAR minus GRPO | 2 | +0.000 (+0.000 to +0.000) |")
+    alone = {"grpo": runs[:1], "spear": runs[2:]}
+    row = tools["pages"]._differences(experiment, alone).splitlines()[-1]
+    assert row.startswith("| SPEAR minus GRPO | 0 | no seed in common |")
 
 
 def test_an_interval_knows_seeds_as_well_as_games(tools: dict[str, ModuleType]) -> None:
@@ -151,9 +166,9 @@ def test_results_of_other_settings_are_refused(
 ) -> None:
     require_same = tools["outcome"].require_same
     run = outcome(tools, [[0], [0], [1]])
-    require_same(run, {"run.steps": 4}, tmp_path)
+    require_same(run.settings, {"run.steps": 4}, tmp_path)
     with pytest.raises(ConfigError, match=r"run\.steps: 4 there, 5 here"):
-        require_same(run, {"run.steps": 5}, tmp_path)
+        require_same(run.settings, {"run.steps": 5}, tmp_path)
 
 
 def test_settings_that_say_where_are_not_part_of_a_result(
@@ -165,6 +180,8 @@ def test_settings_that_say_where_are_not_part_of_a_result(
         config, ["env.games=/data", "run.seed=3", "run.steps=5", "tracking.wandb=false"]
     )
     assert given == {"run.steps": 5, "replay.capacity": 9}
+    of_a_model = tools["outcome"].settings_of(config, ["model.path=/models/Qwen3-8B"])
+    assert of_a_model["model.path"] == "Qwen3-8B"
 
 
 def test_the_page_tells_every_seed_and_the_difference(
@@ -180,8 +197,11 @@ def test_the_page_tells_every_seed_and_the_difference(
     assert "**2 of 3 runs are there; the rest is to come.**" in part
     assert "| SPEAR | 1 | 0.000 | 1.000 (1.000 to 1.000) | 1.000 |" in text
     assert "| GRPO | 2 | 0.000 | 0.000 (0.000 to 0.000) | 0.000, 0.000 |" in text
-    sure = "**+1.000 (+1.000 to +1.000)**"
-    assert f"| SPEAR minus GRPO | {sure} | {sure} | {sure} | +0.10 | +16.1 |" in text
+    one = "+1.000 (+1.000 to +1.000)"
+    assert f"| SPEAR minus GRPO | 1 | {one} | {one} | {one} | +0.10 | +16.1 |" in text
+    more = {**arms, "spear": [*arms["spear"], outcome(tools, [[0, 0], [1, 0], [1, 1]], seed=8)]}
+    again = tools["pages"].page(experiment, more, "curves.png", "compare two.yaml")
+    assert f"| SPEAR minus GRPO | 2 | **{one}** |" in again
     assert "0.350 / 0.200 / 0.123" in text, "entropy by stage"
     tools["figures"].draw(arms, {"grpo": "GRPO", "spear": "SPEAR"}, tmp_path / "c.png", "Two")
     assert (tmp_path / "c.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -211,7 +231,70 @@ def test_every_committed_experiment_can_be_run(tools: dict[str, ModuleType]) -> 
             if seed.result.is_file():
                 kept = tools["outcome"].read_outcome(seed.result)
                 assert (kept.arm, kept.seed) == (seed.arm, seed.number)
-                tools["outcome"].require_same(kept, given, seed.result)
+                tools["outcome"].require_same(kept.settings, given, seed.result)
+
+
+def test_what_a_command_has_to_give_is_asked_for(
+    tools: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(f"{TWO_ARMS}needs: [env.games]\n")
+    read = tools["experiment"].read_experiment(path)
+    read.require_given(["run.steps=1", "env.games=/data"])
+    with pytest.raises(ConfigError, match=r"got no env\.games; give env\.games=PATH"):
+        read.require_given(["run.steps=1"])
+    shown = tools["compare"]._shown(read, ["model.cache_dir=/c", "env.games=/data", "run.steps=1"])
+    assert shown == ["env.games=PATH", "run.steps=1"]
+    read.require_arms(["spear", "grpo"])
+    with pytest.raises(ConfigError, match="no arm spaer; there are grpo, spear"):
+        read.require_arms(["spaer"])
+
+
+def test_steps_without_a_value_are_not_drawn_as_zero(tools: dict[str, ModuleType]) -> None:
+    values = np.array([0.4, np.nan, 0.2, np.nan, np.nan, np.nan])
+    means = tools["figures"].mean_of_last(values, 3)
+    np.testing.assert_allclose(means, [0.4, 0.4, 0.3, 0.2, 0.2, np.nan])
+
+
+@pytest.fixture
+def ended(tools: dict[str, ModuleType], experiment: Any, tmp_path: Path) -> Any:
+    """A seed whose run has ended, its result not kept yet."""
+    (tmp_path / "file.yaml").write_text("run: {steps: 4}\n")
+    seeds = tools["running"].seeds_of(
+        experiment, tmp_path / "file.yaml", (), tmp_path / "out", tmp_path / "work"
+    )
+    seed = next(seed for seed in seeds if seed.arm == "spear")
+    seed.folder.mkdir(parents=True)
+    (seed.folder / "summary.json").write_text("{}")
+    (seed.folder / "metrics.jsonl").touch()
+    (seed.folder / "config.yaml").write_text("run: {steps: 4, seed: 7}\n")
+    return seed
+
+
+def test_the_result_of_a_run_that_has_ended_is_kept(
+    tools: dict[str, ModuleType], ended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, won = tools["running"], [[0, 0], [0, 0], [1, None]]
+    monkeypatch.setattr(running, "collect", lambda *_: outcome(tools, won, arm="spear", seed=7))
+    assert running._run(ended) is None
+    assert tools["outcome"].read_outcome(ended.result).seed == 7 and not ended.folder.exists()
+
+
+def test_what_is_not_of_this_experiment_is_told_and_not_kept(
+    tools: dict[str, ModuleType], ended: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = tools["running"]
+    said = running._run(ended)
+    assert said == f"spear seed 7: {ended.folder} has no 'steps'", "an empty summary"
+    mine = outcome(tools, [[0], [0], [0]], arm="spear", seed=7)
+    monkeypatch.setattr(running, "collect", lambda *_: mine)
+    theirs = outcome(tools, [[0], [0], [0]], panel_sha256="99")
+    theirs.write(ended.result.parent.parent / "grpo" / "seed-7.json")
+    assert "was played on another panel than" in running._run(ended)
+    (ended.folder / "config.yaml").write_text("run: {steps: 9}\n")
+    said = running._run(ended)
+    assert "is of other settings" in said and "run.steps: 9 there, 4 here" in said
+    assert ended.folder.is_dir() and not ended.result.exists()
 
 
 def test_a_file_takes_the_rest_from_its_base(tools: dict[str, ModuleType], tmp_path: Path) -> None:
