@@ -98,9 +98,14 @@ def _shown(experiment: Experiment, further: Sequence[str]) -> list[str]:
 
 
 def _write(experiment: Experiment, out: Path, arms: dict[str, list[Outcome]], command: str) -> None:
-    titles = {arm: experiment.arms[arm].title for arm in arms}
-    draw(arms, titles, out / "curves.png", experiment.title)
-    text = page(experiment, arms, "curves.png", command)
+    titles = {name: arm.title for name, arm in experiment.arms.items()}
+    pictures = []
+    for name, shown in (experiment.pictures or {"curves": tuple(arms)}).items():
+        there = {arm: runs for arm, runs in arms.items() if arm in shown}
+        if there:
+            pictures.append(f"{name}.png")
+            draw(there, titles, out / pictures[-1], experiment.title)
+    text = page(experiment, arms, pictures, command)
     write_whole(out / "README.md", text)
     print(text)
 

@@ -68,6 +68,8 @@ class Experiment(Section):
     parts: dict[str, tuple[str, ...]] = Field(default={})
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
     compare: tuple[Comparison, ...] = ()
+    pictures: dict[str, tuple[str, ...]] = Field(default={})
+    """Which arms a picture shows, by its name; {} = all in one, ``curves``."""
 
     @model_validator(mode="after")
     def _known_names(self) -> "Experiment":
@@ -78,10 +80,12 @@ class Experiment(Section):
                         f"arms.{name}: {entry!r} is neither a setting (a.b=c), a file (.yaml) nor "
                         f"one of the parts ({', '.join(self.parts) or 'there are none'})"
                     )
-        for pair in self.compare:
-            for name in (pair.arm, pair.reference):
+        compared = [name for pair in self.compare for name in (pair.arm, pair.reference)]
+        shown = [name for arms in self.pictures.values() for name in arms]
+        for key, names in (("compare", compared), ("pictures", shown)):
+            for name in names:
                 if name not in self.arms:
-                    raise ValueError(f"compare: no arm {name!r}; there are {', '.join(self.arms)}")
+                    raise ValueError(f"{key}: no arm {name!r}; there are {', '.join(self.arms)}")
         return self
 
     def require_given(self, further: Sequence[str]) -> None:

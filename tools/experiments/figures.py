@@ -15,10 +15,14 @@ Arms = Mapping[str, Sequence[Outcome]]
 _SMOOTH = 5
 _POINTS = 60
 _COLOURS, _DASHES = 10, ("-", "--", ":")
+_BAND_FROM = 3  # that of two seeds is 13 standard errors
 
 
 def draw(arms: Arms, titles: Mapping[str, str], picture: Path, title: str) -> None:
-    """The panel's success over three measures of work, and how the policy explores."""
+    """The panel's success over three measures of work, and how the policy explores.
+
+    ``titles`` are those of all arms of the experiment, so that each looks alike in every picture.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,19 +58,21 @@ def draw(arms: Arms, titles: Mapping[str, str], picture: Path, title: str) -> No
 
 
 def _draw_panel(axes: Any, arms: Arms, titles: Mapping[str, str], amount: Amount) -> None:
-    for index, (name, runs) in enumerate(arms.items()):
+    for name, runs in arms.items():
         work = [amount(run) for run in runs]
         at = np.linspace(0.0, min(w[-1] for w in work), _POINTS)
         success = [np.nanmean(run.won, axis=1) for run in runs]
         curves = np.stack([np.interp(at, w, s) for w, s in zip(work, success, strict=True)])
-        _draw_band(axes, at, curves, index, f"{titles[name]} ({len(runs)})", top=1.0)
+        label = f"{titles[name]} ({len(runs)})"
+        _draw_band(axes, at, curves, list(titles).index(name), label, top=1.0)
 
 
 def _draw_metric(axes: Any, arms: Arms, titles: Mapping[str, str], metric: str) -> None:
-    for index, (name, runs) in enumerate(arms.items()):
+    for name, runs in arms.items():
         series = [np.array(run.steps[metric], dtype=np.float64) for run in runs]
         curves = np.stack([mean_of_last(s, _SMOOTH) for s in series])
-        _draw_band(axes, np.arange(1, curves.shape[1] + 1), curves, index, titles[name])
+        at = np.arange(1, curves.shape[1] + 1)
+        _draw_band(axes, at, curves, list(titles).index(name), titles[name])
 
 
 def mean_of_last(values: Array, window: int) -> Array:
@@ -88,7 +94,7 @@ def _draw_band(
     intervals = [interval_of(values) for values in curves.T.tolist()]
     means = [interval.mean for interval in intervals]
     axes.plot(at, means, color=colour, linestyle=dashes, label=label)
-    if len(curves) > 1:
+    if len(curves) >= _BAND_FROM:
         low, high = (
             np.clip([getattr(i, side) for i in intervals], 0.0, top) for side in ("low", "high")
         )

@@ -1,6 +1,7 @@
 """The page of an experiment: tables in Markdown, made from the results alone."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from estimates import (
@@ -26,8 +27,8 @@ _BY_STAGE = (
 )
 
 
-def page(experiment: Experiment, arms: Arms, picture: str, command: str) -> str:
-    """All tables. ``picture`` is a path beside the page, ``command`` what makes it."""
+def page(experiment: Experiment, arms: Arms, pictures: Sequence[str], command: str) -> str:
+    """All tables. ``pictures`` are paths beside the page, ``command`` what makes it."""
     games = len(next(iter(arms.values()))[0].evaluations[0].won)
     panels = sorted({run.panel_sha256 for runs in arms.values() for run in runs})
     made, planned = (
@@ -41,9 +42,10 @@ def page(experiment: Experiment, arms: Arms, picture: str, command: str) -> str:
         f"# {experiment.title}",
         f"{missing}Made by `{command}` from the results in this folder; intervals are 95 %, by "
         "bootstrap over seeds and then games, differences paired by seed and game; those of two "
-        "seeds or more that leave 0 out are bold. The picture's bands are Student's t over seeds. "
+        "seeds or more that leave 0 out are bold. The pictures' bands, from three seeds on, are "
+        "Student's t. "
         f"Panel: {games} tasks that no run trains on, sha256 {panels[0][:8]}...",
-        f"![curves]({picture})",
+        *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         "## Success on the panel",
         _success(experiment, arms),
         "## Differences",

@@ -84,7 +84,8 @@ def test_an_arm_is_its_parts_and_settings_in_order(experiment: Any) -> None:
     ("old", "new", "said"),
     [
         ("[plain,", "[plane,", "'plane' is neither a setting"),
-        ("reference: grpo", "reference: gspo", "no arm 'gspo'"),
+        ("reference: grpo", "reference: gspo", "compare: no arm 'gspo'"),
+        ("compare:", "pictures: {one: [gspo]}\ncompare:", "pictures: no arm 'gspo'"),
         ("seeds: 2", "sedes: 2", "sedes"),
         ("arms:", "arms: [", "not YAML"),
     ],
@@ -191,16 +192,18 @@ def test_the_page_tells_every_seed_and_the_difference(
         "grpo": [outcome(tools, [[0, 0], [0, 0], [0, 0]], seed=s) for s in (7, 8)],
         "spear": [outcome(tools, [[0, 0], [1, 0], [1, 1]], seed=7)],
     }
-    text = tools["pages"].page(experiment, arms, "curves.png", "compare two.yaml")
+    text = tools["pages"].page(experiment, arms, ["curves.png"], "compare two.yaml")
     assert "of 3 runs are there" not in text
-    part = tools["pages"].page(experiment, {"grpo": arms["grpo"]}, "curves.png", "compare two.yaml")
+    part = tools["pages"].page(
+        experiment, {"grpo": arms["grpo"]}, ["curves.png"], "compare two.yaml"
+    )
     assert "**2 of 3 runs are there; the rest is to come.**" in part
     assert "| SPEAR | 1 | 0.000 | 1.000 (1.000 to 1.000) | 1.000 |" in text
     assert "| GRPO | 2 | 0.000 | 0.000 (0.000 to 0.000) | 0.000, 0.000 |" in text
     one = "+1.000 (+1.000 to +1.000)"
     assert f"| SPEAR minus GRPO | 1 | {one} | {one} | {one} | +0.10 | +16.1 |" in text
     more = {**arms, "spear": [*arms["spear"], outcome(tools, [[0, 0], [1, 0], [1, 1]], seed=8)]}
-    again = tools["pages"].page(experiment, more, "curves.png", "compare two.yaml")
+    again = tools["pages"].page(experiment, more, ["curves.png"], "compare two.yaml")
     assert f"| SPEAR minus GRPO | 2 | **{one}** |" in again
     assert "0.350 / 0.200 / 0.123" in text, "entropy by stage"
     tools["figures"].draw(arms, {"grpo": "GRPO", "spear": "SPEAR"}, tmp_path / "c.png", "Two")
@@ -232,6 +235,22 @@ def test_every_committed_experiment_can_be_run(tools: dict[str, ModuleType]) -> 
                 kept = tools["outcome"].read_outcome(seed.result)
                 assert (kept.arm, kept.seed) == (seed.arm, seed.number)
                 tools["outcome"].require_same(kept.settings, given, seed.result)
+
+
+def test_a_picture_shows_its_arms(
+    tools: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, drawn = tmp_path / "two.yaml", []
+    path.write_text(f"{TWO_ARMS}pictures: {{one: [grpo], both: [spear, grpo], none: [spear]}}\n")
+    read = tools["experiment"].read_experiment(path)
+    monkeypatch.setattr(
+        tools["compare"], "draw", lambda arms, titles, file, title: drawn.append((file, list(arms)))
+    )
+    arms = {"grpo": [outcome(tools, [[0, 0], [0, 0], [0, 0]], seed=7)]}
+    tools["compare"]._write(read, tmp_path, arms, "compare")
+    assert drawn == [(tmp_path / "one.png", ["grpo"]), (tmp_path / "both.png", ["grpo"])]
+    page = (tmp_path / "README.md").read_text()
+    assert "![one](one.png)\n\n![both](both.png)\n" in page
 
 
 def test_what_a_command_has_to_give_is_asked_for(
