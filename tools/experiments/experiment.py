@@ -13,7 +13,7 @@ compare:
   - {arm: spear, reference: grpo, aim: 0.10}
 
 ``base: FILE`` takes all from another file, beside this one, but for what is given here; parts are
-added to those there.
+added to those there, and of its arms and their comparisons ``only: [grpo, spear]`` are kept.
 """
 
 import os
@@ -151,4 +151,27 @@ def _tree(path: Path) -> dict[str, Any]:
         return tree
     below = _tree(path.parent / str(tree.pop("base")))
     parts = {**(below.get("parts") or {}), **(tree.get("parts") or {})}
-    return {**below, **tree, "parts": parts}
+    only = tree.pop("only", None)
+    merged = {**below, **tree, "parts": parts}
+    return merged if only is None else _part(merged, [str(name) for name in only], path)
+
+
+def _part(tree: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, Any]:
+    """The experiment with these arms alone."""
+    arms = tree.get("arms") or {}
+    if unknown := [name for name in names if name not in arms]:
+        raise ConfigError(
+            f"{path}: only: no arm {', '.join(unknown)}; the base has {', '.join(arms)}"
+        )
+    compare = [
+        pair
+        for pair in tree.get("compare") or ()
+        if {pair.get("arm"), pair.get("reference")} <= set(names)
+    ]
+    shown = {
+        picture: [name for name in there if name in names]
+        for picture, there in (tree.get("pictures") or {}).items()
+    }
+    pictures = {picture: there for picture, there in shown.items() if len(there) > 1}
+    kept = {name: arms[name] for name in names}
+    return {**tree, "arms": kept, "compare": compare, "pictures": pictures}

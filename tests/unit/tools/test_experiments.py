@@ -329,6 +329,14 @@ def test_a_file_takes_the_rest_from_its_base(tools: dict[str, ModuleType], tmp_p
         "curriculum.intrinsic_weight=0",
         "run.steps=9",
     )
+    (tmp_path / "part.yaml").write_text(
+        "base: two.yaml\nonly: [grpo]\npictures: {one: [grpo, spear], two: [spear]}\n"
+    )
+    part = tools["experiment"].read_experiment(tmp_path / "part.yaml")
+    assert (list(part.arms), part.compare, part.pictures) == (["grpo"], (), {})
+    (tmp_path / "part.yaml").write_text("base: two.yaml\nonly: [grpo, gspo]\n")
+    with pytest.raises(ConfigError, match="only: no arm gspo; the base has grpo, spear"):
+        tools["experiment"].read_experiment(tmp_path / "part.yaml")
     (tmp_path / "lost.yaml").write_text("base: nowhere.yaml\n")
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         tools["experiment"].read_experiment(tmp_path / "lost.yaml")
