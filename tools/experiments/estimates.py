@@ -67,6 +67,16 @@ def table_at(outcomes: Sequence[Outcome], amount: Amount, at: float) -> Array:
     return np.stack([won_at(outcome, amount, at) for outcome in ordered])
 
 
+def table_over(outcomes: Sequence[Outcome]) -> Array:
+    """[S, G] of an arm's seeds, in the order of the seeds: each game's mean over all evaluations
+    but that of the warm start; NaN where it has none."""
+    ordered = sorted(outcomes, key=lambda outcome: outcome.seed)
+    won = np.stack([outcome.won[1:] for outcome in ordered])  # [S, E, G]
+    counts = (~np.isnan(won)).sum(axis=1)
+    means: Array = np.where(counts, np.nansum(won, axis=1) / np.maximum(counts, 1), np.nan)
+    return means
+
+
 def estimate(table: Array) -> Estimate:
     """Of one value a seed and game, [S, G]; NaN (all attempts failed) is left out."""
     rng = np.random.default_rng(_SEED)

@@ -1,6 +1,6 @@
 """The page of an experiment: tables in Markdown, made from the results alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,15 @@ from estimates import (
     estimate,
     in_pairs,
     table_at,
+    table_over,
     trainer_steps,
 )
 from experiment import Experiment
-from outcome import Outcome
+from outcome import Array, Outcome
 
 Arms = Mapping[str, Sequence[Outcome]]
+Pair = tuple[Sequence[Outcome], Sequence[Outcome]]
+"""The runs of an arm and of the arm that it is compared with, of the same seeds."""
 
 _STAGES = 3
 _BY_STAGE = (
@@ -47,6 +50,8 @@ def page(experiment: Experiment, arms: Arms, pictures: Sequence[str], command: s
         f"Panel: {games} tasks that no run trains on, sha256 {panels[0][:8]}...",
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         "## Success on the panel",
+        '"Mean over training" is over all evaluations but that of the warm start: less noisy than '
+        "the last one, and higher where success comes sooner.",
         _success(experiment, arms),
         "## Differences",
         _differences(experiment, arms),
@@ -72,8 +77,11 @@ def _success(experiment: Experiment, arms: Arms) -> str:
         seeds = ", ".join(f"{share:.3f}" for share in np.nanmean(end, axis=1))
         before = float(np.nanmean(table_at(runs, trainer_steps, 0.0)))
         title = experiment.arms[name].title
-        rows.append([title, str(len(runs)), f"{before:.3f}", str(estimate(end)), seeds])
-    return _table(["arm", "seeds", "warm start", "at the end", "each seed"], rows)
+        over = estimate(table_over(runs))
+        rows.append([title, str(len(runs)), f"{before:.3f}", str(estimate(end)), seeds, str(over)])
+    return _table(
+        ["arm", "seeds", "warm start", "at the end", "each seed", "mean over training"], rows
+    )
 
 
 def _differences(experiment: Experiment, arms: Arms) -> str:
@@ -87,20 +95,29 @@ def _differences(experiment: Experiment, arms: Arms) -> str:
         if pair.arm in arms and pair.reference in arms:
             both = in_pairs(arms[pair.arm], arms[pair.reference])
             cells = [_difference(both, amount) for _, amount in measures]
+            cells.append(_shown(both, table_over))
             titles = (experiment.arms[name].title for name in (pair.arm, pair.reference))
             aim = f"{pair.aim:+.2f}" if pair.aim is not None else ""
             rows.append([" minus ".join(titles), str(len(both[0])), *cells, aim, pair.published])
     names = (name for name, _ in measures)
-    return _table(["difference", "seeds", *names, "aim", "paper"], rows)
+    head = ["difference", "seeds", *names, "mean over training", "aim", "paper"]
+    return _table(head, rows)
 
 
-def _difference(both: tuple[Sequence[Outcome], Sequence[Outcome]], amount: Amount) -> str:
-    """The estimate at the most work that both have done; bold where 0 is outside, unless there is
-    one seed alone, whose interval knows nothing of seeds."""
+def _difference(both: Pair, amount: Amount) -> str:
+    """The difference at the most work that both have done."""
     if not both[0]:
         return "no seed in common"
     at = common_amount([run for runs in both for run in runs], amount)
-    found = difference(*(table_at(runs, amount, at) for runs in both))
+    return _shown(both, lambda runs: table_at(runs, amount, at))
+
+
+def _shown(both: Pair, table: Callable[[Sequence[Outcome]], Array]) -> str:
+    """The difference of two arms' tables; bold where 0 is outside, unless there is one seed alone,
+    whose interval knows nothing of seeds."""
+    if not both[0]:
+        return "no seed in common"
+    found = difference(*(table(runs) for runs in both))
     is_sure = (found.low > 0 or found.high < 0) and len(both[0]) > 1
     return f"**{found.signed}**" if is_sure else found.signed
 

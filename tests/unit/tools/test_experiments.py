@@ -117,6 +117,14 @@ def test_a_game_between_two_evaluations_counts_in_proportion(tools: dict[str, Mo
     assert at(failed, steps, 4.0).tolist() == [1, 1], "the evaluation before is not asked"
 
 
+def test_the_mean_over_training_leaves_out_the_warm_start_and_what_failed(
+    tools: dict[str, ModuleType],
+) -> None:
+    runs = [outcome(tools, [[0, 0, 1], [1, None, None], [0, 1, None]])]
+    found = tools["estimates"].table_over(runs)
+    np.testing.assert_array_equal(found, [[0.5, 1.0, np.nan]])
+
+
 def test_differences_are_paired(tools: dict[str, ModuleType]) -> None:
     """Games differ much, arms by 0.25 in each: paired, the interval has no width."""
     rng = np.random.default_rng(0)
@@ -198,10 +206,12 @@ def test_the_page_tells_every_seed_and_the_difference(
         experiment, {"grpo": arms["grpo"]}, ["curves.png"], "compare two.yaml"
     )
     assert "**2 of 3 runs are there; the rest is to come.**" in part
-    assert "| SPEAR | 1 | 0.000 | 1.000 (1.000 to 1.000) | 1.000 |" in text
-    assert "| GRPO | 2 | 0.000 | 0.000 (0.000 to 0.000) | 0.000, 0.000 |" in text
+    assert "| SPEAR | 1 | 0.000 | 1.000 (1.000 to 1.000) | 1.000 | 0.750 (" in text
+    none = "0.000 (0.000 to 0.000)"
+    assert f"| GRPO | 2 | 0.000 | {none} | 0.000, 0.000 | {none} |" in text
     one = "+1.000 (+1.000 to +1.000)"
-    assert f"| SPEAR minus GRPO | 1 | {one} | {one} | {one} | +0.10 | +16.1 |" in text
+    assert f"| SPEAR minus GRPO | 1 | {one} | {one} | {one} | +0.750 (" in text
+    assert "| +0.10 | +16.1 |" in text
     more = {**arms, "spear": [*arms["spear"], outcome(tools, [[0, 0], [1, 0], [1, 1]], seed=8)]}
     again = tools["pages"].page(experiment, more, ["curves.png"], "compare two.yaml")
     assert f"| SPEAR minus GRPO | 2 | **{one}** |" in again
