@@ -10,6 +10,7 @@ import yaml
 
 from megatron_spear.config.load import CONFIG_NAME
 from megatron_spear.errors import ConfigError
+from megatron_spear.metrics import is_metric, speeds
 from megatron_spear.report.charts import ROLLOUT_RATE, STEP_RATE, TRAIN_RATE
 from megatron_spear.tracking.jsonl import read_metrics
 from megatron_spear.tracking.recorded_files import FOLDER
@@ -18,12 +19,7 @@ Series = tuple[tuple[int, ...], tuple[float, ...]]
 """Steps and values, of the same length."""
 
 _METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
-_NOT_METRICS = ("step", "time")
-_RATES = (
-    (ROLLOUT_RATE, "rollout/action_tokens", "time/rollout_s"),
-    (TRAIN_RATE, "train/tokens", "time/train_s"),
-    (STEP_RATE, "rollout/action_tokens", "time/step_s"),
-)
+_RATES = {"rollout": ROLLOUT_RATE, "train": TRAIN_RATE, "step": STEP_RATE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +103,7 @@ def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     for record in records:
         values = {**record, **_rates(record)}
         for name, value in values.items():
-            if name in _NOT_METRICS or not isinstance(value, int | float):
+            if not is_metric(name, value):
                 continue
             steps, numbers = found.setdefault(name, ([], []))
             steps.append(record["step"])
@@ -116,11 +112,7 @@ def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
 
 
 def _rates(record: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: record[tokens] / record[seconds]
-        for name, tokens, seconds in _RATES
-        if record.get(tokens) is not None and record.get(seconds)
-    }
+    return {_RATES[name]: speed for name, speed in speeds(record).items()}
 
 
 def _mapping(path: Path, parse: Any) -> Mapping[str, Any]:
