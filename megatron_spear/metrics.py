@@ -42,7 +42,12 @@ _NO_PHASES = ("step", "eval")
 
 def is_metric(name: str, value: object) -> bool:
     """Whether an entry of a record of ``metrics.jsonl`` is a metric with a finite number."""
-    if name in _NO_METRICS or isinstance(value, bool):
+    return name not in _NO_METRICS and is_number(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether an entry is a finite number; true and false are none."""
+    if isinstance(value, bool):
         return False
     return isinstance(value, int | float) and math.isfinite(value)
 

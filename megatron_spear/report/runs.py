@@ -10,7 +10,7 @@ import yaml
 
 from megatron_spear.config.load import CONFIG_NAME
 from megatron_spear.errors import ConfigError
-from megatron_spear.metrics import is_metric, speeds
+from megatron_spear.metrics import is_metric, is_number, speeds
 from megatron_spear.report.charts import ROLLOUT_RATE, STEP_RATE, TRAIN_RATE
 from megatron_spear.tracking.jsonl import read_metrics
 from megatron_spear.tracking.recorded_files import FOLDER
@@ -83,7 +83,7 @@ def read_run(path: Path) -> Run:
             "(run.dir of a training)"
         )
     records = read_metrics(metrics) if metrics.is_file() else []
-    times = [record["time"] for record in records if isinstance(record.get("time"), int | float)]
+    times = [record["time"] for record in records if is_number(record.get("time"))]
     return Run(
         path=path,
         settings=_mapping(config, yaml.safe_load),

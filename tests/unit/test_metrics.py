@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_spear.metrics import is_metric, merge, phases, speeds
+from megatron_spear.metrics import is_metric, is_number, merge, phases, speeds
 
 
 def test_the_last_part_of_the_name_decides() -> None:
@@ -39,7 +39,7 @@ def test_a_metric_of_some_parts_is_averaged_over_those() -> None:
 
 @pytest.mark.parametrize("value", [None, "1", True, math.nan, math.inf, [1.0]])
 def test_what_is_no_finite_number_is_no_metric(value: object) -> None:
-    assert not is_metric("reward/mean", value)
+    assert not is_metric("reward/mean", value) and not is_number(value)
     assert is_metric("reward/mean", 0.5) and is_metric("replay/rows", 3)
     assert not is_metric("step", 3) and not is_metric("time", 1e9)
 
