@@ -1,6 +1,7 @@
 """What a report reads of a run directory, a run that is still going or was killed included."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +50,18 @@ class Run:
     @property
     def title(self) -> str:
         """``run.name``, or the folder's name."""
-        return str(self.settings.get("run", {}).get("name") or self.name)
+        return str(_of_run(self.settings, "name") or self.name)
 
     @property
     def seed(self) -> int | None:
         """``run.seed``."""
-        seed = self.settings.get("run", {}).get("seed")
+        seed = _of_run(self.settings, "seed")
         return seed if isinstance(seed, int) else None
 
     @property
     def planned_steps(self) -> int | None:
         """``run.steps``."""
-        steps = self.settings.get("run", {}).get("steps")
+        steps = _of_run(self.settings, "steps")
         return steps if isinstance(steps, int) else None
 
     @property
@@ -87,7 +88,7 @@ def read_run(path: Path) -> Run:
             "(run.dir of a training)"
         )
     records = read_metrics(metrics) if metrics.is_file() else []
-    times = [record["time"] for record in records if isinstance(record.get("time"), int | float)]
+    times = [record["time"] for record in records if _is_number(record.get("time"))]
     return Run(
         path=path,
         settings=_mapping(config, yaml.safe_load),
@@ -99,7 +100,8 @@ def read_run(path: Path) -> Run:
 
 
 def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """Each metric's steps and numbers, and the rates that two of them make.
+    """Each metric's steps and numbers, and the rates that two of them make. A value that is not
+    finite counts as not there.
 
     Example: ``[{"step": 1, "a": 2.0}, {"step": 2, "a": None}]`` gives ``{"a": ((1,), (2.0,))}``.
     """
@@ -107,12 +109,22 @@ def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     for record in records:
         values = {**record, **_rates(record)}
         for name, value in values.items():
-            if name in _NOT_METRICS or not isinstance(value, int | float):
+            if name in _NOT_METRICS or not _is_number(value):
                 continue
             steps, numbers = found.setdefault(name, ([], []))
             steps.append(record["step"])
             numbers.append(value)
     return {name: (tuple(steps), tuple(numbers)) for name, (steps, numbers) in found.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _of_run(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting of the section ``run``; None where there is none, an empty section included."""
+    section = settings.get("run")
+    return section.get(name) if isinstance(section, Mapping) else None
 
 
 def _rates(record: Mapping[str, Any]) -> dict[str, float]:
