@@ -9,7 +9,7 @@ const keepPlace = () => {
     hash: location.hash,
     y: scrollY,
     focus: focusIn(document.body),
-    searched: isSearched(),
+    searched: search.text !== '' && search.text === state.text,
     hidden: [...hidden].map(([chart, labels]) => [chart, [...labels]]),
     log: [...isLog],
   };

@@ -57,7 +57,7 @@ const searchButton = (linked) => {
     text: done ? 'searched in turns' : 'search in turns too',
   });
   button.addEventListener('click', async () => {
-    search.run += 1;
+    Object.assign(search, { text, hits: null, run: search.run + 1 });
     const mine = search.run;
     const stopped = () => search.run !== mine || state.text !== text;
     const progress = (chunk) => {
@@ -65,7 +65,7 @@ const searchButton = (linked) => {
     };
     const hits = await searchBodies(text, linked.numChunks, progress, stopped);
     if (stopped()) return;
-    Object.assign(search, { text, hits });
+    search.hits = hits;
     render();
   });
   return button;
