@@ -45,18 +45,18 @@ class Run:
     @property
     def title(self) -> str:
         """``run.name``, or the folder's name."""
-        return str(self.settings.get("run", {}).get("name") or self.name)
+        return str(_of_run(self.settings, "name") or self.name)
 
     @property
     def seed(self) -> int | None:
         """``run.seed``."""
-        seed = self.settings.get("run", {}).get("seed")
+        seed = _of_run(self.settings, "seed")
         return seed if isinstance(seed, int) else None
 
     @property
     def planned_steps(self) -> int | None:
         """``run.steps``."""
-        steps = self.settings.get("run", {}).get("steps")
+        steps = _of_run(self.settings, "steps")
         return steps if isinstance(steps, int) else None
 
     @property
@@ -95,7 +95,8 @@ def read_run(path: Path) -> Run:
 
 
 def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """Each metric's steps and numbers, and the rates that two of them make.
+    """Each metric's steps and numbers, and the rates that two of them make. A value that is not
+    finite counts as not there.
 
     Example: ``[{"step": 1, "a": 2.0}, {"step": 2, "a": None}]`` gives ``{"a": ((1,), (2.0,))}``.
     """
@@ -109,6 +110,12 @@ def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
             steps.append(record["step"])
             numbers.append(value)
     return {name: (tuple(steps), tuple(numbers)) for name, (steps, numbers) in found.items()}
+
+
+def _of_run(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting of the section ``run``; None where there is none, an empty section included."""
+    section = settings.get("run")
+    return section.get(name) if isinstance(section, Mapping) else None
 
 
 def _rates(record: Mapping[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import pytest
 from megatron_spear.errors import ConfigError
 from megatron_spear.report import keeping
 from megatron_spear.report.runs import read_run
-from megatron_spear.report.write import ReportWriter
+from megatron_spear.report.write import MAX_BYTES, ReportWriter
 from megatron_spear.testing.hostile_texts import hostile_text
 from megatron_spear.testing.recorded_runs import made_run
 from megatron_spear.tracking.recorded import RecordedStep
@@ -69,6 +69,22 @@ def test_newest_and_best_are_kept_below_the_limit(run: Path, read_report: Read) 
     left_out = 320 - sum(map(len, kept.values()))
     (note,) = report.listing["notes"]
     assert note.startswith(f"{left_out:,} of 320 listed trajectories are here without their turns")
+
+
+def test_ten_thousand_trajectories_fit(tmp_path: Path) -> None:
+    """Of 7 to 14 turns, by what a step of a hundred adds. Their log-probs are drawn evenly, which
+    compresses worse than a model's."""
+    sizes = [
+        ReportWriter(
+            [made_run(tmp_path / f"{steps}", steps=steps, groups=25, turns=14)],
+            tmp_path / f"{steps}.html",
+        ).write()
+        for steps in (1, 2)
+    ]
+    assert [written.num_trajectories for written in sizes] == [100, 200]
+    added = sizes[1].num_bytes - sizes[0].num_bytes
+    assert 10e6 < sizes[0].num_bytes + 99 * added < MAX_BYTES
+    assert added > 100 * 1000, "their turns are there"
 
 
 def test_a_limit_that_the_curves_alone_exceed_is_refused(run: Path) -> None:
