@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_spear.errors import ConfigError
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_IN_WORDS = ("no space left", "quota exceeded", "file too large")
 
@@ -37,6 +39,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the folder that a file is to be written into, and those above it.
+
+    Raises ConfigError where a file stands in the way, OSError for a folder that cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"{path}: {error.filename} is a file, expected a folder; give another path"
+        ) from error
 
 
 def sync_file(path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_spear.config.examples import FOLDER, copy_examples, list_examples
+from megatron_spear.errors import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,9 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
         "folder",
         nargs="?",
         type=Path,
-        default=Path(FOLDER),
         metavar="FOLDER",
-        help="where to copy them to (default: examples, as the documentation has it)",
+        help="where copy puts them (default: examples, as the documentation has it)",
     )
     return parser
 
@@ -37,10 +37,16 @@ def run(arguments: Sequence[str]) -> int:
     """List or copy; returns the exit status."""
     options = build_parser().parse_args(arguments)
     if options.action == "copy":
-        count = copy_examples(options.folder)
-        print(f"{options.folder}: {count} new files")
-        print(f"then: megatron-spear train {options.folder}/alfworld/quickstart.yaml")
+        folder = options.folder or Path(FOLDER)
+        count = copy_examples(folder)
+        print(f"{folder}: {count} new files")
+        print(f"then: megatron-spear train {folder}/alfworld/quickstart.yaml")
         return 0
+    if options.folder is not None:
+        raise ConfigError(
+            f"examples list: got the folder {options.folder}, expected none, for it lists what "
+            f"comes along; `megatron-spear examples copy {options.folder}` copies it there"
+        )
     found = list_examples()
     width = max(len(example.name) for example in found)
     for example in found:

@@ -4,8 +4,6 @@ Not called ``inspect``, as Python's own module would be hidden where this folder
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -118,16 +116,6 @@ def _count(text: str) -> int:
     return value
 
 
-def _show(lines: Sequence[str]) -> None:
-    """Print the lines; a reader that has seen enough (``| head``) is no error."""
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what is left in the buffer has to go somewhere
-        os.close(nowhere)
-
-
 def _run_replay(options: argparse.Namespace, settings: Sequence[str]) -> int:
     from megatron_spear.trainer.replay_of_run import read_store
     from megatron_spear.trainer.replay_report import best_rows, rows_in_words, store_in_words
@@ -140,7 +128,7 @@ def _run_replay(options: argparse.Namespace, settings: Sequence[str]) -> int:
     )
     if options.best:
         lines += best_rows(found, options.best)
-    _show(lines)
+    print(*lines, sep="\n")
     return DIFFERENT_EXIT if found.contents.faults else 0
 
 
@@ -170,7 +158,7 @@ def _run_diff(options: argparse.Namespace, settings: Sequence[str]) -> int:
 
     first, second = find_checkpoint(options.first), find_checkpoint(options.second)
     found = find_differences(first.folder, second.folder, config=options.config)
-    _show(diff_text(first, second, found, options.top))
+    print(*diff_text(first, second, found, options.top), sep="\n")
     return 0 if found.equal else DIFFERENT_EXIT
 
 
@@ -179,14 +167,14 @@ def _run_plot(options: argparse.Namespace, settings: Sequence[str]) -> int:
 
     runs = plot_runs.read_runs(options.runs)
     if options.list:
-        _show(plot_runs.metric_names(runs))
+        print(*plot_runs.metric_names(runs), sep="\n")
         return 0
     patterns = [part for part in options.metrics.split(",") if part]
     metrics = plot_runs.choose_metrics(runs, patterns)
     plot_runs.plot_runs(runs, metrics, options.out, smooth=options.smooth)
     if options.data is not None:
         plot_runs.dump_series(runs, metrics, options.data)
-    _show([*plot_runs.table_of(runs, metrics), f"picture: {options.out}"])
+    print(*plot_runs.table_of(runs, metrics), f"picture: {options.out}", sep="\n")
     return 0
 
 

@@ -70,11 +70,14 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError("report: no run directory given; expected report RUN_DIR [RUN_DIR..]")
     if len(groups) < len(options.group):
         raise ConfigError("--group: a name given twice; put all its runs behind one NAME=")
+    from megatron_spear.files import make_folder_of
     from megatron_spear.report.write import ReportWriter
 
     out = options.out or (runs[0] / REPORT_NAME if len(runs) == 1 else Path(REPORT_NAME))
     if out.is_dir():
         raise ConfigError(f"--out {out}: is a folder; expected a file, report.html say")
+    if options.out is not None:
+        make_folder_of(out)
     writer = ReportWriter(
         options.runs,
         out,

@@ -28,13 +28,14 @@ class Arm:
 def arms_of(runs: Sequence[Run], groups: Mapping[str, Sequence[Path]]) -> tuple[Arm, ...]:
     """The arms of a comparison, in the order of their first runs.
 
-    Runs of ``groups`` are in the arm of that name; others go together by their settings. Raises
-    ConfigError for a run in two groups.
+    Runs of ``groups`` are in the arm of that name; others go together by their settings. One
+    without ``config.yaml`` is an arm of its own: nothing says what it shares. Raises ConfigError
+    for a run in two groups.
     """
     members: dict[Any, list[int]] = {}
     names: dict[Any, str] = {}
     for position, run in enumerate(runs):
-        key = _group(run, groups) or _fingerprint(run)
+        key = _group(run, groups) or _fingerprint(run) or run.path
         members.setdefault(key, []).append(position)
         if isinstance(key, str):
             names[key] = key

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from megatron_spear.metrics import phases
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
@@ -183,7 +185,6 @@ _FIXED = (
         from_zero=True,
     ),
 )
-_NOT_PHASES = ("step", "eval")
 _KINDS = "eval/success_"
 _BUCKETS = "curriculum/share_"
 
@@ -221,14 +222,9 @@ def _shares(names: set[str]) -> Chart:
 
 
 def _phases(names: set[str]) -> Chart:
-    phases = [
-        (name, name[len("time/") : -len("_s")].replace("_", " "))
-        for name in sorted(names)
-        if name.startswith("time/") and name.endswith("_s")
-    ]
     return Chart(
         title="Time by phase",
-        series=tuple(pair for pair in phases if pair[1] not in _NOT_PHASES),
+        series=tuple((f"time/{phase}_s", phase.replace("_", " ")) for phase in phases(names)),
         unit="s a step",
         stacked=True,
         from_zero=True,

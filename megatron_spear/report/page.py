@@ -20,6 +20,7 @@ _PROGRAMS = (
     "dom.js",
     "data.js",
     "state.js",
+    "focus.js",
     "scales.js",
     "series.js",
     "cursor.js",
@@ -31,6 +32,7 @@ _PROGRAMS = (
     "tokens.js",
     "trajectory.js",
     "replayed.js",
+    "follow.js",
     "main.js",
 )
 """In the order in which the program needs them."""

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_spear.config.load import CONFIG_NAME
 from megatron_spear.errors import ConfigError
+from megatron_spear.metrics import is_metric, is_number, speeds
 from megatron_spear.report.charts import ROLLOUT_RATE, STEP_RATE, TRAIN_RATE
 from megatron_spear.tracking.jsonl import read_metrics
 from megatron_spear.tracking.recorded_files import FOLDER
@@ -18,12 +19,7 @@ Series = tuple[tuple[int, ...], tuple[float, ...]]
 """Steps and values, of the same length."""
 
 _METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
-_NOT_METRICS = ("step", "time")
-_RATES = (
-    (ROLLOUT_RATE, "rollout/action_tokens", "time/rollout_s"),
-    (TRAIN_RATE, "train/tokens", "time/train_s"),
-    (STEP_RATE, "rollout/action_tokens", "time/step_s"),
-)
+_RATES = {"rollout": ROLLOUT_RATE, "train": TRAIN_RATE, "step": STEP_RATE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,18 +45,18 @@ class Run:
     @property
     def title(self) -> str:
         """``run.name``, or the folder's name."""
-        return str(self.settings.get("run", {}).get("name") or self.name)
+        return str(_of_run(self.settings, "name") or self.name)
 
     @property
     def seed(self) -> int | None:
         """``run.seed``."""
-        seed = self.settings.get("run", {}).get("seed")
+        seed = _of_run(self.settings, "seed")
         return seed if isinstance(seed, int) else None
 
     @property
     def planned_steps(self) -> int | None:
         """``run.steps``."""
-        steps = self.settings.get("run", {}).get("steps")
+        steps = _of_run(self.settings, "steps")
         return steps if isinstance(steps, int) else None
 
     @property
@@ -87,7 +83,7 @@ def read_run(path: Path) -> Run:
             "(run.dir of a training)"
         )
     records = read_metrics(metrics) if metrics.is_file() else []
-    times = [record["time"] for record in records if isinstance(record.get("time"), int | float)]
+    times = [record["time"] for record in records if is_number(record.get("time"))]
     return Run(
         path=path,
         settings=_mapping(config, yaml.safe_load),
@@ -99,7 +95,8 @@ def read_run(path: Path) -> Run:
 
 
 def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """Each metric's steps and numbers, and the rates that two of them make.
+    """Each metric's steps and numbers, and the rates that two of them make. A value that is not
+    finite counts as not there.
 
     Example: ``[{"step": 1, "a": 2.0}, {"step": 2, "a": None}]`` gives ``{"a": ((1,), (2.0,))}``.
     """
@@ -107,7 +104,7 @@ def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     for record in records:
         values = {**record, **_rates(record)}
         for name, value in values.items():
-            if name in _NOT_METRICS or not isinstance(value, int | float):
+            if not is_metric(name, value):
                 continue
             steps, numbers = found.setdefault(name, ([], []))
             steps.append(record["step"])
@@ -115,12 +112,14 @@ def series_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     return {name: (tuple(steps), tuple(numbers)) for name, (steps, numbers) in found.items()}
 
 
+def _of_run(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting of the section ``run``; None where there is none, an empty section included."""
+    section = settings.get("run")
+    return section.get(name) if isinstance(section, Mapping) else None
+
+
 def _rates(record: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        name: record[tokens] / record[seconds]
-        for name, tokens, seconds in _RATES
-        if record.get(tokens) is not None and record.get(seconds)
-    }
+    return {_RATES[name]: speed for name, speed in speeds(record).items()}
 
 
 def _mapping(path: Path, parse: Any) -> Mapping[str, Any]:

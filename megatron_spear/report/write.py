@@ -61,7 +61,7 @@ class ReportWriter:
         given = [*paths, *(path for group in self._groups.values() for path in group)]
         self._paths = list({path.resolve(): path for path in given}.values())
         self._out, self._max_bytes, self._reload_s = out, max_bytes, reload_s
-        self._steps = StepReader()
+        self._steps = StepReader(max_bytes)
 
     def write(self) -> Written:
         """Read the runs and write the file, whole or not at all.

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from megatron_spear.heartbeats.heart import doing
 from megatron_spear.tracking.live_view import LiveView
+from megatron_spear.tracking.speed_text import duration, rate_text
 from megatron_spear.types import ScoredTrajectory
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class StepsBar(Bar):
 
     def __init__(self, moved: Callable[[Bar], None], total: int, done: int) -> None:
         super().__init__(moved, "step", total, done)
-        self.view = LiveView(doing, duration)
+        self.view = LiveView(doing)
         self._trouble = ""
         self._has_warned = False
 
@@ -98,18 +99,3 @@ class StepsBar(Bar):
 
 _SHOWN = {"success": "rollout/success", "replayed": "replay/rows", "entropy": "policy/entropy"}
 """The few numbers beside the steps' bar."""
-
-
-def rate_text(per_s: float) -> str:
-    """``3.1/s``, or ``2.8 s each`` where one takes longer than a second."""
-    return f"{per_s:.1f}/s" if per_s >= 1 else f"{1 / per_s:.1f} s each"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: ``17 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

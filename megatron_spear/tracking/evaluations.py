@@ -5,13 +5,11 @@ One JSON object a line: ``{"step": 20, "eval/panel": "2a7a9e..", "eval/won": [1.
 attempts failed. Comparisons of runs pair their games by it.
 """
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_spear.tracking.jsonl import drop_after, read_metrics
+from megatron_spear.tracking.jsonl import LineFile, read_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,20 +44,16 @@ class EvaluationLog:
     """
 
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
-        if resumed_step is not None:
-            drop_after(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = LineFile(path, resumed_step=resumed_step)
+        self._lines.open()
 
     def log(self, step: int, panel_sha256: str, won: Sequence[float | None]) -> None:
         """Append one evaluation. Raises OSError."""
-        record = {"step": step, "eval/panel": panel_sha256, "eval/won": list(won)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._lines.append([{"step": step, "eval/panel": panel_sha256, "eval/won": list(won)}])
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 def read_evaluations(path: Path) -> list[PanelRecord]:

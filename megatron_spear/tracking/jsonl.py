@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,70 @@ from megatron_spear.files import write_whole
 log = logging.getLogger(__name__)
 
 
-class JsonlSink:
-    """Appends one line a record, on disk before ``log`` returns.
+class LineFile:
+    """A file of a JSON object a line that only grows.
 
     With ``resumed_step`` k what came after the checkpoint of step k is removed first, for the
     resumed run writes it again: the lines of later steps, the evaluation of step k, and a line cut
     off by a kill.
+
+    A write that fails, on a full disk say, loses nothing: what is not in the file yet waits, from
+    the very byte on, and the next ``append`` writes it first.
     """
 
     def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
-        self._path = path
-        if resumed_step is not None:
-            drop_after(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._resumed_step, self._waiting = path, resumed_step, b""
+        self._file: FileIO | None = None
+
+    def open(self) -> None:
+        """Open the file, if it is not yet open. Raises OSError."""
+        if self._file is None:
+            if self._resumed_step is not None:
+                drop_after(self._path, self._resumed_step)
+            # Not buffered: the system says how much of a line it took.
+            self._file = self._path.open("ab", buffering=0)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add a line a record, on disk before this returns. Raises OSError."""
+        self._waiting += "".join(json.dumps(record) + "\n" for record in records).encode()
+        self.open()
+        assert self._file is not None
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; what still waits is lost."""
+        if self._file is not None:
+            self._file.close()
+
+
+class JsonlSink:
+    """Appends one line a record, on disk before ``log`` returns.
+
+    ``open``, ``log`` and ``close`` raise OSError where the file cannot be opened or written. The
+    record is not lost then: the next ``log`` tries again, with all that waits (``LineFile``).
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int | None = None) -> None:
+        self._lines = LineFile(path, resumed_step=resumed_step)
+
+    def open(self) -> None:
+        """Open the file; ``log`` does it where that failed."""
+        self._lines.open()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one record."""
         record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         record.update((name, _plain(value)) for name, value in metrics.items())
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._lines.append([record])
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what waits and close the file."""
+        try:
+            self._lines.append([])
+        finally:
+            self._lines.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -64,12 +104,15 @@ def drop_after(path: Path, step: int) -> None:
     kill here loses nothing."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
     records = [(line, _parsed(line)) for line in lines]
     kept = [line for line, record in records if record is not None and _is_before(record, step)]
-    if len(kept) == len(lines):
+    is_whole = not text or text.endswith("\n")  # else the next record would join the last line
+    if len(kept) == len(lines) and is_whole:
         return
-    log.info("%s: dropped %d records after step %d", path.name, len(lines) - len(kept), step)
+    if len(kept) < len(lines):
+        log.info("%s: dropped %d records after step %d", path.name, len(lines) - len(kept), step)
     write_whole(path, "".join(line + "\n" for line in kept))
 
 

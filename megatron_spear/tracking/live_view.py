@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_spear.metrics import speeds
+from megatron_spear.tracking.speed_text import duration, rate_text
 from megatron_spear.tracking.trajectory_text import plain, trajectory_lines
 from megatron_spear.types import ScoredTrajectory
 
@@ -31,6 +33,7 @@ _ROWS = {
     "weights": ("weight_sync",),
     "evaluation": ("evaluation",),
 }
+_SPEEDS = (("rollout", "sampled"), ("train", "trained"))
 _NARROW, _WIDEST_BAR = 90, 50
 
 Doing = Callable[[], tuple[str, str]]
@@ -41,8 +44,8 @@ class LiveView:
     """The lines of one run's steps; a rich renderable, drawn by another thread than the one that
     adds to it. ``note`` (``rollout: 12 trajectories``) is shown beside the phase it begins with."""
 
-    def __init__(self, doing: Doing, duration: Callable[[float], str]) -> None:
-        self._doing, self._duration = doing, duration
+    def __init__(self, doing: Doing) -> None:
+        self._doing = doing
         self._steps: deque[Mapping[str, float]] = deque(maxlen=_WINDOW)
         self._example: tuple[str, str] = ("", "")
         self._evaluation_s = 0.0
@@ -77,8 +80,8 @@ class LiveView:
     def _steps_line(self, width: int) -> Table:
         told = f"{100 * self.done // max(1, self.total)}%"
         if self.rate > 0:
-            each = f"{self.rate:.1f}/s" if self.rate >= 1 else f"{1 / self.rate:.1f} s each"
-            left = self._duration((self.total - self.done) / self.rate)
+            each = rate_text(self.rate)
+            left = duration((self.total - self.done) / self.rate)
             told += f"  {each}  ETA {left}" if self.done < self.total else f"  {each}"
         name = f"step {self.done}/{self.total}"
         room = width - len(name) - len(told) - 2
@@ -140,21 +143,14 @@ class LiveView:
             for name, key in (("replayed", "replay/rows"), ("entropy", "policy/entropy"))
             if key in last
         ]
-        for name, tokens, seconds in _SPEEDS:
-            if last.get(tokens) and last.get(seconds):
-                numbers.append(f"{last[tokens] / last[seconds]:,.0f} {name} tokens/s")
+        rates = speeds(last)
+        numbers += [f"{rates[key]:,.0f} {name} tokens/s" for key, name in _SPEEDS if rates.get(key)]
         if width >= _NARROW:
             yield "   ".join(success)
             yield "   ".join(numbers)
         else:
             yield from success
             yield "  ".join(numbers)
-
-
-_SPEEDS = (
-    ("sampled", "rollout/action_tokens", "time/rollout_s"),
-    ("trained", "train/tokens", "time/train_s"),
-)
 
 
 def _row_of(task: str, phase: str) -> str:

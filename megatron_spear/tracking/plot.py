@@ -3,24 +3,21 @@
 Panels whose metrics a run does not have are left out; names are those of the trainer's step report.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_spear.metrics import is_metric, phases
 from megatron_spear.tracking.jsonl import read_metrics
-
-Records = Sequence[dict[str, Any]]
-Array = npt.NDArray[np.float64]
+from megatron_spear.tracking.series import Array, Records, series
 
 PANEL_SUCCESS = "eval/success"
 ROLLOUT_SUCCESS = "rollout/success"
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
-_NOT_PHASES = ("step", "eval")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,14 +130,14 @@ def _draws(records: Records) -> list[Callable[[Any], None]]:
     for curves in _CURVES:
         if any(_has(records, name) for name, _ in curves.left + curves.right):
             draws.append(partial(_draw_curves, records, curves))
-    phases = _phases(records)
-    if phases:
-        draws.append(partial(_draw_phases, records, phases))
+    timed = phases(name for record in records for name in record)
+    if timed:
+        draws.append(partial(_draw_phases, records, timed))
     return draws
 
 
 def _draw_success(records: Records, axes: Any) -> None:
-    steps, values = _series(records, ROLLOUT_SUCCESS)
+    steps, values = series(records, ROLLOUT_SUCCESS)
     if len(steps):
         window = max(2, min(10, len(steps) // 4))
         marker = "o" if len(steps) == 1 else None
@@ -154,7 +151,7 @@ def _draw_success(records: Records, axes: Any) -> None:
             linewidth=2,
             label=f"training games, mean of {window} steps",
         )
-    panel_steps, panel = _series(records, PANEL_SUCCESS)
+    panel_steps, panel = series(records, PANEL_SUCCESS)
     if len(panel):
         axes.plot(
             panel_steps, panel, "o--", color=_COLOURS[1], markersize=7, label="panel (fixed games)"
@@ -196,7 +193,7 @@ def _lines(
     lines = []
     suffix = " (right)" if style == "--" else ""
     for name, label in names:
-        steps, values = _series(records, name)
+        steps, values = series(records, name)
         if len(steps) and (np.any(values) or len(names) == 1):
             marker = "o" if len(steps) == 1 else None
             lines += axes.plot(
@@ -205,14 +202,14 @@ def _lines(
     return lines
 
 
-def _draw_phases(records: Records, phases: list[str], axes: Any) -> None:
+def _draw_phases(records: Records, timed: list[str], axes: Any) -> None:
     """Seconds of each phase, stacked; small ones together as ``other``."""
-    with_time = [r for r in records if any(f"time/{p}_s" in r for p in phases)]
+    with_time = [r for r in records if any(f"time/{p}_s" in r for p in timed)]
     steps = [r["step"] for r in with_time]
-    table = np.array([[_number(r, f"time/{p}_s") for r in with_time] for p in phases])
+    table = np.array([[_number(r, f"time/{p}_s") for r in with_time] for p in timed])
     order = np.argsort(-table.sum(axis=1))
     shown, rest = order[:5], order[5:]
-    names = [phases[i].replace("_", " ") for i in shown]
+    names = [timed[i].replace("_", " ") for i in shown]
     heights = [table[i] for i in shown]
     if len(rest):
         names.append("other")
@@ -245,23 +242,10 @@ def _legend(axes: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
         )
 
 
-def _phases(records: Records) -> list[str]:
-    names = {name for record in records for name in record if name.startswith("time/")}
-    phases = {name[len("time/") : -len("_s")] for name in names if name.endswith("_s")}
-    return sorted(phases - set(_NOT_PHASES))
-
-
-def _series(records: Records, name: str) -> tuple[Array, Array]:
-    """Steps and finite values of one metric."""
-    pairs = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-    table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
 def _has(records: Records, name: str) -> bool:
-    return any(record.get(name) is not None for record in records)
+    return any(is_metric(name, record.get(name)) for record in records)
 
 
-def _number(record: dict[str, Any], name: str) -> float:
+def _number(record: Mapping[str, Any], name: str) -> float:
     value = record.get(name)
-    return 0.0 if value is None else float(value)
+    return float(value) if value is not None and is_metric(name, value) else 0.0

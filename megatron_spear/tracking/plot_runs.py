@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from megatron_spear.errors import ConfigError, DataError
+from megatron_spear.files import make_folder_of
+from megatron_spear.metrics import is_metric
 from megatron_spear.tracking.jsonl import read_metrics
-from megatron_spear.tracking.plot import Array, moving_average
+from megatron_spear.tracking.plot import moving_average
+from megatron_spear.tracking.series import Array, Records, series
 
 DEFAULT_METRICS = (
     "eval/success",
@@ -27,12 +30,9 @@ DEFAULT_METRICS = (
 """What is drawn where none is chosen, of those that a run has."""
 
 _FILE = "metrics.jsonl"
-_NOT_METRICS = ("step", "time")
 _ENDINGS = (".png", ".svg", ".pdf")
 _MAX_PANELS = 40
 _MAX_NAME = 40
-
-Records = Sequence[Mapping[str, Any]]
 
 
 def read_runs(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
@@ -60,9 +60,9 @@ def metric_names(runs: Mapping[str, Records]) -> list[str]:
         for records in runs.values()
         for record in records
         for name, value in record.items()
-        if _is_number(value)
+        if is_metric(name, value)
     }
-    return sorted(found.difference(_NOT_METRICS))
+    return sorted(found)
 
 
 def choose_metrics(runs: Mapping[str, Records], patterns: Sequence[str]) -> list[str]:
@@ -124,15 +124,8 @@ def plot_runs(
     if len(runs) > 1:
         handles = _handles(runs)
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_of(picture)
     figure.savefig(picture)
-
-
-def series(records: Records, metric: str) -> tuple[Array, Array]:
-    """Steps and values of a metric, float64; records without a number of it are left out."""
-    pairs = [(r["step"], r[metric]) for r in records if _is_number(r.get(metric))]
-    table = np.array(pairs, np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
 
 
 def table_of(runs: Mapping[str, Records], metrics: Sequence[str]) -> list[str]:
@@ -156,6 +149,7 @@ def dump_series(runs: Mapping[str, Records], metrics: Sequence[str], path: Path)
         name: {metric: np.stack(series(records, metric), axis=1).tolist() for metric in metrics}
         for name, records in runs.items()
     }
+    make_folder_of(path)
     path.write_text(json.dumps(drawn) + "\n", encoding="utf-8")
 
 
@@ -191,10 +185,6 @@ def _shown(name: str) -> str:
     """Matplotlib leaves out labels that begin with _, and takes $ for mathematics."""
     name = name.lstrip("_").replace("$", r"\$") or "run"
     return name if len(name) <= _MAX_NAME else "..." + name[-_MAX_NAME:]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TextIO, TypeVar
 
@@ -30,11 +30,21 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_spear.heartbeats.heart import begin
-from megatron_spear.tracking.bars import Bar, StepsBar, duration, rate_text
+from megatron_spear.tracking.bars import Bar, StepsBar
+from megatron_spear.tracking.speed_text import duration, rate_text
 
 _LOG_WIDTH = 120
 _REFRESHES_A_SECOND = 2.0
 _AnyBar = TypeVar("_AnyBar", bound=Bar)
+
+
+class _Screen(RichConsole):
+    """Rich's console, but for output that nobody reads any more: there it would end the process
+    without a word; here the command hears of it."""
+
+    def on_broken_pipe(self) -> None:
+        """Called where a BrokenPipeError is being handled: hand it on."""
+        raise
 
 
 class Console:
@@ -59,7 +69,7 @@ class Console:
         heartbeat_s: float = 30.0,
     ) -> None:
         self._enabled = enabled
-        self._rich = RichConsole(file=file or sys.stdout, highlight=False, quiet=not enabled)
+        self._rich = _Screen(file=file or sys.stdout, highlight=False, quiet=not enabled)
         self._is_live = enabled and live and self._rich.is_terminal
         if not self._rich.is_terminal:
             self._rich.width = _LOG_WIDTH
@@ -218,7 +228,8 @@ class Console:
             if self._live is None and silent >= self._heartbeat_s:
                 bars = [bar.shown() for bar in tuple(self._tasks)]
                 doing = "; ".join([*bars, self._doing])
-                self._print(f"  ... {doing}; {duration(time.monotonic() - self._since)} so far")
+                with suppress(BrokenPipeError):  # not from a thread
+                    self._print(f"  ... {doing}; {duration(time.monotonic() - self._since)} so far")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -227,7 +238,8 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.line(self.format(record))
+        with suppress(BrokenPipeError):  # a line of the run tells it, from where it can end the run
+            self._console.line(self.format(record))
 
 
 class _RateColumn(ProgressColumn):

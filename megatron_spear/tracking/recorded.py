@@ -25,13 +25,13 @@ Numbers = tuple[float | None, ...]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedReward:
     """A reward in its parts; ``total`` is outcome + mu * intrinsic + format (SPEAR Eq. 6), with the
-    mu of the step that recorded it."""
+    mu of the step that recorded it. One of ``parts`` that is not finite is None."""
 
     outcome: float
     intrinsic: float
     format: float
     total: float
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,16 @@
 """Where metrics go: one tracker that fans out to sinks, none of which can stop a run."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_spear.config.schema import TrackingSection
 from megatron_spear.tracking.jsonl import JsonlSink
 from megatron_spear.tracking.wandb_sink import WandbSink
+
+METRICS = "metrics.jsonl"
+"""Of a run's sinks the one that is always there."""
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +28,15 @@ class Sink(Protocol):
 class Tracker:
     """Hands each record to every sink; a sink that raises is left out from then on, told once.
 
+    ``lasting`` names those that are never left out: they get the next record too, and their failure
+    is told once, until a record went well again.
+
     Example: ``Tracker({"metrics.jsonl": JsonlSink(path)}).log(3, {"reward/mean": 0.25})``.
     """
 
-    def __init__(self, sinks: Mapping[str, Sink]) -> None:
+    def __init__(self, sinks: Mapping[str, Sink], *, lasting: Collection[str] = ()) -> None:
         self._sinks = dict(sinks)
+        self._lasting, self._failing = frozenset(lasting), set[str]()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One record of a step; a step may have several (training, then evaluation)."""
@@ -51,14 +58,17 @@ class Tracker:
         try:
             use(self._sinks[name])
         except Exception as error:  # noqa: BLE001  metrics must never end a run
-            del self._sinks[name]
-            log.warning(
-                "%s failed %s and gets no further metrics: %s: %s",
-                name,
-                when,
-                type(error).__name__,
-                error,
-            )
+            what = f"{type(error).__name__}: {error}"
+            if name not in self._lasting:
+                del self._sinks[name]
+                log.warning("%s failed %s and gets no further metrics: %s", name, when, what)
+            elif name not in self._failing:
+                self._failing.add(name)
+                log.warning("%s failed %s and is tried again each time: %s", name, when, what)
+        else:
+            if name in self._failing:
+                self._failing.remove(name)
+                log.warning("%s could be used again %s", name, when)
 
 
 def build_tracker(
@@ -73,20 +83,20 @@ def build_tracker(
 
     ``folder`` is the run directory, ``config`` the resolved configuration as plain values.
     ``resumed_step`` is the step of the checkpoint a resumed run starts from (None = a new run):
-    records of what came after it are dropped, so that nothing is there twice. A sink that cannot be
-    made is left out with a warning.
+    records of what came after it are dropped, so that nothing is there twice. A wandb that cannot
+    be used is left out with a warning; ``metrics.jsonl`` is opened with the next record then.
     """
-    makers: dict[str, Callable[[], Sink]] = {
-        "metrics.jsonl": lambda: JsonlSink(folder / "metrics.jsonl", resumed_step=resumed_step)
-    }
+    jsonl = JsonlSink(folder / METRICS, resumed_step=resumed_step)
+    sinks: dict[str, Sink] = {METRICS: jsonl}
+    try:
+        jsonl.open()
+    except OSError as error:
+        log.warning("%s cannot be opened yet: %s: %s", METRICS, type(error).__name__, error)
     if section.wandb:
-        makers["wandb"] = lambda: WandbSink.open(
-            folder, project=section.project, name=name, config=config
-        )
-    sinks: dict[str, Sink] = {}
-    for kind, make in makers.items():
         try:
-            sinks[kind] = make()
+            sinks["wandb"] = WandbSink.open(
+                folder, project=section.project, name=name, config=config
+            )
         except Exception as error:  # noqa: BLE001  metrics must never end a run
-            log.warning("%s cannot be used: %s: %s", kind, type(error).__name__, error)
-    return Tracker(sinks)
+            log.warning("wandb cannot be used: %s: %s", type(error).__name__, error)
+    return Tracker(sinks, lasting=(METRICS,))

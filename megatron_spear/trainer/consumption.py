@@ -8,13 +8,12 @@ played again.
 
 import json
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_spear.tracking.jsonl import drop_after
+from megatron_spear.tracking.jsonl import LineFile
 from megatron_spear.types import ConsumedPrompt
 
 log = logging.getLogger(__name__)
@@ -29,10 +28,11 @@ class ConsumptionLog:
     """
 
     def __init__(self, path: Path, *, resumed: tuple[int, int] | None = None) -> None:
+        self._lines = LineFile(path, resumed_step=resumed[0] if resumed is not None else None)
+        self._lines.open()
         if resumed is not None:
             step, expected = resumed
-            drop_after(path, step)
-            found = len(read_consumed(path)) if path.exists() else 0
+            found = len(read_consumed(path))
             if found != expected:
                 log.warning(
                     "%s names %d prompts up to step %d, expected %d: it was changed since; the run "
@@ -42,20 +42,15 @@ class ConsumptionLog:
                     step,
                     expected,
                 )
-        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, consumed: Iterable[ConsumedPrompt]) -> None:
         """Append a step's prompts, on disk before this returns. Raises OSError: a run that cannot
         say what it consumed must not go on."""
-        self._file.writelines(
-            json.dumps({"step": step, **asdict(prompt)}) + "\n" for prompt in consumed
-        )
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._lines.append({"step": step, **asdict(prompt)} for prompt in consumed)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._lines.close()
 
 
 def read_consumed(path: Path) -> list[dict[str, Any]]:

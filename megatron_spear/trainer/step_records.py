@@ -203,7 +203,7 @@ def replayed_record(ctx: StepContext, row: ReleasedRow) -> RecordedReplay:
             intrinsic=_rounded(reward.intrinsic),
             format=_rounded(reward.format),
             total=_rounded(row.reward),
-            parts=dict(reward.parts),
+            parts=_parts(reward),
         ),
         stored_advantage=_mean(advantages) or 0.0,
         advantage=_rounded(row.advantage),
@@ -224,8 +224,12 @@ def _reward(reward: Reward, intrinsic_weight: float) -> RecordedReward:
         intrinsic=_rounded(reward.intrinsic),
         format=_rounded(reward.format),
         total=_rounded(reward.total(intrinsic_weight)),
-        parts={name: float(value) for name, value in reward.parts.items()},
+        parts=_parts(reward),
     )
+
+
+def _parts(reward: Reward) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in reward.parts.items()}
 
 
 def _rounded(value: float) -> float:

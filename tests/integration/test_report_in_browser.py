@@ -1,6 +1,10 @@
 """The report in a real browser: what is drawn, what can be clicked, what cannot do harm."""
 
+import base64
+import gzip
 import json
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +73,7 @@ def test_the_curves_have_a_point_for_each_value(opened: Open, report: Path) -> N
     )
     points = {(chart, line): count for chart, line, count in lines}
     assert len({chart for chart, _ in points}) == page.value(
-        "document.querySelectorAll('svg').length"
+        "document.querySelectorAll('.drawing').length"
     )
     assert points["Success", "training"] == 12 and points["Success", "panel"] == 3
     assert points["Drift in a step", "on-policy rows"] == 11, "step 2 has none"
@@ -82,7 +86,7 @@ def test_the_curves_have_a_point_for_each_value(opened: Open, report: Path) -> N
 def test_a_chart_answers_mouse_keyboard_and_buttons(opened: Open, report: Path) -> None:
     page = opened(report)
     chart = "document.querySelector('[data-chart=\"Schedules\"]')"
-    page.value(f"{chart}.querySelector('svg').focus()")
+    page.value(f"{chart}.querySelector('.drawing').focus()")
     page.key("End")
     tip = "document.querySelector('#tip').textContent"
     assert page.value(tip) == (
@@ -90,15 +94,15 @@ def test_a_chart_answers_mouse_keyboard_and_buttons(opened: Open, report: Path) 
     )
     page.key("ArrowLeft")
     assert page.value(tip).startswith("step 11 ")
-    width = f"Number({chart}.querySelector('svg').getAttribute('width'))"
+    width = f"Number({chart}.querySelector('.drawing').getAttribute('width'))"
     before = page.value(width)
     page.resize(1000, 800)
     page.wait(f"{width} !== {before}")
     page.key("ArrowLeft")
     assert page.value(tip).startswith("step 10 "), "drawn anew, it keeps focus and cursor"
-    page.value(f"{chart}.querySelector('svg').scrollIntoView({{block: 'center'}})")
+    page.value(f"{chart}.querySelector('.drawing').scrollIntoView({{block: 'center'}})")
     box = page.value(
-        f"(({{x, y}}) => [x, y])({chart}.querySelector('svg').getBoundingClientRect())"
+        f"(({{x, y}}) => [x, y])({chart}.querySelector('.drawing').getBoundingClientRect())"
     )
     page.hover(box[0] + 54, box[1] + 100)
     page.wait(f"{tip}.startsWith('step 1 ')")
@@ -109,8 +113,7 @@ def test_a_chart_answers_mouse_keyboard_and_buttons(opened: Open, report: Path) 
     logarithmic = page.value(path)
     page.value(f"{gap}.querySelector('button.small').click()")
     assert page.value(path) != logarithmic
-    page.value("(s => { s.value = '5'; s.dispatchEvent(new Event('change')); })"
-               "(document.querySelector('.tools select'))")  # fmt: skip
+    page.value(_set(".tools select", "5"))
     page.wait("document.querySelectorAll('path.raw').length > 5")
 
 
@@ -123,7 +126,7 @@ def test_filters_order_and_pages(opened: Open, report: Path) -> None:
     assert page.value(ROWS) == 50
     _press(page, "next")
     assert "page 2 of 6" in page.value("document.querySelector('.where').textContent")
-    columns = json.loads(_listing(report))["trajectories"]
+    columns = _block(report, "listing")["trajectories"]
     for fragment, keeps in (
         ("kind=look_at_obj_in_light", lambda row: row["kind"] == "look_at_obj_in_light"),
         ("won=true&from=3&to=5", lambda row: row["won"] and 3 <= row["step"] <= 5),
@@ -149,11 +152,11 @@ def test_the_text_of_turns_is_found(opened: Open, report: Path) -> None:
     text = next(t for t in step.trajectories if t.turns).turns[0].observation[:60].upper()
     page = opened(report, "#tab=trajectories")
     page.wait(ROWS)
-    page.value(f"(i => {{ i.value = {json.dumps(text)}; i.dispatchEvent(new Event('change')); }})"
-               "(document.querySelector('#search'))")  # fmt: skip
-    page.wait("document.querySelector('#count').textContent.startsWith('0 of')")
-    page.click("#search-turns")
-    page.wait("document.querySelector('#count').textContent.startsWith('1 of')")
+    _search(page, text)
+    assert page.value("document.querySelector('#count').textContent").startswith("1 of")
+    for word in ("valid", "false", "observation", "[["):  # how a body is written, not said
+        _search(page, word)
+        assert page.value("document.querySelector('#count').textContent").startswith("0 of"), word
 
 
 def test_a_trajectory_shows_turns_calls_and_shaded_tokens(opened: Open, report: Path) -> None:
@@ -177,8 +180,7 @@ def test_a_trajectory_shows_turns_calls_and_shaded_tokens(opened: Open, report: 
     legend = "document.querySelector('#scale').textContent"
     shades = {}
     for kind in ("advantage", "probability", "gap", "none"):
-        page.value(f"(s => {{ s.value = '{kind}'; s.dispatchEvent(new Event('change')); }})"
-                   "(document.querySelector('.sticky select'))")  # fmt: skip
+        page.value(_set(".sticky select", kind))
         page.wait(f"location.hash.includes('shade={kind}')")
         page.wait("document.querySelector('.tokens')")
         shades[kind] = (page.value(shade), page.value(legend))
@@ -215,7 +217,9 @@ def test_texts_of_models_are_inert(opened: Open, folder: Path) -> None:
     run = made_run(folder / "hostile", steps=1, groups=1, members=1)
     (first,) = read_step(run / "trajectories", 1).trajectories
     harm = "</script></bdi><img src=x onerror='window.harmed=1'><script>window.harmed=1</script>"
-    texts = [harm, "\u202egnp.exe\u202c", "\ud800", "\x00\x1b[2J", *map(hostile_text, range(40))]
+    unseen = "a\u00ad\u200c\u200d\u3164\U000e0041z Ä\\RGER \U0001f41d"
+    texts = [harm, "\u202egnp.exe\u202c", "\ud800", "\x00\x1b[2J", unseen]
+    texts += map(hostile_text, range(39))
     turns = tuple(
         replace(first.turns[0], observation=text, text=text, action=text, tokens=(text,),
                 rollout_logprobs=(-0.5,), old_logprobs=None, advantages=None)
@@ -235,9 +239,18 @@ def test_texts_of_models_are_inert(opened: Open, folder: Path) -> None:
     assert page.value("document.querySelectorAll('main img, main script').length") == 0
     assert page.value("document.querySelector('.said bdi').textContent") == harm
     shown = page.value(
-        "[...document.querySelectorAll('.tokens')].slice(1, 4).map((t) => t.textContent)"
+        "[...document.querySelectorAll('.tokens')].slice(1, 5).map((t) => t.textContent)"
     )
-    assert shown == ["⟦U+202E⟧gnp.exe⟦U+202C⟧", "⟦U+D800⟧", "␀␛[2J"]
+    assert shown == [
+        "⟦U+202E⟧gnp.exe⟦U+202C⟧",
+        "⟦U+D800⟧",
+        "␀␛[2J",
+        "a⟦U+00AD⟧⟦U+200C⟧⟦U+200D⟧⟦U+3164⟧⟦U+E0041⟧z Ä\\RGER \U0001f41d",
+    ]
+    page.click("#back")
+    page.wait("document.querySelector('#search')")
+    _search(page, "ä\\rger \U0001f41d")
+    assert page.value("document.querySelector('#count').textContent").startswith("1 of 1 ")
 
 
 def test_no_other_program_runs_in_the_page(browser: Browser, report: Path) -> None:
@@ -257,7 +270,7 @@ def test_no_other_program_runs_in_the_page(browser: Browser, report: Path) -> No
 def test_ten_thousand_trajectories_are_paged(opened: Open, folder: Path) -> None:
     run = made_run(folder / "large", steps=100, groups=25, members=4, turns=1)
     written = ReportWriter([run], folder / "large.html").write()
-    assert written.num_trajectories == 10_000 and written.num_bytes < 50e6 and not written.notes
+    assert written.num_trajectories == 10_000 and not written.notes
     page = opened(folder / "large.html", "#tab=trajectories&page=199")
     page.wait(ROWS)
     assert page.value(ROWS) == 50
@@ -269,9 +282,10 @@ def test_ten_thousand_trajectories_are_paged(opened: Open, folder: Path) -> None
 
 
 def test_arms_have_bands(opened: Open, folder: Path) -> None:
+    """Runs long enough to be smoothed, with metrics that never change."""
     plain = ("replay.enabled=false",)
-    runs = [made_run(folder / f"a{n}", seed=n, steps=6, recorded=False) for n in range(3)]
-    runs += [made_run(folder / f"b{n}", seed=n, steps=6, gain=0.8, recorded=False, settings=plain)
+    runs = [made_run(folder / f"a{n}", seed=n, steps=60, recorded=False) for n in range(3)]
+    runs += [made_run(folder / f"b{n}", seed=n, steps=60, gain=0.8, recorded=False, settings=plain)
              for n in range(2)]  # fmt: skip
     ReportWriter(runs, folder / "arms.html").write()
     page = opened(folder / "arms.html")
@@ -281,6 +295,8 @@ def test_arms_have_bands(opened: Open, folder: Path) -> None:
     assert keys == ["replay.enabled=True (n = 3)", "replay.enabled=False (n = 2)"]
     page.click("input[type=checkbox]")
     page.wait(f"{chart}.querySelectorAll('.faint').length === 5")
+    _a_constant_is_a_level_line(page)
+    _a_band_that_reaches_below_a_logarithmic_axis_is_whole(page, folder / "arms.html")
     page.click("#tab-trajectories")
     page.wait("document.querySelector('.empty')")
     page.click("#tab-figures")
@@ -291,21 +307,132 @@ def test_arms_have_bands(opened: Open, folder: Path) -> None:
     )
 
 
+def _a_constant_is_a_level_line(page: Page) -> None:
+    chart = "document.querySelector('[data-chart=\"reward/intrinsic\"]')"
+    for is_log in ("false", "true"):
+        assert page.value(f"{chart}.querySelector('.small').ariaPressed") == is_log
+        assert page.value(f"{chart}.querySelectorAll('.grid line').length") in range(2, 9)
+        points = page.value(f"{chart}.querySelector('g:not(.faint) > .line').getAttribute('d')")
+        assert {p.split()[1] for p in re.split("[ML]", points)[1:]} == {"103.0"}, "in the middle"
+        page.value(f"{chart}.querySelector('.small').click()")
+
+
+def _a_band_that_reaches_below_a_logarithmic_axis_is_whole(page: Page, report: Path) -> None:
+    page.value(_set(".tools select", "1"))
+    page.wait("location.hash.includes('smooth=1')")
+    chart = "document.querySelector('[data-chart=\"replay/age_mean\"]')"
+    page.value(f"{chart}.querySelector('.small').click()")
+    shape = page.value(f"[...{chart}.querySelectorAll('.band')].at(-1).getAttribute('d')")
+    points = [point.split() for point in re.split("[ML]", shape.rstrip("Z"))[1:]]
+    low = _block(report, "data")["arms"][1]["bands"]["replay/age_mean"]["low"]
+    lower = points[:59:-1]
+    assert len(points) == 120 and [x for x, _ in lower] == [x for x, _ in points[:60]]
+    below = [height for (_, height), value in zip(lower, low, strict=True) if value <= 0]
+    assert len(below) > 5 and set(below) == {"196.0"}, "the bottom of the paper"
+
+
+def test_the_eleventh_arm_is_told_from_the_first(opened: Open, folder: Path) -> None:
+    runs = [made_run(folder / f"arm{n}", seed=n, steps=60, recorded=False) for n in range(11)]
+    ReportWriter([], folder / "many.html", groups={run.name: [run] for run in runs}).write()
+    page = opened(folder / "many.html")
+    for stroke in (".line", ".key line"):
+        looks = page.value(
+            f"[...document.querySelector('.chart').querySelectorAll('{stroke}')]"
+            ".map((l) => [l.style.stroke, l.style.strokeDasharray])"
+        )
+        assert len(looks) == len({tuple(look) for look in looks}) == 11
+        assert looks[0][0] == looks[10][0], "the colours begin again"
+    _a_constant_is_a_level_line(page)
+
+
 def test_an_open_page_follows_a_run_and_keeps_its_place(opened: Open, folder: Path) -> None:
     run = made_run(folder / "live", steps=3, ended=False)
-    writer = ReportWriter([run], folder / "live.html", reload_s=1)
+    writer = ReportWriter([run], folder / "live.html", reload_s=2)
     writer.write()
     page = opened(folder / "live.html", "#tab=trajectories&won=true&sort=total")
     page.wait(ROWS)
-    before = page.value("document.querySelector('#count').textContent")
+    page.value("(f => { f.focus(); f.value = 'desk'; window.same = true; })"
+               "(document.querySelector('#search'))")  # fmt: skip
     write_step(run / "trajectories", replace(read_step(run / "trajectories", 3), step=4))
     (run / "summary.json").write_text('{"steps": 4}')
     assert writer.write().ended
-    count = "document.querySelector('#count')"
-    page.wait(f"{count} && {count}.textContent !== {json.dumps(before)}")
-    assert page.value("location.hash") == "#tab=trajectories&won=true&sort=total"
-    page.wait(DRAWN)
+    time.sleep(2.5)
+    assert page.value("window.same"), "nothing that is being filled in is lost"
+    before = page.value("document.querySelector('#count').textContent")
+    page.value(_set("#search", "simple"))
+    page.wait(f"!window.same && {DRAWN} && document.querySelector('#count')")
+    assert page.value("document.querySelector('#count').textContent") != before
+    assert page.value("location.hash") == "#tab=trajectories&won=true&sort=total&text=simple"
+    assert page.value("document.activeElement.id") == "search", "a field with the focus goes along"
     assert page.value("document.querySelector('#live')") is None, "it has ended"
+
+
+def test_a_reload_changes_nothing(opened: Open, report: Path) -> None:
+    page = opened(report)
+
+    def reload() -> None:
+        page.value("window.same = true; location.reload()")
+        page.wait(f"!window.same && {DRAWN}")
+
+    chart = "document.querySelector('[data-chart=\"Reward by part\"]')"
+    gap = "document.querySelector('[data-chart=\"Log-prob gap of engine and trainer\"]')"
+    page.value(f"{chart}.querySelector('.key').click()")
+    page.value(f"{gap}.querySelector('.small').click()")
+    page.value(f"{gap}.querySelector('.small').focus()")
+    reload()
+    assert page.value(f"{chart}.querySelector('.key').ariaPressed") == "false"
+    assert page.value(f"{chart}.querySelectorAll('[data-line]').length") == 3
+    assert page.value(f"{gap}.querySelector('.small').ariaPressed") == "false"
+    assert page.value(f"document.activeElement === {gap}.querySelector('.small')")
+    page.click("#tab-trajectories")
+    page.wait(ROWS)
+    _search(page, "desk 1")
+    found = page.value("document.querySelector('#count').textContent")
+    reload()
+    page.wait("document.querySelector('#search-turns').disabled")
+    assert page.value("document.querySelector('#count').textContent") == found
+    page.value("window.same = true")
+    page.go(report.resolve().as_uri())
+    page.wait(f"!window.same && {DRAWN}")
+    assert page.value("document.querySelectorAll('.key[aria-pressed=false]').length") == 0, (
+        "opened anew, it begins anew"
+    )
+
+
+def test_the_focus_goes_on_where_it_was(opened: Open, report: Path) -> None:
+    page = opened(report)
+    focused = "(document.activeElement.id || document.activeElement.dataset.focus)"
+
+    def press(selector: str, then: str) -> str:
+        page.value(f"document.querySelector({json.dumps(selector)}).focus()")
+        page.value("document.activeElement.click()")
+        page.wait(then)
+        found: str = page.value(focused)
+        return found
+
+    assert press("#theme", "location.hash.includes('theme=light')") == "theme"
+    assert press("#tab-trajectories", ROWS) == "tab-trajectories"
+    panel = "document.querySelector('[role=tabpanel]')"
+    assert page.value(f"{panel}.getAttribute('aria-labelledby')") == "tab-trajectories"
+    assert page.value("document.querySelector('#tab-replay').getAttribute('aria-controls')") == (
+        page.value(f"{panel}.id")
+    )
+    labels = page.value("[...document.querySelectorAll('form .field span')].map((s) => "
+                        "s.textContent)")  # fmt: skip
+    assert len(labels) == len(set(labels)) and {"Step to", "Reward to"} <= set(labels)
+    sort, order = "[data-focus='sort by total']", "document.querySelector('[aria-sort]').ariaSort"
+    assert press(sort, "location.hash.includes('sort=total')") == "sort by total"
+    assert page.value(order) == "descending"
+    assert press(sort, "location.hash.includes('order=up')") == "sort by total"
+    assert page.value(order) == "ascending"
+    assert page.value("document.querySelectorAll('[aria-sort]').length") == 1
+    below = ".pager:last-child [data-focus={}]"
+    assert press(below.format("next"), "location.hash.includes('page=1')") == "next"
+    assert page.value("document.activeElement.closest('.pager').matches(':last-child')")
+    assert press(below.format("last"), "location.hash.includes('page=5')") == "previous", (
+        "the last page has no next one"
+    )
+    assert press("a.open", "document.querySelector('#next, #previous')") == "view"
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -324,14 +451,25 @@ def _press(page: Page, text: str) -> None:
     page.wait("document.querySelector('.where').textContent.startsWith('page 2')")
 
 
-def _listing(report: Path) -> str:
-    """The listing of a report, as text."""
-    import base64
-    import gzip
-    import re
+def _block(report: Path, name: str) -> Any:
+    """A block of a report's data."""
+    found = re.search(rf'id="{name}">([^<]*)<', report.read_text(encoding="utf-8"))
+    assert found
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
 
-    found: Any = re.search(r'id="listing">([^<]*)<', report.read_text(encoding="utf-8"))
-    return gzip.decompress(base64.b64decode(found[1])).decode()
+
+def _set(selector: str, value: str) -> str:
+    """A script that gives a field a value, as its reader would."""
+    return (f"(f => {{ f.value = {json.dumps(value)}; f.dispatchEvent(new Event('change')); }})"
+            f"(document.querySelector({json.dumps(selector)}))")  # fmt: skip
+
+
+def _search(page: Page, text: str) -> None:
+    """Look for a text in the list, then in the turns too."""
+    page.value(_set("#search", text))
+    page.wait("document.querySelector('#count').textContent.startsWith('0 of')")
+    page.click("#search-turns")
+    page.wait("document.querySelector('#search-turns').disabled")
 
 
 def _number(value: float | None) -> str:

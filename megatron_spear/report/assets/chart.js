@@ -4,10 +4,24 @@ const HEIGHT = 230;
 const MARGIN = { left: 52, right: 12, top: 10, bottom: 34 };
 const NUM_COLOURS = 10;
 const MARKED_BELOW = 40;
+
+/** What a reader did to charts, by their keys: lines hidden (labels), axes switched (true = log). */
 const hidden = new Map();
 const isLog = new Map();
 
 const colour = (place) => `var(--line-${place % NUM_COLOURS})`;
+
+/** Dashes of a line: each ten lines with the same colours have their own. */
+const DASHES = ['none', '7 3', '2 2.5', '9 3 2 3'];
+const dashes = (place) => DASHES[Math.floor(place / NUM_COLOURS) % DASHES.length];
+
+/** What a line looks like, for the legend. */
+const sampleOf = (place) => {
+  const stroke = draw('line', { x1: 0, x2: 22, y1: 3, y2: 3 });
+  stroke.style.stroke = colour(place);
+  stroke.style.strokeDasharray = dashes(place);
+  return draw('svg', { class: 'sample', width: 22, height: 6, 'aria-hidden': 'true' }, stroke);
+};
 
 /** A chart of spec = {key, title, unit, note, log, from_zero, stacked, lines}.
  *
@@ -20,17 +34,18 @@ const chartOf = (spec) => {
   const remark = make('p', { class: 'note' });
   const isShare = spec.unit.startsWith('share');
   const canLog = !spec.stacked && !isShare && spec.lines.some((line) => line.values.some((value) => value > 0));
-  if (!isLog.has(spec.key)) isLog.set(spec.key, spec.log && canLog);
+  const isLogged = () => Boolean(canLog && (isLog.get(spec.key) ?? spec.log));
   const log = make('button', {
     class: 'small',
     type: 'button',
     text: 'log',
     title: 'logarithmic axis',
-    'aria-pressed': isLog.get(spec.key),
+    'aria-pressed': String(isLogged()),
+    'data-focus': `${spec.key}, log`,
     on: {
       click: () => {
-        isLog.set(spec.key, !isLog.get(spec.key));
-        log.setAttribute('aria-pressed', isLog.get(spec.key));
+        isLog.set(spec.key, !isLogged());
+        log.setAttribute('aria-pressed', isLogged());
         paint();
       },
     },
@@ -40,10 +55,10 @@ const chartOf = (spec) => {
     const shownLines = spec.lines.filter((line) => !off.has(line.label));
     const isFocused = paper.contains(document.activeElement);
     const step = cursor?.step();
-    const painted = paintChart(paper, spec, shownLines, isLog.get(spec.key));
+    const painted = paintChart(paper, spec, shownLines, isLogged());
     const { left } = painted;
     cursor = painted.cursor;
-    if (isFocused) paper.querySelector('svg')?.focus({ preventScroll: true });
+    if (isFocused) paper.querySelector('.drawing')?.focus({ preventScroll: true });
     cursor?.moveTo(step);
     const words = [spec.note, left ? `${left} values at or below 0 are not drawn.` : ''];
     remark.textContent = words.filter(Boolean).join(' ');
@@ -52,11 +67,11 @@ const chartOf = (spec) => {
   for (const [label, line] of labels) {
     const button = make(
       'button',
-      { type: 'button', class: 'key', 'aria-pressed': !off.has(label), title: 'show or hide' },
-      make('i', {}),
+      { type: 'button', class: 'key', 'aria-pressed': String(!off.has(label)), title: 'show or hide',
+        'data-focus': `${spec.key}: ${label}` },
+      sampleOf(line.place),
       quoted(label),
     );
-    button.firstChild.style.background = colour(line.place);
     button.addEventListener('click', () => {
       if (!off.delete(label)) off.add(label);
       button.setAttribute('aria-pressed', !off.has(label));
@@ -99,6 +114,7 @@ const paintChart = (paper, spec, lines, log) => {
   const y = axisOf({ low, high, start: HEIGHT - MARGIN.bottom, end: MARGIN.top, log });
   const svg = draw('svg', {
     viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT, tabindex: 0, role: 'img',
+    class: 'drawing', 'data-focus': `${spec.key}, drawing`,
     'aria-label': `${spec.title}, ${lines.length} lines over steps ${steps[0]} to ${steps[1]}. `
       + 'Arrow keys move the cursor.',
   });
@@ -149,9 +165,14 @@ const drawLine = (line, x, y, fits, spec) => {
   const points = (values) =>
     thinned(values).map((p) =>
       (fits(values[p]) ? [x.at(line.steps[p]), inside(y.at(values[p]))] : null));
-  const closed = (upper, lower) => `${pathThrough([...upper, ...lower.reverse()].filter(Boolean))}Z`;
+  // What a logarithmic axis has no place for lies below its bottom.
+  const edge = (values) =>
+    thinned(values).map((p) => [x.at(line.steps[p]),
+      fits(values[p]) ? inside(y.at(values[p])) : HEIGHT - MARGIN.bottom]);
+  const closed = (upper, lower) => `${pathThrough([...upper, ...lower.reverse()])}Z`;
   const paint = (shape, name) => {
     shape.style[name] = colour(line.place);
+    if (name === 'stroke') shape.style.strokeDasharray = dashes(line.place);
     group.append(shape);
   };
   if (spec.stacked) {
@@ -159,7 +180,7 @@ const drawLine = (line, x, y, fits, spec) => {
     const top = line.steps.map((step, p) => [x.at(step), y.at(line.values[p])]);
     paint(draw('path', { class: 'area', d: closed(top, bottom) }), 'fill');
   } else if (line.low && line.low[0] !== null) {
-    paint(draw('path', { class: 'band', d: closed(points(line.high), points(line.low)) }), 'fill');
+    paint(draw('path', { class: 'band', d: closed(edge(line.high), edge(line.low)) }), 'fill');
   }
   if (line.raw) paint(draw('path', { class: 'raw', d: pathThrough(points(line.raw)) }), 'stroke');
   const drawn = points(line.values);

@@ -37,27 +37,37 @@ const bodyOf = async (row) => {
   return JSON.parse(lines[row.line]);
 };
 
-/** Text as it stands in a chunk, which is JSON in ASCII and told apart by no case. */
-const needleOf = (text) =>
-  JSON.stringify(text.toLowerCase())
-    .slice(1, -1)
-    .replace(/[\u007f-\uffff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, '0')}`);
+/** All texts of a body: what was asked, said, sampled, done and called. */
+function* textsOf(body) {
+  yield body.prompt;
+  yield body.error;
+  for (const turn of body.turns) {
+    yield turn.observation;
+    yield turn.text;
+    yield turn.action;
+    for (const [name, given] of turn.calls) {
+      yield name;
+      yield given;
+    }
+  }
+}
 
-/** A chunk's lines in lower case. */
-const lowered = (line) =>
-  line.replace(/\\u([0-9a-f]{4})/g, (escape, hex) => {
-    const lower = String.fromCharCode(parseInt(hex, 16)).toLowerCase();
-    return lower.length === 1 ? `\\u${lower.charCodeAt(0).toString(16).padStart(4, '0')}` : escape;
-  }).toLowerCase();
+/** Whether a text of the body holds `lowered`, a text in lower case. */
+const holds = (body, lowered) => {
+  for (const text of textsOf(body)) {
+    if (text.toLowerCase().includes(lowered)) return true;
+  }
+  return false;
+};
 
-/** The set of "chunk:line" whose turns hold the text; reads a chunk at a time. */
+/** The set of "chunk:line" whose turns hold the text in any case; reads a chunk at a time. */
 const searchBodies = async (text, numChunks, progress, isStopped) => {
-  const needle = needleOf(text);
+  const lowered = text.toLowerCase();
   const found = new Set();
   for (let chunk = 0; chunk < numChunks && !isStopped(); chunk += 1) {
     const lines = (await unpack(`chunk-${chunk}`)).split('\n');
     lines.forEach((line, place) => {
-      if (lowered(line).includes(needle)) found.add(`${chunk}:${place}`);
+      if (holds(JSON.parse(line), lowered)) found.add(`${chunk}:${place}`);
     });
     progress(chunk + 1);
   }

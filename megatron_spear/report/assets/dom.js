@@ -26,9 +26,11 @@ const fill = (element, props, children) => {
   return element;
 };
 
-const code = (character) => `⟦U+${character.charCodeAt(0).toString(16).toUpperCase().padStart(4, '0')}⟧`;
-const HIDDEN = /[\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]/g;
-const LONE = /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+const code = (character) => `⟦U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, '0')}⟧`;
+
+/** Controls, separators and marks without a shape, joiners, fillers, tags; half a surrogate pair. */
+const HIDDEN =
+  /[\u007f-\u009f\u2028\u2029\ufff9-\ufffb\p{Default_Ignorable_Code_Point}\p{Surrogate}]/gu;
 const CONTROL = /[\u0000-\u0008\u000b-\u001f]/g;
 
 /** A model's text for the eye: what would be invisible or turn the line around is spelled out. */
@@ -36,8 +38,7 @@ const shown = (text) =>
   String(text)
     .replace(/\r\n/g, '␍\n')
     .replace(CONTROL, (character) => String.fromCharCode(0x2400 + character.charCodeAt(0)))
-    .replace(HIDDEN, code)
-    .replace(LONE, code);
+    .replace(HIDDEN, code);
 
 /** A model's text as an element that keeps its direction to itself. */
 const quoted = (text, style = '') => make('bdi', { class: style, text: shown(text) });
@@ -63,7 +64,7 @@ const chooser = (label, options, chosen, change) =>
     make('span', { text: label }),
     make(
       'select',
-      { on: { change: (event) => change(event.target.value) } },
+      { 'data-focus': label, on: { change: (event) => change(event.target.value) } },
       options.map(([value, text]) =>
         make('option', { value, selected: String(value) === String(chosen), text: shown(text) }),
       ),
@@ -79,6 +80,8 @@ const entry = (label, type, value, change, extra = {}) =>
     make('input', {
       type,
       value,
+      'data-taken': value,
+      'data-focus': label,
       ...extra,
       on: { change: (event) => change(event.target.value) },
     }),
@@ -89,16 +92,27 @@ const tick = (label, checked, change) =>
   make(
     'label',
     { class: 'tick' },
-    make('input', { type: 'checkbox', checked, on: { change: (e) => change(e.target.checked) } }),
+    make('input', {
+      type: 'checkbox',
+      checked,
+      'data-focus': label,
+      on: { change: (event) => change(event.target.checked) },
+    }),
     make('span', { text: label }),
   );
 
-/** A table of plain texts and elements; on a phone each row is a card. */
+const headCell = (head) =>
+  make('th', { scope: 'col', 'aria-sort': head.dataset?.sort ?? null }, head);
+
+/** A table of plain texts and elements; on a phone each row is a card.
+ *
+ * A head whose data-sort is ascending or descending says so of its column.
+ */
 const table = (heads, rows, style = '') =>
   make(
     'table',
     { class: style },
-    make('thead', {}, make('tr', {}, heads.map((head) => make('th', { scope: 'col' }, head)))),
+    make('thead', {}, make('tr', {}, heads.map(headCell))),
     make(
       'tbody',
       {},

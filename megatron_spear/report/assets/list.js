@@ -6,10 +6,13 @@ const SORTS = [
   ['tokens', 'tokens'], ['calls', 'tool calls'], ['won', 'won'],
 ];
 const FILTERS = ['run', 'from', 'to', 'kind', 'status', 'won', 'low', 'high', 'mark', 'replayed', 'text'];
-const search = { text: '', hits: null, done: 0, run: 0 };
+const search = { text: '', hits: null, run: 0 };
+
+/** Whether the present text was looked for in the turns too. */
+const isSearched = () => Boolean(search.hits) && search.text === (state.text || '');
 
 const chosenRows = (linked) =>
-  selectRows(linked, state, search.text === (state.text || '') ? search.hits : null);
+  selectRows(linked, state, isSearched() ? search.hits : null);
 
 /** A filter's change goes back to the first page. */
 const filterBy = (name) => (value) => change({ [name]: value, page: '' });
@@ -27,12 +30,12 @@ const filterFields = (data, linked) => {
       ? chooser('Run', [['', 'any'], ...runs], state.run || '', filterBy('run'))
       : null,
     entry('Step from', 'number', state.from || '', filterBy('from'), { ...size, placeholder: steps[0] }),
-    entry('to', 'number', state.to || '', filterBy('to'), { ...size, placeholder: steps[1] }),
+    entry('Step to', 'number', state.to || '', filterBy('to'), { ...size, placeholder: steps[1] }),
     chooser('Kind', any(distinct(c.kind)), state.kind || '', filterBy('kind')),
     chooser('Won', [['', 'any'], ['true', 'won'], ['false', 'lost']], state.won || '', filterBy('won')),
     chooser('Ended', any(distinct(c.status)), state.status || '', filterBy('status')),
     entry('Reward from', 'number', state.low || '', filterBy('low'), { step: 'any' }),
-    entry('to', 'number', state.high || '', filterBy('high'), { step: 'any' }),
+    entry('Reward to', 'number', state.high || '', filterBy('high'), { step: 'any' }),
     chooser('Replayed', [['', 'any'], ['yes', 'later'], ['no', 'never']], state.replayed || '',
       filterBy('replayed')),
     chooser('Marks', [['', 'any or none'], ['any', 'some'], ...distinct(c.marks).map((m) => [m, m])],
@@ -46,15 +49,15 @@ const filterFields = (data, linked) => {
 const searchButton = (linked) => {
   const text = state.text || '';
   if (!text) return null;
-  const done = search.text === text && search.hits;
+  const done = isSearched();
   const button = make('button', {
     type: 'button',
     id: 'search-turns',
-    disabled: Boolean(done),
+    disabled: done,
     text: done ? 'searched in turns' : 'search in turns too',
   });
   button.addEventListener('click', async () => {
-    search.run += 1;
+    Object.assign(search, { text, hits: null, run: search.run + 1 });
     const mine = search.run;
     const stopped = () => search.run !== mine || state.text !== text;
     const progress = (chunk) => {
@@ -62,7 +65,7 @@ const searchButton = (linked) => {
     };
     const hits = await searchBodies(text, linked.numChunks, progress, stopped);
     if (stopped()) return;
-    Object.assign(search, { text, hits });
+    search.hits = hits;
     render();
   });
   return button;
@@ -74,7 +77,14 @@ const sortHead = ([name, label]) => {
   const arrow = active ? (down ? ' ↓' : ' ↑') : '';
   const click = () =>
     change({ sort: name, order: active && down ? 'up' : 'down', page: '' });
-  return make('button', { type: 'button', class: 'head', text: label + arrow, on: { click } });
+  return make('button', {
+    type: 'button',
+    class: 'head',
+    text: label + arrow,
+    'data-sort': active ? (down ? 'descending' : 'ascending') : null,
+    'data-focus': `sort by ${name}`,
+    on: { click },
+  });
 };
 
 const badge = (text, style) => make('span', { class: `badge ${style}`, text });
@@ -93,7 +103,7 @@ const listRow = (data, linked, place) => {
   return [
     make('span', {}, String(row.step),
       data.runs.length > 1 ? make('small', {}, ' ', quoted(data.runs[row.run].name)) : null),
-    make('a', { href: linkTo({ tab: 'trajectories', open }), class: 'open' },
+    make('a', { href: linkTo({ tab: 'trajectories', open }), class: 'open', 'data-focus': open },
       quoted(`${row.prompt} · ${row.member}`)),
     row.won ? badge('won', 'good') : badge('lost', ''),
     quoted(row.status.replaceAll('_', ' ')),
@@ -110,7 +120,13 @@ const pager = (numRows, page) => {
   const pages = Math.max(1, Math.ceil(numRows / PAGE));
   const go = (to) => change({ page: to > 0 ? String(to) : '' });
   const button = (text, to, enabled) =>
-    make('button', { type: 'button', text, disabled: !enabled, on: { click: () => go(to) } });
+    make('button', {
+      type: 'button',
+      text,
+      disabled: !enabled,
+      'data-focus': text,
+      on: { click: () => go(to) },
+    });
   return make(
     'div',
     { class: 'pager' },
@@ -151,7 +167,8 @@ const listTab = (data, linked) => {
     make('span', { id: 'count', text: `${chosen.length.toLocaleString('en')} of `
       + `${linked.rows.count.toLocaleString('en')} recorded trajectories` }),
     active.length
-      ? make('button', { type: 'button', class: 'small', text: 'all', on: { click: clear } })
+      ? make('button', { type: 'button', class: 'small', text: 'all', 'data-focus': 'all',
+        on: { click: clear } })
       : null);
   return [
     ...notesOf(linked),

@@ -1,4 +1,4 @@
-// Puts the parts together, answers the keyboard, follows a run that goes on.
+// Puts the parts together and answers the keyboard.
 
 const byId = (id) => document.getElementById(id);
 
@@ -29,6 +29,7 @@ const tabsOf = (data) =>
       role: 'tab',
       id: `tab-${name}`,
       href: linkTo({ tab: name, open: '', page: '' }),
+      'aria-controls': 'view',
       'aria-selected': String((state.tab || 'curves') === name),
       text: label,
     }));
@@ -41,11 +42,10 @@ const show = async (data, listing) => {
   const mine = drawing;
   hideTip();
   document.documentElement.dataset.theme = state.theme || '';
-  const fields = () => [...byId('view').querySelectorAll('input, select, button.head')];
-  const focus = fields().indexOf(document.activeElement);
-  byId('top').replaceChildren(...header(data));
-  byId('tabs').replaceChildren(...tabsOf(data));
   const tab = state.tab || 'curves';
+  refill(byId('top'), header(data));
+  refill(byId('tabs'), tabsOf(data));
+  byId('view').setAttribute('aria-labelledby', `tab-${tab}`);
   let parts = [];
   if (tab === 'curves') {
     parts = [data.arms.length ? null : summaryOf(data), ...curvesTab(data)];
@@ -57,8 +57,7 @@ const show = async (data, listing) => {
       : state.open ? await trajectoryTab(data, linked, state.open) : listTab(data, linked);
   }
   if (mine !== drawing) return;
-  byId('view').replaceChildren(...parts.filter(Boolean));
-  fields()[focus]?.focus();
+  refill(byId('view'), parts.filter(Boolean));
 };
 
 const summaryOf = (data) => (data.runs[0].summary.length ? summaryTable(data.runs[0]) : null);
@@ -70,10 +69,10 @@ const failed = (error) => {
   throw error;
 };
 
-const isTyping = (target) => /^(INPUT|SELECT|TEXTAREA)$/.test(target.tagName);
+const takesKeys = (target) => target.matches('select, input:not([type=checkbox])');
 
 const answerKey = (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || isTyping(event.target)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || takesKeys(event.target)) return;
   const clicks = { j: 'next', k: 'previous', Escape: 'back' };
   if (clicks[event.key]) byId(clicks[event.key])?.click();
   if (event.key === '/' && byId('search')) {
@@ -84,18 +83,6 @@ const answerKey = (event) => {
   const at = tabs.indexOf(document.activeElement);
   const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (at >= 0 && by) tabs[(at + by + tabs.length) % tabs.length].focus();
-};
-
-/** A run that goes on: load the file anew now and then, unless the reader says wait. */
-const follow = (data) => {
-  if (!data.reload_s) return;
-  const wait = tick('wait', state.wait === '1', (on) => change({ wait: on ? '1' : '' }));
-  byId('foot').prepend(
-    make('p', { id: 'live', text: `Loads itself anew every ${number(data.reload_s)} s. ` }, wait),
-  );
-  setInterval(() => {
-    if (state.wait !== '1' && !document.hidden && !isTyping(document.activeElement)) reload();
-  }, data.reload_s * 1000);
 };
 
 const ready = () =>
@@ -115,13 +102,15 @@ const start = async () => {
   };
   addEventListener('popstate', move);
   document.addEventListener('keydown', answerKey);
-  const y = scrollBefore();
+  addEventListener('pagehide', keepPlace);
+  const kept = placeBefore();
+  if (kept) restoreCharts(kept);
   await show(data, listing);
   performance.mark('drawn');
   byId('foot').append(make('p', { text: 'Keys: / search, j and k next and previous trajectory, Esc '
     + 'back to the list, arrows move the cursor of a chart or along tokens.' }));
   follow(data);
-  scrollTo(0, y);
+  if (kept) restorePlace(kept);
 };
 
 start().catch(failed);

@@ -58,7 +58,7 @@ const replayTab = (data, linked) => {
     make('form', { class: 'tools', on: { submit: (event) => event.preventDefault() } },
       runs.length > 1 ? chooser('Run', [['', 'any'], ...runs], state.run || '', filterBy('run')) : null,
       entry('Step from', 'number', state.rfrom || '', filterBy('rfrom'), { placeholder: steps[0] }),
-      entry('to', 'number', state.rto || '', filterBy('rto'), { placeholder: steps[1] })),
+      entry('Step to', 'number', state.rto || '', filterBy('rto'), { placeholder: steps[1] })),
     make('div', { class: 'row' },
       make('p', { class: 'count', id: 'count', text: `${places.length.toLocaleString('en')} of `
         + `${replays.count.toLocaleString('en')} replayed rows` }),

@@ -1,15 +1,17 @@
 // From values to places on the paper, and the ticks between.
 
+const MAX_TICKS = 100;
+
 /** Steps of 1, 2 or 5 times a power of ten that lie in low..high; about `wanted` of them. */
 const linearTicks = (low, high, wanted, whole = false) => {
   const raw = (high - low) / Math.max(1, wanted);
   const power = 10 ** Math.floor(Math.log10(raw));
   let step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= raw * 0.999);
   if (whole) step = Math.max(1, Math.round(step));
+  const first = Math.ceil(low / step - 1e-9);
+  const count = Math.floor(high / step + 1e-9) - first + 1;
   const ticks = [];
-  for (let at = Math.ceil(low / step - 1e-9) * step; at <= high + step * 1e-9; at += step) {
-    ticks.push(Math.abs(at) < step * 1e-9 ? 0 : at);
-  }
+  for (let tick = 0; tick < Math.min(count, MAX_TICKS); tick += 1) ticks.push((first + tick) * step);
   return ticks;
 };
 
@@ -23,10 +25,13 @@ const logTicks = (low, high, wanted) => {
   return ticks;
 };
 
-/** An axis from low..high to start..end: {at(value), ticks}. */
+/** Whether low..high is one value, but for the rounding of sums. */
+const isFlat = (low, high) => high - low <= 1e-9 * Math.max(Math.abs(low), Math.abs(high));
+
+/** An axis from low..high to start..end: {at(value), ticks}. A flat one gets room on both sides. */
 const axisOf = ({ low, high, start, end, log = false, wanted = 5, whole = false }) => {
   if (log) {
-    const [a, b] = low === high ? [low / 2, high * 2] : [low, high];
+    const [a, b] = isFlat(low, high) ? [low / 2, high * 2] : [low, high];
     const [from, to] = [Math.log10(a), Math.log10(b)];
     const scale = (end - start) / (to - from);
     const powers = logTicks(a, b, wanted);
@@ -35,7 +40,7 @@ const axisOf = ({ low, high, start, end, log = false, wanted = 5, whole = false 
       ticks: powers.length > 1 ? powers : linearTicks(a, b, wanted).filter((tick) => tick > 0),
     };
   }
-  const pad = low === high ? Math.abs(low) * 0.1 || 1 : 0;
+  const pad = isFlat(low, high) ? Math.abs(low) * 0.1 || 1 : 0;
   const [from, to] = [low - pad, high + pad];
   const scale = (end - start) / (to - from);
   return {

@@ -1,14 +1,14 @@
 // Lines of numbers: smoothing, thinning, stacking.
 
-/** Mean of the last `window` values at each place, of fewer at the start. */
-const movingAverage = (values, window) => {
-  let total = 0;
-  return values.map((value, place) => {
-    total += value;
-    if (place >= window) total -= values[place - window];
-    return total / Math.min(place + 1, window);
+/** Mean of the last `window` values at each place, of fewer at the start.
+ *
+ * Each window is summed for itself: a sum that goes on would carry its rounding along.
+ */
+const movingAverage = (values, window) =>
+  values.map((_, place) => {
+    const last = values.slice(Math.max(0, place + 1 - window), place + 1);
+    return last.reduce((total, value) => total + value, 0) / last.length;
   });
-};
 
 /** A line with smoothed values (and band), and what was measured as `raw`. */
 const smoothed = (line, window) => {

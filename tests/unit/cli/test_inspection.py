@@ -64,7 +64,7 @@ def test_wrong_words_show_the_usage(words: list[str], capsys: pytest.CaptureFixt
     assert "usage: megatron-spear inspect" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+def test_output_that_nobody_reads_ends_as_that_of_any_command(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
     line = [sys.executable, "-m", "megatron_spear.cli.main", "inspect", "plot", ".", "--list"]
     with subprocess.Popen(
@@ -73,7 +73,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     ) as process:  # fmt: skip
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
-        assert (process.wait(120), process.stderr.read()) == (0, "")
+        told = "stopped: nobody reads the output any more\n"
+        assert (process.wait(120), process.stderr.read()) == (141, told)
 
 
 def test_the_module_hides_none_of_pythons(tmp_path: Path) -> None:

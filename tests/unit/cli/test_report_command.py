@@ -36,6 +36,13 @@ def test_several_runs_have_it_here(
     assert (tmp_path / "report.html").is_file() and (tmp_path / "named.html").is_file()
 
 
+def test_the_folder_of_the_file_is_made(run: Path, tmp_path: Path) -> None:
+    assert report.run([str(run), "--out", str(tmp_path / "a" / "b" / "x.html")]) == 0
+    assert (tmp_path / "a" / "b" / "x.html").is_file()
+    with pytest.raises(ConfigError, match=r"config\.yaml is a file, expected a folder"):
+        report.run([str(tmp_path), "--out", str(run / "config.yaml" / "x.html")])
+
+
 def test_what_is_left_out_is_told(run: Path, capsys: Told) -> None:
     (run / "trajectories" / "step-00000002.jsonl.gz").write_bytes(b"")
     assert report.run([str(run)]) == 0

@@ -57,6 +57,11 @@ def test_a_missing_example_is_explained(tmp_path: Path, monkeypatch: pytest.Monk
     assert "examples copy" not in str(other.value)
 
 
+def test_a_list_takes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"got the folder .*; `megatron-spear examples copy "):
+        main.run(["examples", "list", str(tmp_path)])
+
+
 def test_the_list_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["examples"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -267,7 +267,7 @@ def test_the_job_scripts_are_current() -> None:
     assert set((ROOT / "slurm/paper").iterdir()) == set(scripts)
     for place, text in scripts.items():
         assert place.read_text(encoding="utf-8") == text, "run python tools/paper_plans.py"
-    subprocess.run(["bash", "-n", str(place)], check=True, timeout=10)
+        subprocess.run(["bash", "-n", str(place)], check=True, timeout=10)
 
 
 def test_one_command_submits_a_run(tmp_path: Path) -> None:

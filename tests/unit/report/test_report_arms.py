@@ -52,3 +52,11 @@ def test_settings_of_another_version_still_group(tmp_path: Path) -> None:
             file.write("gone: {in: later}\n")
     (arm,) = arms_of([read_run(tmp_path / "x"), read_run(tmp_path / "y")], {})
     assert arm.runs == (0, 1) and arm.differing == {}
+
+
+def test_runs_without_settings_are_not_averaged(tmp_path: Path) -> None:
+    folders = [made_run(tmp_path / name, steps=1, recorded=False) for name in ("x", "y")]
+    for folder in folders:
+        (folder / "config.yaml").unlink()
+    arms = arms_of([read_run(folder) for folder in folders], {})
+    assert [(arm.name, arm.runs) for arm in arms] == [("x", (0,)), ("y", (1,))]

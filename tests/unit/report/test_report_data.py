@@ -92,6 +92,13 @@ def test_every_replayed_row_is_there(run: Path, report: Any) -> None:
     assert place == len(columns["at"]) == 4 * 11
 
 
+def test_the_page_reads_what_it_has_of_a_step(report: Any) -> None:
+    (program,) = re.findall(r"<script>(.*?)</script>", report.html, re.DOTALL)
+    assert len(report.listing["steps"]) == 12
+    for name in report.listing["steps"][0]:
+        assert re.search(rf"\b(s|step)\.{name}\b", program), name
+
+
 def test_the_page_asks_for_nothing_and_runs_its_own_program_only(report: Any) -> None:
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', report.html)
     assert policy and policy[1].startswith("default-src 'none'; script-src 'sha256-")
@@ -150,6 +157,30 @@ def test_a_run_that_only_began_has_a_report(tmp_path: Path, read_report: Read) -
     written = ReportWriter([run], tmp_path / "report.html").write()
     assert (written.num_trajectories, written.notes) == (0, ())
     assert read_report(tmp_path / "report.html").data["charts"] == []
+
+
+@pytest.mark.parametrize("section", ["", "{}", "3"])
+def test_a_run_with_an_empty_section_has_a_report(
+    tmp_path: Path, read_report: Read, section: str
+) -> None:
+    run = made_run(tmp_path / "run", steps=1, recorded=False)
+    (run / "config.yaml").write_text(f"run: {section}\n")
+    ReportWriter([run], tmp_path / "report.html").write()
+    (found,) = read_report(tmp_path / "report.html").data["runs"]
+    assert (found["title"], found["seed"], found["planned_steps"]) == ("run", None, None)
+
+
+def test_numbers_that_are_not_finite_count_as_not_there(tmp_path: Path, read_report: Read) -> None:
+    run = made_run(tmp_path / "run", steps=1, recorded=False)
+    (run / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 5.0, "reward/mean": 0.5, "loss/policy": NaN}\n'
+        '{"step": 2, "time": Infinity, "reward/mean": NaN, "optimizer/grad_norm": -Infinity, '
+        '"rollout/action_tokens": NaN, "time/rollout_s": 2.0}\n'
+    )
+    ReportWriter([run], tmp_path / "report.html").write()
+    (found,) = read_report(tmp_path / "report.html").data["runs"]
+    assert found["metrics"] == {"reward/mean": [[1], [0.5]], "time/rollout_s": [[2], [2.0]]}
+    assert found["last_time"] == 5.0
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import gzip
 import json
 import re
+import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 
 from megatron_spear.errors import ConfigError
 from megatron_spear.report import keeping
-from megatron_spear.report.write import ReportWriter
+from megatron_spear.report.runs import read_run
+from megatron_spear.report.write import MAX_BYTES, ReportWriter
 from megatron_spear.testing.hostile_texts import hostile_text
 from megatron_spear.testing.recorded_runs import made_run
 from megatron_spear.tracking.recorded import RecordedStep
@@ -20,6 +23,19 @@ from megatron_spear.tracking.recorded_files import read_step, step_file, write_s
 from megatron_spear.types import ToolCall
 
 Read = Callable[[Path], Any]
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps whose files are read, in order."""
+    found: list[int] = []
+
+    def noted(folder: Path, step: int) -> RecordedStep:
+        found.append(step)
+        return read_step(folder, step)
+
+    monkeypatch.setattr(keeping, "read_step", noted)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +71,22 @@ def test_newest_and_best_are_kept_below_the_limit(run: Path, read_report: Read) 
     assert note.startswith(f"{left_out:,} of 320 listed trajectories are here without their turns")
 
 
+def test_ten_thousand_trajectories_fit(tmp_path: Path) -> None:
+    """Of 7 to 14 turns, by what a step of a hundred adds. Their log-probs are drawn evenly, which
+    compresses worse than a model's."""
+    sizes = [
+        ReportWriter(
+            [made_run(tmp_path / f"{steps}", steps=steps, groups=25, turns=14)],
+            tmp_path / f"{steps}.html",
+        ).write()
+        for steps in (1, 2)
+    ]
+    assert [written.num_trajectories for written in sizes] == [100, 200]
+    added = sizes[1].num_bytes - sizes[0].num_bytes
+    assert 10e6 < sizes[0].num_bytes + 99 * added < MAX_BYTES
+    assert added > 100 * 1000, "their turns are there"
+
+
 def test_a_limit_that_the_curves_alone_exceed_is_refused(run: Path) -> None:
     with pytest.raises(ConfigError, match=r"curves and list alone take .* MB; raise --max-mb"):
         ReportWriter([run], run.parent / "small.html", max_bytes=50_000).write()
@@ -62,11 +94,14 @@ def test_a_limit_that_the_curves_alone_exceed_is_refused(run: Path) -> None:
 
 
 def test_a_list_that_is_too_long_loses_its_oldest_steps(
-    run: Path, read_report: Read, monkeypatch: pytest.MonkeyPatch
+    run: Path, read_report: Read, read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeping, "MAX_ROWS", 100)
     out = run.parent / "short.html"
-    written = ReportWriter([run], out).write()
+    writer = ReportWriter([run], out)
+    written = writer.write()
+    assert writer.write().notes == written.notes
+    assert read == [20, 19, 18, 17, 16, 15], "no more than it takes to fill the list"
     assert set(read_report(out).listing["trajectories"]["step"]) == {16, 17, 18, 19, 20}
     assert "The list begins with step 16" in written.notes[0]
     assert "15 older recorded steps are not in it" in written.notes[0]
@@ -80,22 +115,54 @@ def test_a_damaged_file_is_named_and_costs_its_step_only(tmp_path: Path, read_re
     assert set(read_report(tmp_path / "report.html").listing["trajectories"]["step"]) == {1, 3}
 
 
-def test_steps_are_read_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_report: Read
+def test_memory_grows_with_the_limit_and_not_with_the_run(run: Path) -> None:
+    limit, read_now = 40_000, read_run(run)
+    reader = keeping.StepReader(limit)
+    tracemalloc.start()
+    try:
+        assert len(reader.read([read_now])) == 20
+        packed = tracemalloc.take_snapshot().filter_traces(
+            [tracemalloc.Filter(True, gzip.__file__)]
+        )
+    finally:
+        tracemalloc.stop()
+    held = sum(trace.size for trace in packed.traces)
+    on_disk = sum(path.stat().st_size for path in (run / "trajectories").iterdir())
+    assert limit < held <= 2 * limit * 3 / 4 < on_disk / 4, "whole steps, and the best of steps"
+
+
+def test_a_run_that_goes_on_or_back_has_the_report_of_a_new_writer(
+    run: Path, tmp_path: Path, read_report: Read
 ) -> None:
+    """What is kept for the next time is enough, also where a resumed run takes steps back."""
+    going, files = tmp_path / "going", run / "trajectories"
+    shutil.copytree(run, going, ignore=shutil.ignore_patterns("trajectories"))
+    (going / "trajectories").mkdir()
+    writer = ReportWriter([going], tmp_path / "going.html", max_bytes=260_000)
+    kept = []
+    for last in (8, 14, 20, 9, 4, 20):
+        for step in range(1, 21):
+            step_file(going / "trajectories", step).unlink(missing_ok=True)
+            if step <= last:
+                shutil.copy2(step_file(files, step), going / "trajectories")
+        notes = writer.write().notes
+        fresh = ReportWriter([going], tmp_path / "fresh.html", max_bytes=260_000)
+        assert fresh.write().notes == notes
+        one, other = (read_report(tmp_path / name) for name in ("going.html", "fresh.html"))
+        assert one.listing == other.listing
+        assert one.blocks.keys() == other.blocks.keys()
+        assert all(one.blocks[k] == other.blocks[k] for k in one.blocks if k.startswith("chunk"))
+        kept.append(len({c for c in one.listing["trajectories"]["chunk"] if c >= 0}))
+    assert len(set(kept)) > 2, kept
+
+
+def test_steps_are_read_once(tmp_path: Path, read: list[int], read_report: Read) -> None:
     run = made_run(tmp_path / "run", steps=3)
-    read: list[int] = []
-
-    def counted(folder: Path, step: int) -> RecordedStep:
-        read.append(step)
-        return read_step(folder, step)
-
-    monkeypatch.setattr(keeping, "read_step", counted)
     writer = ReportWriter([run], tmp_path / "report.html")
     writer.write()
     write_step(run / "trajectories", replace(read_step(run / "trajectories", 3), step=4))
     writer.write()
-    assert read == [1, 2, 3, 4]
+    assert read == [3, 2, 1, 4]
     listed = read_report(tmp_path / "report.html").listing["trajectories"]["step"]
     assert set(listed) == {1, 2, 3, 4}
 

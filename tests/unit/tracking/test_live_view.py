@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 
 from megatron_spear.testing.hand_made import make_trajectory, make_turn
 from megatron_spear.testing.hostile_texts import hostile_text
-from megatron_spear.tracking.bars import StepsBar, duration
+from megatron_spear.tracking.bars import StepsBar
 from megatron_spear.tracking.live_view import LiveView
 from megatron_spear.tracking.trajectory_text import plain, trajectory_lines
 from megatron_spear.types import Reward, ScoredTrajectory
@@ -40,7 +40,7 @@ def _example(action: str = "take mug 1", kind: str = "look_at_obj_in_light") -> 
 
 
 def _view(doing: tuple[str, str] = ("step 3", "rollout"), **steps: Any) -> LiveView:
-    view = LiveView(lambda: doing, duration)
+    view = LiveView(lambda: doing)
     view.done, view.total, view.rate = 12, 48, 0.36
     view.note = "rollout: 7 trajectories"
     view.evaluated(0, 0.125)
@@ -124,7 +124,7 @@ def test_an_evaluation_has_its_share_and_its_result() -> None:
 
 
 def test_before_the_first_step_there_are_only_bars() -> None:
-    view = LiveView(lambda: ("step 1", "rollout"), duration)
+    view = LiveView(lambda: ("step 1", "rollout"))
     view.total = 48
     lines = [line.rstrip() for line in _lines(view, 120)]
     assert lines[0].startswith("step 0/48") and lines[1].startswith("> rollout")

@@ -14,8 +14,8 @@ from megatron_spear.tracking.plot_runs import (
     metric_names,
     plot_runs,
     read_runs,
-    series,
 )
+from megatron_spear.tracking.series import series
 
 
 def _run(folder: Path, values: list[float | None], end: str = "") -> Path:
@@ -79,7 +79,7 @@ def test_each_run_is_a_line_in_each_panel(
 def test_the_command_draws_and_tells(
     two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture, data = tmp_path / "out" / "x.png", tmp_path / "x.json"
+    picture, data = tmp_path / "out" / "x.png", tmp_path / "numbers" / "of" / "x.json"
     words = ["inspect", "plot", *map(str, two), "--metrics", "re*", "--out", str(picture)]
     assert main.run([*words, "--data", str(data)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -9,8 +9,8 @@ import sys
 import textwrap
 import time
 
-from megatron_spear.tracking.bars import duration
 from megatron_spear.tracking.progress import Console
+from megatron_spear.tracking.speed_text import duration
 
 
 def console(**options) -> tuple[Console, io.StringIO]:

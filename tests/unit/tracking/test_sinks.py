@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,17 @@ class Collector:
 
     def close(self) -> None:
         self.closed = True
+
+
+@contextmanager
+def disk_full_at(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: a write stops there, in the middle of a line too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -64,6 +77,18 @@ def test_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:
         (0, None), (1, 1), (2, 2), (3, 30)
     ]  # fmt: skip
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_record_after_a_cut_file_has_a_line_of_its_own(tmp_path: Path, cut: int) -> None:
+    """A kill takes the last line break alone, or more of the line."""
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "x": 1.0}\n{"step": 2, "x": 2.0}\n'
+    path.write_text(whole[:-cut])
+    sink = JsonlSink(path, resumed_step=2)
+    sink.log(3, {"x": 3.0})
+    sink.close()
+    assert [line["step"] for line in lines(path)] == ([1, 2, 3] if cut == 1 else [1, 3])
 
 
 def test_resuming_without_a_file_starts_one(tmp_path: Path) -> None:
@@ -108,8 +133,55 @@ def test_a_sink_that_cannot_be_made_is_told(tmp_path: Path, caplog, monkeypatch)
     tracker.close()
 
 
-@pytest.mark.parametrize("section", [TrackingSection(wandb=False)])
-def test_a_full_disk_for_metrics_does_not_stop_the_run(section, tmp_path: Path, caplog) -> None:
-    tracker = build_tracker(section, folder=tmp_path / "missing", name="r", config={})
+@pytest.mark.parametrize("room", [0, 10, 70])
+def test_a_disk_that_is_full_for_a_while_costs_no_record(
+    room: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no room, or room for a part of a line or for more than one."""
+    tracker = build_tracker(TrackingSection(wandb=False), folder=tmp_path, name="r", config={})
+    path = tmp_path / "metrics.jsonl"
     tracker.log(1, {"x": 1.0})
-    assert "metrics.jsonl cannot be used: FileNotFoundError" in caplog.text
+    with disk_full_at(path.stat().st_size + room):
+        for step in (2, 3, 4):
+            tracker.log(step, {"x": float(step)})
+    assert len(path.read_bytes()) - len(path.read_bytes().splitlines(True)[0]) == room
+    assert [record["step"] for record in read_metrics(path)] == ([1] if room < 70 else [1, 2])
+    for step in (5, 6):
+        tracker.log(step, {"x": float(step)})
+    tracker.close()
+    assert [(line["step"], line["x"]) for line in lines(path)] == [(n, n) for n in range(1, 7)]
+    first = 2 if room < 70 else 3
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        f"metrics.jsonl failed at step {first} and is tried again each time: "
+        "OSError: [Errno 27] File too large",
+        "metrics.jsonl could be used again at step 5",
+    ]
+
+
+def test_what_waits_is_written_at_the_end(tmp_path: Path) -> None:
+    tracker = build_tracker(TrackingSection(wandb=False), folder=tmp_path, name="r", config={})
+    with disk_full_at(3):
+        tracker.log(1, {"x": 1.0})
+    tracker.close()
+    assert lines(tmp_path / "metrics.jsonl")[0]["x"] == 1.0
+
+
+def test_a_file_that_opens_late_has_every_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The folder is a file system that is not there for a moment; later steps are dropped then."""
+    folder = tmp_path / "later"
+    tracker = build_tracker(
+        TrackingSection(wandb=False), folder=folder, name="r", config={}, resumed_step=1
+    )
+    tracker.log(2, {"x": 2.0})
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "x": 1.0}\n{"step": 2, "x": 9.0}\n')
+    tracker.log(3, {"x": 3.0})
+    tracker.close()
+    assert [(r["step"], r["x"]) for r in lines(folder / "metrics.jsonl")] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+    ]
+    assert "metrics.jsonl cannot be opened yet: FileNotFoundError" in caplog.text

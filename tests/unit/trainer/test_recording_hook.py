@@ -1,9 +1,10 @@
 """What a step's record says of each trajectory, and that a record never ends a run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,10 @@ def _group(name: str, outcomes: str, *, version: int = 0, void: int = -1) -> Tra
     )
 
 
-def _scored(group: TrajectoryGroup) -> ScoredGroup:
+def _scored(group: TrajectoryGroup, parts: Mapping[str, float]) -> ScoredGroup:
     def reward(trajectory: Trajectory) -> Reward:
-        return Reward(outcome=float(trajectory.won), intrinsic=2 * trajectory.env_reward)
+        outcome, intrinsic = float(trajectory.won), 2 * trajectory.env_reward
+        return Reward(outcome=outcome, intrinsic=intrinsic, parts=parts)
 
     members = tuple(ScoredTrajectory(trajectory=t, reward=reward(t)) for t in group.members)
     return ScoredGroup(group_id=group.group_id, prompt=group.prompt, members=members)
@@ -95,11 +97,12 @@ def _play(
     *,
     replaced: int = 0,
     algorithm: AlgorithmSection = ALGORITHM,
+    parts: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """A step as the trainer has it; the first ``replaced`` groups are not gone on with."""
     ctx = _ctx(step)
     calls.on_played(ctx, tuple(played))
-    scored = calls.on_scored(ctx, tuple(_scored(group) for group in played[replaced:]))
+    scored = calls.on_scored(ctx, tuple(_scored(group, parts) for group in played[replaced:]))
     marked, _ = mark_rows(scored, filters_in_force(algorithm))
     kept, _ = keep_groups(counted(scored, marked, algorithm), algorithm.keep_groups_fraction, 0.5)
     names = {group.group_id for group in kept}
@@ -212,6 +215,22 @@ def test_replayed_rows_say_where_they_come_from(tmp_path: Path) -> None:
     assert (row.num_tokens, row.num_tool_calls) == (4, 2)
     assert (row.old_logprob_mean, row.rollout_logprob_mean) == (-0.25, -0.5)
     assert row.ratio_mean == pytest.approx(np.exp(0.25), abs=1e-6)
+
+
+def test_a_part_that_is_not_finite_costs_no_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = {"won": 1.0, "per_token": float("nan"), "odds": float("inf")}
+    calls = _calls(tmp_path)
+    for step, name in ((1, "a"), (2, "b")):
+        played = [_group(f"0.{step}/{name}", "+---", version=step - 1)]
+        _play(calls, step, played, parts=parts)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    step = read_step(tmp_path / "t", 2)
+    rewards = [*(t.reward for t in step.trajectories), *(row.reward for row in step.replayed)]
+    assert len(rewards) == 5
+    for reward in rewards:
+        assert reward and reward.parts == {"won": 1.0, "per_token": None, "odds": None}
 
 
 def test_kept_advantages_have_no_baseline(tmp_path: Path) -> None:
