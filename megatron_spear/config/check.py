@@ -254,6 +254,11 @@ def _replay(config: RunConfig) -> Iterator[str]:
             f"replay.rows_per_step={replay.rows_per_step} is above "
             f"replay.capacity={replay.capacity}: that many are never there"
         )
+    if replay.reuse and not continuous:
+        yield (
+            "replay.reuse=true is for replay.release=continuous of the corrected method; a burst "
+            "forgets what it leaves: set one of them otherwise"
+        )
     if replay.decay != 1.0 and replay.baseline != "decay":
         yield (
             f"replay.decay={replay.decay:g} is read with replay.baseline=decay only, and it is "

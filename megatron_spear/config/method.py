@@ -185,8 +185,11 @@ class ReplaySection(Section):
     them would be kept, then at most capacity at once, and the rest is forgotten (when the official
     code replays; between bursts only age bounds what is stored)."""
     rows_per_step: PositiveInt = 24
-    """Most trajectories replayed in one trainer step (``release: continuous``); each is replayed
-    once."""
+    """Most trajectories replayed in one trainer step (``release: continuous``)."""
+    reuse: bool = False
+    """A replayed trajectory stays and may be drawn in later steps too, until ``max_age`` or
+    ``capacity`` ends it; False = each is replayed once, as in the paper. ``release: continuous``
+    only."""
     baseline: Literal["p50", "batch_mean", "per_prompt", "decay", "none"] = "p50"
     """Recalibration. A trajectory's new advantage is its reward minus p50: the median of recent
     group means (Eq. 2); batch_mean: the mean reward of this step's trajectories; per_prompt: the

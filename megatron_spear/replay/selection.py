@@ -3,8 +3,9 @@
     advantage   reward minus baseline (``replay.baseline``: p50, batch_mean, per_prompt), one number
                 for all sampled tokens; or the stored advantages (decay, none)
     kept        advantage > 0 and age <= ``replay.max_age``
-    released    a uniform draw of the kept rows: at most ``replay.rows_per_step`` each step
-                (continuous), or ``replay.capacity`` at once when there are enough (burst)
+    released    a uniform draw of the kept rows, once each unless ``replay.reuse``: at most
+                ``replay.rows_per_step`` each step (continuous), or ``replay.capacity`` at once when
+                there are enough (burst)
 
 All of it works on columns: nothing here costs Python time by row.
 """

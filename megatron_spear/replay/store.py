@@ -4,10 +4,10 @@
     folder/segment-00000001.bin   ... by the second, and so on; an empty add writes no file
 
 The index holds what selection needs (reward parts, age, place in the log), 100 bytes a row; the
-arrays stay on disk until a row is taken. A row is one trajectory, stored once and taken at most
-once. A checkpoint records a position in the log, the checksums of its files and which of their rows
-are live, never a copy; what a later, abandoned run appended beyond that position is not seen, and
-is overwritten as the log grows again.
+arrays stay on disk until a row is read. A row is one trajectory, stored once; ``take`` removes what
+it reads. A checkpoint records a position in the log, the checksums of its files and which of their
+rows are live, never a copy; what a later, abandoned run appended beyond that position is not seen,
+and is overwritten as the log grows again.
 
 Files are flushed to disk when a checkpoint names them (``state_dict``), not when they are written:
 what no checkpoint names is written anew after a power cut, and the disk works while the step does.
@@ -111,19 +111,22 @@ class ReplayStore:
         self._next_file += 1
         return self._evict_beyond_capacity()
 
-    def take(self, row_ids: npt.ArrayLike) -> list[list[TrainSample]]:
-        """Read rows and remove them, in the order asked for: all segments of each, as copies.
+    def read(self, row_ids: npt.ArrayLike) -> list[list[TrainSample]]:
+        """Rows in the order asked for: all segments of each, as copies. They stay.
 
         Raises KeyError for a row that is not stored, and CheckpointError naming the file where a
-        record is gone or fails its checksum; no row is removed then.
+        record is gone or fails its checksum.
         """
-        positions = self._table.find(row_ids)
-        taken = [decode(record) for record in self._read(positions)]
-        self._remove(positions)
+        return [decode(record) for record in self._records(self._table.find(row_ids))]
+
+    def take(self, row_ids: npt.ArrayLike) -> list[list[TrainSample]]:
+        """``read``, and remove the rows; none where it raises."""
+        taken = self.read(row_ids)
+        self.discard(row_ids)
         return taken
 
     def discard(self, row_ids: npt.ArrayLike) -> int:
-        """Remove rows without reading them; returns how many. KeyError as in ``take``."""
+        """Remove rows without reading them; returns how many. KeyError as in ``read``."""
         return self._remove(self._table.find(row_ids))
 
     def evict_older_than(self, policy_version: int) -> int:
@@ -194,7 +197,7 @@ class ReplayStore:
             read_record(content, row, path)
         return live_rows
 
-    def _read(self, positions: Positions) -> list[memoryview]:
+    def _records(self, positions: Positions) -> list[memoryview]:
         """Copies of the records at these positions, read-only; each file is mapped once.
 
         They share one block of memory: large blocks come in large pages, which are quicker to get.

@@ -1,4 +1,4 @@
-"""SPEAR's self-imitation: good trajectories of earlier steps are trained on once more (Eq. 2-5).
+"""SPEAR's self-imitation: good trajectories of earlier steps are trained on again (Eq. 2-5).
 
 Equation numbers are those of the SPEAR paper (arXiv 2509.22601). Order inside one step: the
 baseline learns this step's groups, then rows of *earlier* steps are released, and only at the end
@@ -179,7 +179,8 @@ class SelfImitationHook(Hook):
         self._store.prune([state["store"] for state in kept])
 
     def _release(self, ctx: StepContext) -> tuple[TrainSample, ...]:
-        """Take the step's draw out of the store; a burst clears what it leaves."""
+        """The step's draw, taken out of the store unless it may be drawn again; a burst clears what
+        it leaves."""
         index, scale = self._store.index(), stored_scale(self._section)
         advantages = (
             self._compared(index, ctx.coefficients.intrinsic_weight)
@@ -190,7 +191,8 @@ class SelfImitationHook(Hook):
         self._metrics |= selection.metrics
         if not len(selection.row_ids):
             return ()
-        taken = self._store.take(selection.row_ids)
+        get = self._store.read if self._section.reuse else self._store.take
+        taken = get(selection.row_ids)
         calls = [_num_tool_calls(samples) for samples in taken]
         self._metrics["replay/tool_calls_mean"] = float(np.mean(calls))
         if self._section.release == "burst":

@@ -164,6 +164,7 @@ SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
         (["algorithm.mini_batches=65"], 1, "above the 64 trajectories"),
         (["algorithm.advantage=gigpo", "algorithm.normalize_std=true"], 1, "algorithm.gigpo.mode"),
         (["replay.capacity=8"], 1, "rows_per_step=24 is above"),
+        (["replay.reuse=true", "replay.release=burst"], 1, "a burst forgets what it leaves"),
         (["replay.decay=0.5"], 1, "read with replay.baseline=decay only, and it is p50"),
         (
             [

@@ -126,6 +126,17 @@ def test_taken_once(tmp_path: Path) -> None:
     assert store.take([]) == [] and len(store) == 0
 
 
+def test_what_is_read_stays(tmp_path: Path) -> None:
+    store = ReplayStore(tmp_path, 5)
+    store.add([_trajectory(0), _trajectory(1)])
+    for _ in range(2):
+        ((sample,),) = store.read([1])
+        _assert_same(sample, _trajectory(1)[0])
+    assert _members(store) == [0, 1]
+    with pytest.raises(KeyError, match=r"rows \[2\] are not stored"):
+        store.read([2])
+
+
 def test_what_was_taken_outlives_its_file(tmp_path: Path) -> None:
     store = ReplayStore(tmp_path, 5)
     put = make_sample(mask=[0] + [1] * 3000)

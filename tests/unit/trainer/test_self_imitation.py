@@ -187,6 +187,18 @@ def test_without_weight_nothing_is_spent(tmp_path: Path) -> None:
     assert updates == [] and metrics["replay/rows"] == 0 and metrics["replay/stored"] == 3
 
 
+def test_rows_that_stay_are_drawn_until_they_are_too_old(tmp_path: Path) -> None:
+    hook = make_hook(tmp_path, reuse=True, max_age=2)
+    run_step(hook, 1)
+    run_step(hook, 2, ())
+    (update,), metrics = run_step(hook, 3, ())
+    assert replayed_rows([update]) == ["1-0/1", "1-1/1", "1-2/1"]
+    assert metrics["replay/stored"] == 3 and metrics["replay/age_mean"] == 2.0
+    assert metrics["replay/num_releases"] == 2
+    updates, metrics = run_step(hook, 4, ())
+    assert updates == [] and metrics["replay/evicted_by_age"] == 3
+
+
 def test_rows_per_step_capacity_and_age(tmp_path: Path) -> None:
     hook = make_hook(tmp_path, rows_per_step=1, capacity=5, max_age=2)
     replayed = []
@@ -210,8 +222,9 @@ def test_rows_per_step_capacity_and_age(tmp_path: Path) -> None:
         {"rows_per_step": 2, "max_age": 2, "baseline": "per_prompt", "baseline_history": 4},
         {"rows_per_step": 2, "capacity": 4, "baseline": "none"},
         {"release": "burst", "capacity": 5},
+        {"rows_per_step": 2, "reuse": True},
     ],
-    ids=["default", "per_prompt", "none", "burst"],
+    ids=["default", "per_prompt", "none", "burst", "reuse"],
 )
 def test_resume_equals_not_stopping(tmp_path: Path, changes: dict[str, Any]) -> None:
     straight = make_hook(tmp_path / "straight", **changes)
