@@ -234,7 +234,9 @@ def test_the_defaults_of_the_page_on_the_method_are_the_schemas() -> None:
     for row in re.findall(r"^\|(.*)\|$", page, re.M):
         cells = [cell.strip() for cell in row.split("|")]
         names = [name for name in SETTING.findall(cells[1]) if name in defaults]
-        told = [float(x) if x[0].isdigit() else x for x in cells[2].split(", ") if x]
+        told = [
+            float(x) if x[0].isdigit() else yaml.safe_load(x) for x in cells[2].split(", ") if x
+        ]
         if len(names) == len(told):
             assert [defaults[name] for name in names] == told, row
             compared += len(names)
