@@ -117,12 +117,13 @@ class ReplayStore:
         Raises KeyError for a row that is not stored, and CheckpointError naming the file where a
         record is gone or fails its checksum.
         """
-        return [decode(record) for record in self._records(self._table.find(row_ids))]
+        return self._decoded(self._table.find(row_ids))
 
     def take(self, row_ids: npt.ArrayLike) -> list[list[TrainSample]]:
         """``read``, and remove the rows; none where it raises."""
-        taken = self.read(row_ids)
-        self.discard(row_ids)
+        positions = self._table.find(row_ids)
+        taken = self._decoded(positions)
+        self._remove(positions)
         return taken
 
     def discard(self, row_ids: npt.ArrayLike) -> int:
@@ -196,6 +197,9 @@ class ReplayStore:
         for row in live_rows:
             read_record(content, row, path)
         return live_rows
+
+    def _decoded(self, positions: Positions) -> list[list[TrainSample]]:
+        return [decode(record) for record in self._records(positions)]
 
     def _records(self, positions: Positions) -> list[memoryview]:
         """Copies of the records at these positions, read-only; each file is mapped once.

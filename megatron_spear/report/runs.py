@@ -12,13 +12,13 @@ from megatron_spear.config.load import CONFIG_NAME
 from megatron_spear.errors import ConfigError
 from megatron_spear.metrics import is_metric, is_number, speeds
 from megatron_spear.report.charts import ROLLOUT_RATE, STEP_RATE, TRAIN_RATE
-from megatron_spear.tracking.jsonl import read_metrics
+from megatron_spear.tracking.jsonl import METRICS_FILE, read_metrics
 from megatron_spear.tracking.recorded_files import FOLDER
 
 Series = tuple[tuple[int, ...], tuple[float, ...]]
 """Steps and values, of the same length."""
 
-_METRICS, _SUMMARY = "metrics.jsonl", "summary.json"
+_SUMMARY = "summary.json"
 _RATES = {"rollout": ROLLOUT_RATE, "train": TRAIN_RATE, "step": STEP_RATE}
 
 
@@ -76,10 +76,10 @@ def read_run(path: Path) -> Run:
     Raises ConfigError for what is none. A line or a summary that is half-written counts as not
     there, so a run that is still going reads as it was a moment ago.
     """
-    metrics, config = path / _METRICS, path / CONFIG_NAME
+    metrics, config = path / METRICS_FILE, path / CONFIG_NAME
     if not metrics.is_file() and not config.is_file():
         raise ConfigError(
-            f"{path}: holds neither {CONFIG_NAME} nor {_METRICS}; expected a run directory "
+            f"{path}: holds neither {CONFIG_NAME} nor {METRICS_FILE}; expected a run directory "
             "(run.dir of a training)"
         )
     records = read_metrics(metrics) if metrics.is_file() else []

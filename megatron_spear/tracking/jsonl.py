@@ -16,6 +16,9 @@ from typing import Any
 
 from megatron_spear.files import write_whole
 
+METRICS_FILE = "metrics.jsonl"
+"""Its name in a run directory."""
+
 log = logging.getLogger(__name__)
 
 

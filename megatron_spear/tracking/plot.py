@@ -111,14 +111,18 @@ def plot_curves(metrics: Path, picture: Path, *, title: str = "") -> Path:
 
 
 def moving_average(values: Array, window: int) -> Array:
-    """Mean of the last ``window`` values at each place, of fewer at the start; same length.
+    """Mean of the last ``window`` values at each place, of fewer at the start; same length. Missing
+    ones (NaN) are left out; NaN where all are missing.
 
     Example: ``moving_average([1, 2, 3, 4], 2)`` is ``[1, 1.5, 2.5, 3.5]``.
     """
-    total = np.concatenate([[0.0], np.cumsum(values)])
+    missing = np.isnan(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(missing, 0.0, values))])
+    count = np.concatenate([[0], np.cumsum(~missing)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
-    means: Array = (total[ends] - total[starts]) / (ends - starts)
+    there = count[ends] - count[starts]
+    means: Array = (total[ends] - total[starts]) / np.where(there > 0, there, np.nan)
     return means
 
 

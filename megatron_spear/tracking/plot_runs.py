@@ -12,7 +12,7 @@ import numpy as np
 from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.files import make_folder_of
 from megatron_spear.metrics import is_metric
-from megatron_spear.tracking.jsonl import read_metrics
+from megatron_spear.tracking.jsonl import METRICS_FILE, read_metrics
 from megatron_spear.tracking.plot import moving_average
 from megatron_spear.tracking.series import Array, Records, series
 
@@ -29,7 +29,6 @@ DEFAULT_METRICS = (
 )
 """What is drawn where none is chosen, of those that a run has."""
 
-_FILE = "metrics.jsonl"
 _ENDINGS = (".png", ".svg", ".pdf")
 _MAX_PANELS = 40
 _MAX_NAME = 40
@@ -46,9 +45,11 @@ def read_runs(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
         raise DataError("a run is given twice; name each once")
     runs: dict[str, list[dict[str, Any]]] = {}
     for path, folder in zip(paths, folders, strict=True):
-        file = folder / _FILE
+        file = folder / METRICS_FILE
         if not file.is_file():
-            raise DataError(f"{path}: no {_FILE}; expected the directory of a run that has begun")
+            raise DataError(
+                f"{path}: no {METRICS_FILE}; expected the directory of a run that has begun"
+            )
         runs[_name_of(folder, folders)] = read_metrics(file)
     return runs
 

@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_spear.config.schema import TrackingSection
-from megatron_spear.tracking.jsonl import JsonlSink
+from megatron_spear.tracking.jsonl import METRICS_FILE, JsonlSink
 from megatron_spear.tracking.wandb_sink import WandbSink
-
-METRICS = "metrics.jsonl"
-"""Of a run's sinks the one that is always there."""
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +83,12 @@ def build_tracker(
     records of what came after it are dropped, so that nothing is there twice. A wandb that cannot
     be used is left out with a warning; ``metrics.jsonl`` is opened with the next record then.
     """
-    jsonl = JsonlSink(folder / METRICS, resumed_step=resumed_step)
-    sinks: dict[str, Sink] = {METRICS: jsonl}
+    jsonl = JsonlSink(folder / METRICS_FILE, resumed_step=resumed_step)
+    sinks: dict[str, Sink] = {METRICS_FILE: jsonl}
     try:
         jsonl.open()
     except OSError as error:
-        log.warning("%s cannot be opened yet: %s: %s", METRICS, type(error).__name__, error)
+        log.warning("%s cannot be opened yet: %s: %s", METRICS_FILE, type(error).__name__, error)
     if section.wandb:
         try:
             sinks["wandb"] = WandbSink.open(
@@ -99,4 +96,4 @@ def build_tracker(
             )
         except Exception as error:  # noqa: BLE001  metrics must never end a run
             log.warning("wandb cannot be used: %s: %s", type(error).__name__, error)
-    return Tracker(sinks, lasting=(METRICS,))
+    return Tracker(sinks, lasting=(METRICS_FILE,))

@@ -26,6 +26,7 @@ from megatron_spear.config.load import CONFIG_NAME, dump_config, load_config
 from megatron_spear.config.schema import RunConfig
 from megatron_spear.errors import ConfigError
 from megatron_spear.files import write_whole
+from megatron_spear.tracking.jsonl import METRICS_FILE
 from megatron_spear.tracking.recorded_files import FOLDER, drop_steps_after
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class RunDirectory:
     @property
     def metrics_file(self) -> Path:
         """One JSON object a line."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
 
     @property
     def consumed_file(self) -> Path:

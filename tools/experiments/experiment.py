@@ -12,8 +12,9 @@ arms:
 compare:
   - {arm: spear, reference: grpo, aim: 0.10}
 
-``base: FILE`` takes all from another file, beside this one, but for what is given here; parts are
-added to those there, and of its arms and their comparisons ``only: [grpo, spear]`` are kept.
+``base: FILE`` takes all from another file, beside this one, but for what is given here; parts and
+settings are added to those there (later settings win), and of its arms and their comparisons
+``only: [grpo, spear]`` are kept.
 """
 
 import os
@@ -152,7 +153,8 @@ def _tree(path: Path) -> dict[str, Any]:
     below = _tree(path.parent / str(tree.pop("base")))
     parts = {**(below.get("parts") or {}), **(tree.get("parts") or {})}
     only = tree.pop("only", None)
-    merged = {**below, **tree, "parts": parts}
+    settings = [*(below.get("settings") or ()), *(tree.get("settings") or ())]
+    merged = {**below, **tree, "parts": parts, "settings": settings}
     return merged if only is None else _part(merged, [str(name) for name in only], path)
 
 

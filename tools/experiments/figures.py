@@ -9,6 +9,7 @@ from estimates import Amount, trainer_steps
 from outcome import Array, Outcome
 
 from megatron_spear.report.bands import interval_of
+from megatron_spear.tracking.plot import moving_average
 
 Arms = Mapping[str, Sequence[Outcome]]
 
@@ -70,20 +71,9 @@ def _draw_panel(axes: Any, arms: Arms, titles: Mapping[str, str], amount: Amount
 def _draw_metric(axes: Any, arms: Arms, titles: Mapping[str, str], metric: str) -> None:
     for name, runs in arms.items():
         series = [np.array(run.steps[metric], dtype=np.float64) for run in runs]
-        curves = np.stack([mean_of_last(s, _SMOOTH) for s in series])
+        curves = np.stack([moving_average(s, _SMOOTH) for s in series])
         at = np.arange(1, curves.shape[1] + 1)
         _draw_band(axes, at, curves, list(titles).index(name), titles[name])
-
-
-def mean_of_last(values: Array, window: int) -> Array:
-    """Mean of the last ``window`` values at each place, missing ones (NaN) left out; NaN where all
-    are missing."""
-    means = np.full(len(values), np.nan)
-    for place in range(len(values)):
-        near = values[max(0, place + 1 - window) : place + 1]
-        if not np.isnan(near).all():
-            means[place] = np.nanmean(near)
-    return means
 
 
 def _draw_band(

@@ -20,7 +20,7 @@ from megatron_spear.config.sources import leaves
 from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.files import write_whole
 from megatron_spear.tracking.evaluations import read_evaluations
-from megatron_spear.tracking.jsonl import read_metrics
+from megatron_spear.tracking.jsonl import METRICS_FILE, read_metrics
 
 Array = npt.NDArray[np.float64]
 
@@ -133,7 +133,7 @@ def read_outcome(path: Path) -> Outcome:
 def collect(arm: str, seed: int, settings: Mapping[str, Any], run: Path) -> Outcome:
     """What a finished run comes to. Raises DataError where a step is missing from its metrics."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    records = {record["step"]: record for record in read_metrics(run / "metrics.jsonl")}
+    records = {record["step"]: record for record in read_metrics(run / METRICS_FILE)}
     numbers = range(1, summary["steps"] + 1)
     missing = [n for n in numbers if "rollout/success" not in records.get(n, {})]
     if missing:

@@ -14,9 +14,8 @@ import numpy as np
 from experiment import Experiment
 from outcome import collect, read_outcome, require_same, settings_of
 
+from megatron_spear.config.load import CONFIG_NAME
 from megatron_spear.errors import DataError, SpearError
-
-CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)

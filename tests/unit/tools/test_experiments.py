@@ -279,12 +279,6 @@ def test_what_a_command_has_to_give_is_asked_for(
         read.require_arms(["spaer"])
 
 
-def test_steps_without_a_value_are_not_drawn_as_zero(tools: dict[str, ModuleType]) -> None:
-    values = np.array([0.4, np.nan, 0.2, np.nan, np.nan, np.nan])
-    means = tools["figures"].mean_of_last(values, 3)
-    np.testing.assert_allclose(means, [0.4, 0.4, 0.3, 0.2, 0.2, np.nan])
-
-
 @pytest.fixture
 def ended(tools: dict[str, ModuleType], experiment: Any, tmp_path: Path) -> Any:
     """A seed whose run has ended, its result not kept yet."""
@@ -341,9 +335,11 @@ def test_a_file_takes_the_rest_from_its_base(tools: dict[str, ModuleType], tmp_p
     )
     (tmp_path / "part.yaml").write_text(
         "base: two.yaml\nonly: [grpo]\npictures: {one: [grpo, spear], two: [spear]}\n"
+        "settings: [run.steps=8]\n"
     )
     part = tools["experiment"].read_experiment(tmp_path / "part.yaml")
     assert (list(part.arms), part.compare, part.pictures) == (["grpo"], (), {})
+    assert part.settings == ("run.steps=4", "run.steps=8"), "the later one wins"
     (tmp_path / "part.yaml").write_text("base: two.yaml\nonly: [grpo, gspo]\n")
     with pytest.raises(ConfigError, match="only: no arm gspo; the base has grpo, spear"):
         tools["experiment"].read_experiment(tmp_path / "part.yaml")

@@ -62,6 +62,8 @@ def test_only_panels_with_data_are_drawn(tmp_path: Path) -> None:
 
 def test_moving_average_by_hand() -> None:
     assert moving_average(np.array([1.0, 2, 3, 4]), 2).tolist() == [1.0, 1.5, 2.5, 3.5]
+    values = np.array([0.4, np.nan, 0.2, np.nan, np.nan, np.nan])
+    np.testing.assert_allclose(moving_average(values, 3), [0.4, 0.4, 0.3, 0.2, 0.2, np.nan])
 
 
 FIELDS = {
