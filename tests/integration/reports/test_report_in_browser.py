@@ -4,64 +4,20 @@ import base64
 import gzip
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_pages import DRAWN, NEEDS_BROWSER, ROWS, Open, search_list, set_field
 
 from megatron_spear.report.write import ReportWriter
-from megatron_spear.testing.browser import Browser, Page, find_browser
+from megatron_spear.testing.browser import Browser, Page
 from megatron_spear.testing.hostile_texts import hostile_text
 from megatron_spear.testing.recorded_runs import made_run
 from megatron_spear.tracking.recorded_files import read_step, write_step
 
-pytestmark = [
-    pytest.mark.skipif(find_browser() is None, reason="no Chromium (apt-get install chromium)"),
-    pytest.mark.timeout(240),
-]
-
-Open = Callable[..., Page]
-DRAWN = "performance.getEntriesByName('drawn').length"
-ROWS = "document.querySelectorAll('table.list tbody tr').length"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with Browser() as found:
-        yield found
-
-
-@pytest.fixture
-def opened(browser: Browser) -> Iterator[Open]:
-    """Opens a report; at the end its page must have complained of nothing and asked for nothing."""
-    pages: list[Page] = []
-
-    def open_(file: Path, fragment: str = "", width: int = 1280) -> Page:
-        page = browser.open(file, width=width, height=900, fragment=fragment)
-        page.wait(DRAWN)
-        pages.append(page)
-        return page
-
-    yield open_
-    for page in pages:
-        page.value("1 + 1")  # what it said last is heard now
-        assert page.errors == []
-        assert all(request.startswith("file://") for request in page.requests)
-        assert len(set(page.requests)) <= 1, "the file itself"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("reports")
-
-
-@pytest.fixture(scope="module")
-def report(folder: Path) -> Path:
-    run = made_run(folder / "run", steps=12, groups=6, members=4)
-    return ReportWriter([run], folder / "one.html").write().path
+pytestmark = NEEDS_BROWSER
 
 
 def test_the_curves_have_a_point_for_each_value(opened: Open, report: Path) -> None:
@@ -113,7 +69,7 @@ def test_a_chart_answers_mouse_keyboard_and_buttons(opened: Open, report: Path) 
     logarithmic = page.value(path)
     page.value(f"{gap}.querySelector('button.small').click()")
     assert page.value(path) != logarithmic
-    page.value(_set(".tools select", "5"))
+    page.value(set_field(".tools select", "5"))
     page.wait("document.querySelectorAll('path.raw').length > 5")
 
 
@@ -152,10 +108,10 @@ def test_the_text_of_turns_is_found(opened: Open, report: Path) -> None:
     text = next(t for t in step.trajectories if t.turns).turns[0].observation[:60].upper()
     page = opened(report, "#tab=trajectories")
     page.wait(ROWS)
-    _search(page, text)
+    search_list(page, text)
     assert page.value("document.querySelector('#count').textContent").startswith("1 of")
     for word in ("valid", "false", "observation", "[["):  # how a body is written, not said
-        _search(page, word)
+        search_list(page, word)
         assert page.value("document.querySelector('#count').textContent").startswith("0 of"), word
 
 
@@ -180,7 +136,7 @@ def test_a_trajectory_shows_turns_calls_and_shaded_tokens(opened: Open, report: 
     legend = "document.querySelector('#scale').textContent"
     shades = {}
     for kind in ("advantage", "probability", "gap", "none"):
-        page.value(_set(".sticky select", kind))
+        page.value(set_field(".sticky select", kind))
         page.wait(f"location.hash.includes('shade={kind}')")
         page.wait("document.querySelector('.tokens')")
         shades[kind] = (page.value(shade), page.value(legend))
@@ -249,7 +205,7 @@ def test_texts_of_models_are_inert(opened: Open, folder: Path) -> None:
     ]
     page.click("#back")
     page.wait("document.querySelector('#search')")
-    _search(page, "ä\\rger \U0001f41d")
+    search_list(page, "ä\\rger \U0001f41d")
     assert page.value("document.querySelector('#count').textContent").startswith("1 of 1 ")
 
 
@@ -318,7 +274,7 @@ def _a_constant_is_a_level_line(page: Page) -> None:
 
 
 def _a_band_that_reaches_below_a_logarithmic_axis_is_whole(page: Page, report: Path) -> None:
-    page.value(_set(".tools select", "1"))
+    page.value(set_field(".tools select", "1"))
     page.wait("location.hash.includes('smooth=1')")
     chart = "document.querySelector('[data-chart=\"replay/age_mean\"]')"
     page.value(f"{chart}.querySelector('.small').click()")
@@ -345,96 +301,6 @@ def test_the_eleventh_arm_is_told_from_the_first(opened: Open, folder: Path) -> 
     _a_constant_is_a_level_line(page)
 
 
-def test_an_open_page_follows_a_run_and_keeps_its_place(opened: Open, folder: Path) -> None:
-    run = made_run(folder / "live", steps=3, ended=False)
-    writer = ReportWriter([run], folder / "live.html", reload_s=2)
-    writer.write()
-    page = opened(folder / "live.html", "#tab=trajectories&won=true&sort=total")
-    page.wait(ROWS)
-    page.value("(f => { f.focus(); f.value = 'desk'; window.same = true; })"
-               "(document.querySelector('#search'))")  # fmt: skip
-    write_step(run / "trajectories", replace(read_step(run / "trajectories", 3), step=4))
-    (run / "summary.json").write_text('{"steps": 4}')
-    assert writer.write().ended
-    time.sleep(2.5)
-    assert page.value("window.same"), "nothing that is being filled in is lost"
-    before = page.value("document.querySelector('#count').textContent")
-    page.value(_set("#search", "simple"))
-    page.wait(f"!window.same && {DRAWN} && document.querySelector('#count')")
-    assert page.value("document.querySelector('#count').textContent") != before
-    assert page.value("location.hash") == "#tab=trajectories&won=true&sort=total&text=simple"
-    assert page.value("document.activeElement.id") == "search", "a field with the focus goes along"
-    assert page.value("document.querySelector('#live')") is None, "it has ended"
-
-
-def test_a_reload_changes_nothing(opened: Open, report: Path) -> None:
-    page = opened(report)
-
-    def reload() -> None:
-        page.value("window.same = true; location.reload()")
-        page.wait(f"!window.same && {DRAWN}")
-
-    chart = "document.querySelector('[data-chart=\"Reward by part\"]')"
-    gap = "document.querySelector('[data-chart=\"Log-prob gap of engine and trainer\"]')"
-    page.value(f"{chart}.querySelector('.key').click()")
-    page.value(f"{gap}.querySelector('.small').click()")
-    page.value(f"{gap}.querySelector('.small').focus()")
-    reload()
-    assert page.value(f"{chart}.querySelector('.key').ariaPressed") == "false"
-    assert page.value(f"{chart}.querySelectorAll('[data-line]').length") == 3
-    assert page.value(f"{gap}.querySelector('.small').ariaPressed") == "false"
-    assert page.value(f"document.activeElement === {gap}.querySelector('.small')")
-    page.click("#tab-trajectories")
-    page.wait(ROWS)
-    _search(page, "desk 1")
-    found = page.value("document.querySelector('#count').textContent")
-    reload()
-    page.wait("document.querySelector('#search-turns').disabled")
-    assert page.value("document.querySelector('#count').textContent") == found
-    page.value("window.same = true")
-    page.go(report.resolve().as_uri())
-    page.wait(f"!window.same && {DRAWN}")
-    assert page.value("document.querySelectorAll('.key[aria-pressed=false]').length") == 0, (
-        "opened anew, it begins anew"
-    )
-
-
-def test_the_focus_goes_on_where_it_was(opened: Open, report: Path) -> None:
-    page = opened(report)
-    focused = "(document.activeElement.id || document.activeElement.dataset.focus)"
-
-    def press(selector: str, then: str) -> str:
-        page.value(f"document.querySelector({json.dumps(selector)}).focus()")
-        page.value("document.activeElement.click()")
-        page.wait(then)
-        found: str = page.value(focused)
-        return found
-
-    assert press("#theme", "location.hash.includes('theme=light')") == "theme"
-    assert press("#tab-trajectories", ROWS) == "tab-trajectories"
-    panel = "document.querySelector('[role=tabpanel]')"
-    assert page.value(f"{panel}.getAttribute('aria-labelledby')") == "tab-trajectories"
-    assert page.value("document.querySelector('#tab-replay').getAttribute('aria-controls')") == (
-        page.value(f"{panel}.id")
-    )
-    labels = page.value("[...document.querySelectorAll('form .field span')].map((s) => "
-                        "s.textContent)")  # fmt: skip
-    assert len(labels) == len(set(labels)) and {"Step to", "Reward to"} <= set(labels)
-    sort, order = "[data-focus='sort by total']", "document.querySelector('[aria-sort]').ariaSort"
-    assert press(sort, "location.hash.includes('sort=total')") == "sort by total"
-    assert page.value(order) == "descending"
-    assert press(sort, "location.hash.includes('order=up')") == "sort by total"
-    assert page.value(order) == "ascending"
-    assert page.value("document.querySelectorAll('[aria-sort]').length") == 1
-    below = ".pager:last-child [data-focus={}]"
-    assert press(below.format("next"), "location.hash.includes('page=1')") == "next"
-    assert page.value("document.activeElement.closest('.pager').matches(':last-child')")
-    assert press(below.format("last"), "location.hash.includes('page=5')") == "previous", (
-        "the last page has no next one"
-    )
-    assert press("a.open", "document.querySelector('#next, #previous')") == "view"
-
-
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_window(opened: Open, report: Path, width: int) -> None:
     page = opened(report, width=width)
@@ -456,20 +322,6 @@ def _block(report: Path, name: str) -> Any:
     found = re.search(rf'id="{name}">([^<]*)<', report.read_text(encoding="utf-8"))
     assert found
     return json.loads(gzip.decompress(base64.b64decode(found[1])))
-
-
-def _set(selector: str, value: str) -> str:
-    """A script that gives a field a value, as its reader would."""
-    return (f"(f => {{ f.value = {json.dumps(value)}; f.dispatchEvent(new Event('change')); }})"
-            f"(document.querySelector({json.dumps(selector)}))")  # fmt: skip
-
-
-def _search(page: Page, text: str) -> None:
-    """Look for a text in the list, then in the turns too."""
-    page.value(_set("#search", text))
-    page.wait("document.querySelector('#count').textContent.startsWith('0 of')")
-    page.click("#search-turns")
-    page.wait("document.querySelector('#search-turns').disabled")
 
 
 def _number(value: float | None) -> str:
