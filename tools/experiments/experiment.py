@@ -12,9 +12,9 @@ arms:
 compare:
   - {arm: spear, reference: grpo, aim: 0.10}
 
-``base: FILE`` takes all from another file, beside this one, but for what is given here; parts and
-settings are added to those there (later settings win), and of its arms and their comparisons
-``only: [grpo, spear]`` are kept.
+``base: FILE`` takes all from another file, beside this one, but for what is given here; parts, arms
+and settings are added to those there (later settings win), and ``only: [grpo, spear]`` keeps these
+arms and their comparisons.
 """
 
 import os
@@ -151,10 +151,10 @@ def _tree(path: Path) -> dict[str, Any]:
     if "base" not in tree:
         return tree
     below = _tree(path.parent / str(tree.pop("base")))
-    parts = {**(below.get("parts") or {}), **(tree.get("parts") or {})}
     only = tree.pop("only", None)
+    added = {key: {**(below.get(key) or {}), **(tree.get(key) or {})} for key in ("parts", "arms")}
     settings = [*(below.get("settings") or ()), *(tree.get("settings") or ())]
-    merged = {**below, **tree, "parts": parts, "settings": settings}
+    merged = {**below, **tree, **added, "settings": settings}
     return merged if only is None else _part(merged, [str(name) for name in only], path)
 
 
@@ -162,9 +162,7 @@ def _part(tree: dict[str, Any], names: Sequence[str], path: Path) -> dict[str, A
     """The experiment with these arms alone."""
     arms = tree.get("arms") or {}
     if unknown := [name for name in names if name not in arms]:
-        raise ConfigError(
-            f"{path}: only: no arm {', '.join(unknown)}; the base has {', '.join(arms)}"
-        )
+        raise ConfigError(f"{path}: only: no arm {', '.join(unknown)}; there are {', '.join(arms)}")
     compare = [
         pair
         for pair in tree.get("compare") or ()

@@ -327,21 +327,22 @@ def test_a_file_takes_the_rest_from_its_base(tools: dict[str, ModuleType], tmp_p
         "arms: {own: {title: own, settings: [plain, further]}}\ncompare: []\n"
     )
     own = tools["experiment"].read_experiment(tmp_path / "own.yaml")
-    assert (own.title, list(own.arms), own.first_seed, own.compare) == ("Own", ["own"], 7, ())
+    assert (own.title, own.first_seed, own.compare) == ("Own", 7, ())
+    assert list(own.arms) == ["grpo", "spear", "own"]
     assert own.settings_of("own")[1:] == (
         "replay.enabled=false",
         "curriculum.intrinsic_weight=0",
         "run.steps=9",
     )
     (tmp_path / "part.yaml").write_text(
-        "base: two.yaml\nonly: [grpo]\npictures: {one: [grpo, spear], two: [spear]}\n"
-        "settings: [run.steps=8]\n"
+        "base: two.yaml\nonly: [grpo, own]\npictures: {one: [grpo, spear], two: [spear]}\n"
+        "settings: [run.steps=8]\narms: {own: {title: own}}\n"
     )
     part = tools["experiment"].read_experiment(tmp_path / "part.yaml")
-    assert (list(part.arms), part.compare, part.pictures) == (["grpo"], (), {})
+    assert (list(part.arms), part.compare, part.pictures) == (["grpo", "own"], (), {})
     assert part.settings == ("run.steps=4", "run.steps=8"), "the later one wins"
     (tmp_path / "part.yaml").write_text("base: two.yaml\nonly: [grpo, gspo]\n")
-    with pytest.raises(ConfigError, match="only: no arm gspo; the base has grpo, spear"):
+    with pytest.raises(ConfigError, match="only: no arm gspo; there are grpo, spear"):
         tools["experiment"].read_experiment(tmp_path / "part.yaml")
     (tmp_path / "lost.yaml").write_text("base: nowhere.yaml\n")
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
