@@ -50,7 +50,8 @@ class RolloutSection(Section):
     env_deadline_s: PositiveFloat = 30.0
     """Deadline of one environment call."""
     engine_deadline_s: PositiveFloat = 300.0
-    """Deadline of one generation."""
+    """Deadline of one generation, tries included, from when a server or the embedded engine has it
+    first."""
 
 
 class WeightSyncSection(Section):

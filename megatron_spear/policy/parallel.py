@@ -20,6 +20,8 @@ from megatron_spear.policy import cpu
 
 logger = logging.getLogger(__name__)
 
+_control: dist.ProcessGroup | None = None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
@@ -135,11 +137,19 @@ def initialize(policy: PolicySection, seed: int, timeout_s: float = 600.0) -> Pa
         tensor=parallel_state.get_tensor_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
     )
+    global _control
+    _control = ctx.control
     context_rank = ctx.rank // ctx.tensor_size % ctx.context_size
     places = (context_rank, ctx.data_rank_of(ctx.rank), ctx.rank % ctx.expert_size)
     found = (ctx.context_rank, ctx.data_rank, ctx.expert_rank)
     assert places == found, "Megatron's rank order has changed"
     return ctx
+
+
+def control_group() -> dist.ProcessGroup | None:
+    """``ParallelContext.control`` for those without a context; None where ``initialize`` was not
+    called, which is the default group."""
+    return _control
 
 
 def _meet(backend: str, timeout: timedelta) -> None:
@@ -170,6 +180,8 @@ def destroy(keep_world: bool = False) -> None:
     """
     from megatron.core import parallel_state
 
+    global _control
+    _control = None
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if not dist.is_initialized():

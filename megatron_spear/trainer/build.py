@@ -178,6 +178,7 @@ def make_step(
         algorithm=config.algorithm,
         replay=config.replay,
         tokens_per_microbatch=config.policy.tokens_per_microbatch,
+        share_gpus=config.rollout.colocated,
         engine_memory=rollout.made.memory if rollout is not None else None,
     )
 

@@ -24,6 +24,7 @@ from megatron_spear.trainer.controller import (
     with_gradient,
     with_old_logprobs,
 )
+from megatron_spear.trainer.gpu_memory import give_back
 from megatron_spear.trainer.hooks.calls import HookCalls
 from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, Plan, RefLogprobs
 from megatron_spear.trainer.official_mini_batches import OfficialMiniBatches
@@ -43,8 +44,8 @@ from megatron_spear.weight_sync.transport import Transport
 
 @dataclass(frozen=True, kw_only=True)
 class SpearStep:
-    """Runs trainer steps. ``controller`` is None on ranks other than 0, ``engine_memory`` where the
-    engine does not share the GPUs."""
+    """Runs trainer steps. ``controller`` is None on ranks other than 0, and so is
+    ``engine_memory``, that of servers which ``share_gpus`` with the ranks."""
 
     policy: MegatronPolicy
     weight_sync: Transport
@@ -53,6 +54,7 @@ class SpearStep:
     algorithm: AlgorithmSection
     replay: ReplaySection
     tokens_per_microbatch: int
+    share_gpus: bool = False
     engine_memory: FleetMemory | None = None
 
     @property
@@ -91,6 +93,8 @@ class SpearStep:
             if self.controller:
                 self.controller.before_update()
         with timer.phase("weight_sync"):
+            if self.share_gpus:
+                give_back()
             if self.engine_memory:
                 self.engine_memory.resume()
             metrics.update(self.weight_sync.publish(ctx.policy_version + 1))

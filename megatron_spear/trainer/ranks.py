@@ -1,4 +1,8 @@
-"""The few small messages between ranks outside the policy: what the controller decided."""
+"""The few small messages between ranks outside the policy: what the controller decided.
+
+They go over gloo: a rank that waits for the controller's rollouts in an NCCL kernel would keep its
+GPU busy, of which servers on the same GPU have need.
+"""
 
 from typing import TypeVar
 
@@ -6,8 +10,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear.heartbeats.heart import waiting_for
+from megatron_spear.policy.parallel import control_group
 
 T = TypeVar("T")
+
+_CPU = torch.device("cpu")
 
 
 def broadcast(value: T) -> T:
@@ -16,7 +23,7 @@ def broadcast(value: T) -> T:
         return value
     box = [value]
     with waiting_for("the controller's word"):
-        dist.broadcast_object_list(box, src=0, device=_device())
+        dist.broadcast_object_list(box, src=0, group=control_group(), device=_CPU)
     return box[0]
 
 
@@ -24,14 +31,7 @@ def all_true(value: bool) -> bool:
     """Whether the value is true on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
-    flag = torch.tensor([int(value)], device=_device())
+    flag = torch.tensor([int(value)])
     with waiting_for("the agreement of all ranks"):
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=control_group())
         return bool(flag.item())
-
-
-def _device() -> torch.device:
-    """Where the default group's tensors live: gloo takes CPU tensors, NCCL the rank's GPU."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

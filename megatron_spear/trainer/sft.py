@@ -21,6 +21,7 @@ from megatron_spear.policy.policy import MegatronPolicy
 from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.tracking.bars import Bar
 from megatron_spear.trainer.demonstrations import DemonstrationSource, to_samples
+from megatron_spear.trainer.gpu_memory import give_back
 from megatron_spear.trainer.models import made_once
 from megatron_spear.trainer.ranks import broadcast
 from megatron_spear.trainer.seeds import warm_start_games
@@ -60,8 +61,22 @@ def warm_start(
 ) -> None:
     """Train ``model`` on demonstrations and write the result to ``target``; collective.
 
-    Raises StopRequested at a clean stop (nothing is kept of a partial one).
+    Raises StopRequested at a clean stop (nothing is kept of a partial one). Its policy's memory is
+    free afterwards, for servers and the next policy.
     """
+    _make(config, model, target, context, renderer, bar, stop)
+    give_back()  # no rank goes on before the folder is there
+
+
+def _make(
+    config: RunConfig,
+    model: Path,
+    target: Path,
+    context: ParallelContext,
+    renderer: ChatRenderer | None,
+    bar: Bar,
+    stop: StopFlag,
+) -> None:
     section = config.sft
     policy = MegatronPolicy.from_hf(model, config.policy, section.optimizer, section.steps, context)
     source = None
@@ -94,7 +109,6 @@ def warm_start(
             write_hf_folder(work, model, weights)
     for _ in weights:  # what nobody wrote is still a collective
         pass
-    broadcast(None)  # no rank goes on before the folder is there
 
 
 def _pack(

@@ -41,11 +41,12 @@ _LOG = logging.getLogger(__name__)
 class FleetLimits:
     """Times and counts, all > 0.
 
-    ``deadline_s``: longest generation, waiting for a server included. ``max_requests``: in flight
-    on one server. ``all_out_s``: longest wait for any server when all are out. ``probe_s``: time
-    between health checks, which doubles for a server that is out and does not answer, up to
-    ``max_probe_s``. ``max_tries``: failed tries after which a request is given up. ``busy_s``: wait
-    before a busy server's request is sent again, doubled each time.
+    ``deadline_s``: longest generation, all tries included, from when it has a server first (those
+    before it in the queue have deadlines of their own). ``max_requests``: in flight on one server.
+    ``all_out_s``: longest wait for any server when all are out. ``probe_s``: time between health
+    checks, which doubles for a server that is out and does not answer, up to ``max_probe_s``.
+    ``max_tries``: failed tries after which a request is given up. ``busy_s``: wait before a busy
+    server's request is sent again, doubled each time.
     """
 
     deadline_s: float
@@ -125,8 +126,8 @@ class Fleet:
         if len(request.token_ids) >= self.max_context:
             return _nothing(self.policy_version)
         try:
-            async with asyncio.timeout(self._limits.deadline_s):
-                return await self._until_served(request)
+            async with asyncio.timeout(None) as deadline:
+                return await self._until_served(request, deadline)
         except TimeoutError:
             raise EngineError(
                 f"generation of session {request.session!r} took more than "
@@ -184,13 +185,18 @@ class Fleet:
             await self._resume(member)
         self.roster.admit(member, policy_version)
 
-    async def _until_served(self, request: GenerationRequest) -> Generation:
+    async def _until_served(
+        self, request: GenerationRequest, deadline: asyncio.Timeout
+    ) -> Generation:
+        """The generation; sets the deadline when there is a server for it first."""
         arrival, failures, busy_s = self._dispatch.arrive(), list[str](), self._limits.busy_s
         while len(failures) < self._limits.max_tries:
             if self.roster.hopeless is not None:
                 raise EngineError(f"request of session {request.session!r}: {self.roster.hopeless}")
             self.roster.watch()
             member = await self._dispatch.take(arrival, request.session)
+            if deadline.when() is None:
+                deadline.reschedule(asyncio.get_running_loop().time() + self._limits.deadline_s)
             num_pauses = self._num_pauses
             try:
                 generation = await self._draw(member, request)

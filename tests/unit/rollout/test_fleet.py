@@ -240,6 +240,18 @@ def test_a_slow_server_costs_the_request_its_deadline_and_is_told():
     assert took_s < 1.0 and aborted == [{"rid": rid}]
 
 
+def test_waiting_for_a_server_costs_nothing_of_the_deadline():
+    async def run():
+        async with fleet_over(1, deadline_s=0.6, max_requests=1) as (fleet, (fake,)):
+            fake.step_s = 0.02
+            calls = [fleet.generate(ask(i, new=20)) for i in range(3)]
+            return [len(answer.token_ids) for answer in await asyncio.gather(*calls)]
+
+    started = time.monotonic()
+    assert asyncio.run(run()) == [20, 20, 20]
+    assert time.monotonic() - started > 1.0, "the last one waited for longer than its deadline"
+
+
 def test_a_cancelled_call_ends_on_the_server():
     async def run():
         async with fleet_over(1, step_s=0.02) as (fleet, (fake,)):

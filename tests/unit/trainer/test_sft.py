@@ -1,9 +1,14 @@
 """The warm start's folder is named by all that it is made from."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.config.load import load_config
@@ -81,3 +86,23 @@ def test_the_name_depends_on_the_users_own_code(model: Path, tmp_path: Path) -> 
     assert _name(model, *settings) == before != _name(model, *settings, "env.settings.width=9")
     file.write_text(example.read_text() + "# another\n")
     assert _name(model, *settings) != before
+
+
+def test_its_policy_is_gone_before_servers_and_the_next_policy_need_the_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules: list[weakref.ref[torch.nn.Module]] = []
+
+    def with_cycles(*_: Any) -> None:
+        module = torch.nn.Linear(1, 1)
+        module.hook = SimpleNamespace(module=module)  # as a wrapped module and its hooks
+        modules.append(weakref.ref(module))
+
+    monkeypatch.setattr(sft, "_make", with_cycles)
+    nothing: Any = None
+    gc.disable()
+    try:
+        sft.warm_start(load_config(None), model, tmp_path, nothing, nothing, nothing, nothing)
+        assert modules[0]() is None
+    finally:
+        gc.enable()
