@@ -1,13 +1,14 @@
 """What the fullest training rank needs of its GPU, by part, at its worst moment.
 
     lasting     weights, gradients, Adam's state (``states``), and what no tensor is: CUDA's
-                context, NCCL's buffers, and memory that the allocator cannot use
+                context, NCCL's buffers, and memory that the allocator cannot use; of a server on
+                the same GPUs (``rollout.colocated``) what it keeps while it is paused
     training    activations and work (``activations``), and a second gradient where asked for
     reduction   on CPUs a copy of the gradients, which gloo makes for a distributed optimizer
     reference   a reference's weights, which come from the host for its pass (on a CPU they last)
-    weights     two buckets for the engines, and one tensor gathered on the rank that sends; with
-    update      servers on the same GPUs (``rollout.colocated``) also these
-    rollout     those servers' share of the GPU (``cluster.servers.memory_fraction``)
+    weights     two buckets for the engines, and one tensor gathered on the rank that sends, beside
+    update      the share of a server on the same GPU (``cluster.servers.memory_fraction``), whose
+                CUDA graphs and activations have the buckets' room during rollouts
 
 The moments do not overlap, so a rank needs what lasts and the largest of them. Sources of the
 constants are with them; docs/planner.md has them all.
@@ -155,7 +156,15 @@ def _others(job: Job, lasting: States) -> Iterator[tuple[str, int]]:
         yield "Python and libraries", PROCESS_BYTES
         return
     yield "CUDA and NCCL", CONTEXT_BYTES + _nccl_bytes(job)
+    if _shares_its_gpu(job):
+        together = GROUP_BYTES if job.engine_tensor_parallel > 1 else 0
+        yield "a paused server", CONTEXT_BYTES + together
     yield "lost to the allocator", round(UNUSABLE * job.chip.memory_bytes)
+
+
+def _shares_its_gpu(job: Job) -> bool:
+    """Whether a server is on the rank's GPU."""
+    return job.shares_gpus and not job.is_embedded and not job.is_cpu
 
 
 def _nccl_bytes(job: Job) -> int:
@@ -185,7 +194,7 @@ def _moments(
     if job.is_embedded:
         return
     share = round(job.engine_memory_fraction * job.chip.memory_bytes)
-    beside = {"engine on this GPU": share} if job.shares_gpus and not job.is_cpu else {}
+    beside = {"engine on this GPU": share} if _shares_its_gpu(job) else {}
     each = WEIGHT_BYTES[job.policy.precision]
     gathered = 0
     if job.weight_sync.transport != "sharded":

@@ -121,6 +121,9 @@ def test_servers_on_the_gpus_that_train_take_their_share_in_the_update() -> None
     assert memory.parts["engine on this GPU"] == 40 * 10**9
     assert memory.parts["buckets"] == 2 * (512 << 20)
     assert memory.parts["a gathered tensor"] == 2 * 2 * 152064 * 3584
+    assert memory.parts["a paused server"] == CONTEXT_BYTES + GROUP_BYTES, "of several GPUs"
+    alone = job_of("qwen2.5-7b-8gpus", 8, *COLOCATED[-2:], "cluster.servers.tensor_parallel=1")
+    assert training_memory(alone).parts["a paused server"] == CONTEXT_BYTES
     sharded = job_of(
         "qwen2.5-7b-8gpus", 8, *COLOCATED[-2:], "cluster.servers.memory_fraction=0.5",
         "weight_sync.transport=sharded",
