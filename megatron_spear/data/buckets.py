@@ -1,5 +1,7 @@
 """Prompts drawn over buckets, each bucket an endless order of its own with its own position."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,11 +25,11 @@ class BucketCursor(Cursor):
     the same.
 
     Example: with buckets a and b drawn as a, b, a, ``take(3)`` gives prompts 0 and 1 of a and 0 of
-    b; ``state_dict()`` is then ``{"consumed": {"a": 2, "b": 1}}``.
+    b; ``state_dict()`` is then ``{"consumed": {"a": 2, "b": 1}}`` where they are made on demand.
     """
 
     def __init__(self, sources: Mapping[str, PromptSource], choose: Choose, seed: int) -> None:
-        super().__init__()
+        super().__init__(_sha256(sources))
         self._sources, self._choose, self._seed = dict(sources), choose, seed
         self.consumed = dict.fromkeys(sources, 0)
 
@@ -59,3 +61,10 @@ class BucketCursor(Cursor):
                 f"{sorted(self._sources)}; put the games (env.games) of the run back"
             )
         self.consumed = {bucket: int(saved[bucket]) for bucket in self._sources}
+
+
+def _sha256(sources: Mapping[str, PromptSource]) -> str | None:
+    """Of the buckets that are lists, in order; None where there is none."""
+    found = {bucket: source.sha256 for bucket, source in sources.items()}
+    lists = [[bucket, sha256] for bucket, sha256 in found.items() if sha256 is not None]
+    return hashlib.sha256(json.dumps(lists).encode()).hexdigest() if lists else None

@@ -1,17 +1,44 @@
 """Where prompts come from, in which order: pure functions of a position, so resume is one
 number."""
 
+import functools
+import hashlib
+import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from megatron_spear.errors import DataError
+from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.types import Prompt
+
+
+def prompts_sha256(prompts: Iterable[Prompt]) -> str:
+    """Of the ids and contents of prompts, in order; some seconds for a million.
+
+    Raises DataError unless their metadata are JSON values.
+    """
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        parts = [prompt.prompt_id, prompt.kind, prompt.answer, list(prompt.messages)]
+        try:
+            text = json.dumps([*parts, dict(prompt.metadata)], sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"prompt {prompt.prompt_id}: its metadata are no plain values ({error}); use "
+                "texts, numbers, lists and maps, which every machine writes the same way"
+            ) from error
+        digest.update(text.encode())
+    return digest.hexdigest()
 
 
 class PromptSource(Protocol):
     """An endless sequence of prompts; position ``i`` always gives the same prompt."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Of a fixed list of prompts, in order; None where prompts are made on demand."""
+        ...
 
     def at(self, position: int) -> Prompt:
         """The prompt at a 0-based position."""
@@ -22,14 +49,16 @@ class Cursor(ABC):
     """Which prompts come next, each given exactly once; its state is plain JSON values.
 
     What was begun for a later step is kept until it is settled, so that a resumed run begins it
-    again with the same prompts.
+    again with the same prompts. Positions mean nothing in another list of prompts, so ``sha256`` of
+    the list (None where prompts are made on demand) is part of the state.
 
     Example: after ``begin(5, 8)`` and ``take(2)`` of fresh prompts, ``state_dict()`` is
     ``{"consumed": 10, "begun": {"5": [0, 1, 2, 3, 4, 5, 6, 7]}}``; ``settle(5)`` leaves
-    ``{"consumed": 10}``.
+    ``{"consumed": 10}``. Those of a list have ``"prompts_sha256"`` besides.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sha256: str | None) -> None:
+        self._sha256 = sha256
         self._begun: dict[int, list[Any]] = {}
 
     @abstractmethod
@@ -68,20 +97,34 @@ class Cursor(ABC):
         return [self.at(position) for position in self._begun.get(step, [])]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, and what was begun and not settled."""
-        begun = {str(step): positions for step, positions in self._begun.items()}
-        return self.position() | ({"begun": begun} if begun else {})
+        """Where it stands and in which list, and what was begun and not settled."""
+        state = self.position()
+        if self._sha256 is not None:
+            state["prompts_sha256"] = self._sha256
+        if self._begun:
+            state["begun"] = {str(step): positions for step, positions in self._begun.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from where it stood."""
-        begun = state.get("begun", {})
-        self.move({key: value for key, value in state.items() if key != "begun"})
+        """Continue from where it stood. Raises ConfigError where that was in another list."""
+        position = dict(state)
+        begun, saved = position.pop("begun", {}), position.pop("prompts_sha256", None)
+        if saved != self._sha256:
+            raise ConfigError(
+                f"the prompts to train on have changed: their sha256 was {str(saved)[:16]}, is now "
+                f"{str(self._sha256)[:16]}, and a resumed run goes on in the order of the same "
+                "prompts; put the files that they come from back, or start again with another "
+                "run.dir"
+            )
+        self.move(position)
         self._begun = {int(step): list(positions) for step, positions in begun.items()}
 
 
 class FreshPrompts:
     """Prompts that are made on demand, never the same one twice (``make(i)`` must depend on i
     only)."""
+
+    sha256 = None
 
     def __init__(self, make: Callable[[int], Prompt]) -> None:
         self._make = make
@@ -108,6 +151,11 @@ class PoolPrompts:
         self._epoch = -1
         self._order: list[int] = []
 
+    @functools.cached_property
+    def sha256(self) -> str | None:
+        """Of the pool, whatever the seed. Raises DataError as ``prompts_sha256``."""
+        return prompts_sha256(self._prompts)
+
     def at(self, position: int) -> Prompt:
         """The prompt at this position of the endless order."""
         epoch, index = divmod(position, len(self._prompts))
@@ -125,6 +173,11 @@ class CheckedPrompts:
         self._source, self._check = source, check
         self._checked: set[str] = set()
 
+    @property
+    def sha256(self) -> str | None:
+        """The source's."""
+        return self._source.sha256
+
     def at(self, position: int) -> Prompt:
         """The source's prompt at this position; raises what its check raises."""
         prompt = self._source.at(position)
@@ -137,11 +190,12 @@ class CheckedPrompts:
 class PromptCursor(Cursor):
     """The prompts of one source in its order.
 
-    Example: after ``take(8)`` twice, ``state_dict()`` is ``{"consumed": 16}``.
+    Example: after ``take(8)`` twice, ``state_dict()`` is ``{"consumed": 16}`` where the prompts are
+    made on demand.
     """
 
     def __init__(self, source: PromptSource) -> None:
-        super().__init__()
+        super().__init__(source.sha256)
         self._source = source
         self.consumed = 0
 

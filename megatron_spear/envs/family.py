@@ -5,9 +5,7 @@ environment of the user's own goes through this class.
 """
 
 import functools
-import hashlib
 import importlib
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,10 +15,10 @@ from typing import Any
 from megatron_spear.config.base import Section
 from megatron_spear.config.environments.base import EnvironmentSection
 from megatron_spear.config.schema import SftSection
-from megatron_spear.data.prompts import PromptSource
+from megatron_spear.data.prompts import PromptSource, prompts_sha256
 from megatron_spear.envs.demonstration import Demonstration
 from megatron_spear.envs.views import AgentView
-from megatron_spear.errors import ConfigError, DataError
+from megatron_spear.errors import ConfigError
 from megatron_spear.types import Prompt
 
 
@@ -34,18 +32,7 @@ class Panel:
     @classmethod
     def of(cls, prompts: Sequence[Prompt]) -> "Panel":
         """The panel of these prompts. Raises DataError unless their metadata are JSON values."""
-        digest = hashlib.sha256()
-        for prompt in prompts:
-            parts = [prompt.prompt_id, prompt.kind, prompt.answer, list(prompt.messages)]
-            try:
-                text = json.dumps([*parts, dict(prompt.metadata)], sort_keys=True)
-            except (TypeError, ValueError) as error:
-                raise DataError(
-                    f"prompt {prompt.prompt_id}: its metadata are no plain values ({error}); use "
-                    "texts, numbers, lists and maps, which every machine writes the same way"
-                ) from error
-            digest.update(text.encode())
-        return cls(tuple(prompts), digest.hexdigest())
+        return cls(tuple(prompts), prompts_sha256(prompts))
 
 
 @dataclass(frozen=True)

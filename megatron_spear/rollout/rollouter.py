@@ -211,6 +211,16 @@ def collected_in(group_id: str) -> int | None:
     return int(numbers[1]) if is_ours else None
 
 
+def is_named_after(group_id: str, prompt: Prompt) -> bool:
+    """Whether the group of this name was played with this prompt, as far as its id tells.
+
+    Example: ``0.3/a`` and ``0.3/a#1`` are named after the prompt with the id ``a``.
+    """
+    _, _, name = group_id.partition("/")
+    again = name.removeprefix(f"{prompt.prompt_id}#")
+    return name == prompt.prompt_id or (again != name and again.isdecimal())
+
+
 def _attempt(
     prompt: Prompt,
     group_id: str,

@@ -2,7 +2,8 @@
 
 ``sets.json`` has all but the tokens, ``sets.safetensors`` those: the observation tokens, action
 tokens and log-probs of all turns one after the other, in the order of the turns. Prompts are not
-kept: the cursor has their positions, and a position always gives the same prompt.
+kept: the cursor has their positions, and a position always gives the same prompt. Where it does not
+any more, a group's name, which has its prompt's id, tells.
 """
 
 import json
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from megatron_spear.errors import CheckpointError
+from megatron_spear.rollout.rollouter import is_named_after
 from megatron_spear.types import (
     Prompt,
     Segment,
@@ -70,7 +72,7 @@ def read_sets(
     """What ``write_sets`` wrote, {} where it wrote nothing; ``prompts_of(step)`` are the prompts of
     its groups.
 
-    Raises CheckpointError where the two do not go together.
+    Raises CheckpointError where the two do not go together, by their number or by their ids.
     """
     if not (folder / SETS_FILE).is_file():
         return {}
@@ -145,6 +147,12 @@ class _Tokens:
 
 
 def _group(tree: Mapping[str, Any], prompt: Prompt, tokens: _Tokens) -> TrajectoryGroup:
+    if not is_named_after(tree["group_id"], prompt):
+        raise ValueError(
+            f"group {tree['group_id']} was not played with the prompt that is now in its place, "
+            f"{prompt.prompt_id}"
+        )
+
     def played(name: str) -> tuple[Trajectory, ...]:
         return tuple(_trajectory(trajectory, prompt, tokens) for trajectory in tree[name])
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_spear.data.buckets import BucketCursor
 from megatron_spear.data.prompts import FreshPrompts, PoolPrompts, PromptSource
-from megatron_spear.errors import CheckpointError
+from megatron_spear.errors import CheckpointError, ConfigError
 from megatron_spear.testing.hand_made import make_prompt
 from megatron_spear.types import Prompt
 
@@ -51,7 +51,7 @@ def test_the_example_of_the_docstring() -> None:
         "prompt-fresh 0",
         "prompt-fresh 1",
     ]
-    assert cursor.state_dict() == {"consumed": {"fresh": 2, "pool": 1}}
+    assert cursor.state_dict()["consumed"] == {"fresh": 2, "pool": 1}
 
 
 def test_draws_are_uniform_and_new_for_every_take() -> None:
@@ -91,4 +91,19 @@ def test_seeds_draw_differently() -> None:
 
 def test_positions_of_other_buckets_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"\['fresh', 'wet'\], expected \['fresh', 'pool'\]"):
-        _cursor().load_state_dict({"consumed": {"fresh": 3, "wet": 1}})
+        _cursor().load_state_dict({**_cursor().state_dict(), "consumed": {"fresh": 3, "wet": 1}})
+
+
+def test_a_bucket_with_other_prompts_is_refused() -> None:
+    saved = _cursor().state_dict()
+    fewer = {**_sources(), "pool": PoolPrompts([make_prompt(f"pool {i}") for i in (0, 2)], seed=0)}
+    with pytest.raises(ConfigError, match="prompts to train on have changed"):
+        BucketCursor(fewer, _third, 0).load_state_dict(saved)
+    renamed = dict(zip(("fresh", "pond"), _sources().values(), strict=True))
+    with pytest.raises(ConfigError, match="prompts to train on have changed"):
+        BucketCursor(renamed, _third, 0).load_state_dict(saved)
+
+
+def test_buckets_of_fresh_prompts_are_no_list() -> None:
+    fresh = {"fresh": _sources()["fresh"]}
+    assert BucketCursor(fresh, _third, 0).state_dict() == {"consumed": {"fresh": 0}}

@@ -1,9 +1,11 @@
 """Prompt order: every prompt once an epoch, a function of the position alone."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_spear.data.prompts import CheckedPrompts, FreshPrompts, PoolPrompts, PromptCursor
-from megatron_spear.errors import DataError
+from megatron_spear.errors import ConfigError, DataError
 from megatron_spear.testing.hand_made import make_prompt
 from megatron_spear.types import Prompt
 
@@ -38,7 +40,41 @@ def test_a_resumed_cursor_goes_on_identically(stopped: int) -> None:
     resumed = PromptCursor(PoolPrompts(POOL, seed=1))
     resumed.load_state_dict(cursor.state_dict())
     assert resumed.take(10) + resumed.take(5) == expected
-    assert resumed.state_dict() == straight.state_dict() == {"consumed": stopped + 15}
+    assert resumed.state_dict() == straight.state_dict()
+    assert straight.state_dict()["consumed"] == stopped + 15
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        POOL[1:],
+        [*POOL, make_prompt("7")],
+        POOL[::-1],
+        [*POOL[:6], replace(POOL[6], metadata={"problem": "another"})],
+    ],
+)
+def test_a_cursor_does_not_go_on_in_another_list(changed: list[Prompt]) -> None:
+    cursor = PromptCursor(PoolPrompts(POOL, seed=1))
+    cursor.take(3)
+    other = PromptCursor(CheckedPrompts(PoolPrompts(changed, seed=1), lambda prompt: None))
+    told = (
+        r"prompts to train on have changed: their sha256 was \w{16}, is now \w{16},.*put the files"
+    )
+    with pytest.raises(ConfigError, match=told):
+        other.load_state_dict(cursor.state_dict())
+    assert other.consumed == 0
+    with pytest.raises(ConfigError, match=r"was \w{16}, is now None"):
+        PromptCursor(FreshPrompts(lambda i: POOL[i])).load_state_dict(cursor.state_dict())
+
+
+def test_fresh_prompts_are_no_list() -> None:
+    assert PromptCursor(FreshPrompts(lambda i: POOL[i])).state_dict() == {"consumed": 0}
+
+
+def test_prompts_that_cannot_be_told_apart_are_refused_at_the_start() -> None:
+    odd = [replace(POOL[0], metadata={"seen": {1, 2}})]
+    with pytest.raises(DataError, match=r"prompt prompt-0: its metadata are no plain values"):
+        PromptCursor(PoolPrompts(odd, seed=0))
 
 
 def test_a_cursor_asks_for_each_position_once() -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from megatron_spear.config.load import load_config
-from megatron_spear.data.prompts import FreshPrompts, PromptCursor
+from megatron_spear.data.prompts import FreshPrompts, PoolPrompts, PromptCursor, PromptSource
+from megatron_spear.envs.math_code.family import loaded_prompt
+from megatron_spear.envs.math_code.problems import load_problems
 from megatron_spear.errors import CheckpointError, ConfigError, HookError
 from megatron_spear.testing.hand_made import make_prompt
 from megatron_spear.tracking.wandb_sink import read_run_id, write_run_id
@@ -95,12 +97,13 @@ class _Run:
         panel: str = "ab",
         refused: Any = (),
         name: str = "rows",
+        prompts: PromptSource | None = None,
     ) -> None:
         config = load_config(None, ["checkpoint.keep=3", *settings])
         self.directory = RunDirectory(path)
         self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         self.policy, self.hook = _Policy(refused), _Hook(path / "rows")
-        self.cursor = PromptCursor(FreshPrompts(lambda i: make_prompt(str(i))))
+        self.cursor = PromptCursor(prompts or FreshPrompts(lambda i: make_prompt(str(i))))
         controller = SimpleNamespace(
             cursor=self.cursor, hooks=HookCalls({name: self.hook}), ahead=None
         )
@@ -209,6 +212,26 @@ def test_another_panel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"panel have changed: their sha256 was ab, is now cd.*"):
         _Run(tmp_path, panel="cd").checkpoints.resume()
     assert run.folders() == ["step_1", "step_2"]
+
+
+def test_other_prompts_to_train_on_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    rows = [json.dumps({"problem": f"What is {i}?", "answer": i}) + "\n" for i in range(9)]
+
+    def launch(*rows: str) -> _Run:
+        file.write_text("".join(rows))
+        pool = [loaded_prompt(problem) for problem in load_problems([file])]
+        return _Run(tmp_path / "run", prompts=PoolPrompts(pool, seed=0))
+
+    launch(*rows).save(1, 2)
+    told = r"prompts to train on have changed: their sha256 was .*put the files .* another run\.dir"
+    with pytest.raises(ConfigError, match=told):
+        launch(*rows[1:]).checkpoints.resume()
+    with pytest.raises(ConfigError, match=told):
+        launch(*rows, rows[0].replace("0", "9")).checkpoints.resume()
+    again = launch(*rows)
+    assert again.folders() == ["step_1", "step_2"]
+    assert again.checkpoints.resume() == _progress(2) and again.cursor.consumed == 16
 
 
 def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:

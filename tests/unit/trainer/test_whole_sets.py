@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_spear.errors import CheckpointError
+from megatron_spear.rollout.rollouter import is_named_after
 from megatron_spear.testing.hand_made import make_prompt
 from megatron_spear.trainer.whole_sets import SETS_FILE, TOKENS_FILE, read_sets, write_sets
 from megatron_spear.types import (
@@ -55,7 +56,7 @@ def _turns(draw: st.DrawFn) -> Turn:
 def _trajectories(draw: st.DrawFn, number: int, member: int, status: Status) -> Trajectory:
     segments = draw(st.lists(st.lists(_turns(), max_size=2), max_size=2))
     return Trajectory(
-        id=TrajectoryId(group=f"7.1/{number}", member=member),
+        id=TrajectoryId(group=f"7.1/prompt-{number}", member=member),
         prompt=make_prompt(str(number)),
         segments=tuple(Segment(turns=tuple(turns)) for turns in segments),
         status=status,
@@ -68,7 +69,7 @@ def _trajectories(draw: st.DrawFn, number: int, member: int, status: Status) -> 
 @st.composite
 def _groups(draw: st.DrawFn, number: int) -> TrajectoryGroup:
     return TrajectoryGroup(
-        group_id=f"7.1/{number}",
+        group_id=f"7.1/prompt-{number}",
         prompt=make_prompt(str(number)),
         members=tuple(draw(_trajectories(number, m, Status.COMPLETED)) for m in range(2)),
         failures=tuple(draw(_trajectories(number, m, Status.FAILED_TOOL)) for m in (2,)),
@@ -121,18 +122,19 @@ def _one_set(folder: Path) -> None:
         versions=(VersionSpan(0, 1),),
     )
     group = TrajectoryGroup(
-        group_id="7.1/10",
+        group_id="7.1/prompt-10",
         prompt=make_prompt("10"),
         members=(
             Trajectory(
-                id=TrajectoryId(group="7.1/10", member=0),
+                id=TrajectoryId(group="7.1/prompt-10", member=0),
                 prompt=make_prompt("10"),
                 segments=(Segment(turns=(turn,)),),
                 status=Status.COMPLETED,
             ),
         ),
     )
-    write_sets(folder, {5: [group, replace(group, group_id="7.1/11", prompt=make_prompt("11"))]})
+    other = replace(group, group_id="7.1/prompt-11", prompt=make_prompt("11"))
+    write_sets(folder, {5: [group, other]})
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,21 @@ def test_files_that_do_not_go_together_are_told(tmp_path: Path, change: Any, wor
     (tmp_path / SETS_FILE).write_text(json.dumps(tree))
     with pytest.raises(CheckpointError, match=words):
         read_sets(tmp_path, _prompts_of)
+
+
+@pytest.mark.parametrize("places", [(11, 10), (10, 1), (10, 111)])
+def test_a_set_of_another_prompt_is_refused(tmp_path: Path, places: tuple[int, int]) -> None:
+    _one_set(tmp_path)
+    with pytest.raises(CheckpointError, match=r"group 7\.1/prompt-1\d was not played with the"):
+        read_sets(tmp_path, lambda step: [make_prompt(str(place)) for place in places])
+
+
+def test_a_prompt_that_came_twice_in_a_step_has_two_groups() -> None:
+    prompt = make_prompt("1#1")
+    for name in ("prompt-1#1", "prompt-1#1#1", "prompt-1#1#12"):
+        assert is_named_after(f"7.1/{name}", prompt)
+    for name in ("prompt-1", "prompt-1#2", "prompt-1#1#", "prompt-1#1#b", "prompt-1#11"):
+        assert not is_named_after(f"7.1/{name}", prompt)
 
 
 def test_a_missing_file_of_tokens_is_told(tmp_path: Path) -> None:
