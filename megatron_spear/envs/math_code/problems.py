@@ -8,8 +8,10 @@
 ``extra_info.index`` |
 
 A file is ``.jsonl`` (each form) or ``.parquet`` (`parquet`). Its name without the suffix is the
-kind of its problems, so that success is told for each file. Rows that repeat an index or, without
-one, a text are left out: DAPO-Math-17k is published with each problem a hundred times.
+kind of its problems, so that success is told for each file, and the beginning of their ids: files
+of one name in two folders are refused where their problems would share ids. Rows that repeat an
+index or, without one, a text are left out: DAPO-Math-17k is published with each problem a hundred
+times.
 """
 
 import json
@@ -46,14 +48,24 @@ class Problem:
 def load_problems(paths: Sequence[Path]) -> list[Problem]:
     """The problems of the files, or of all files in the folders, in order, none twice.
 
-    Raises DataError for a path without problems and for the first row that cannot be read.
+    Raises DataError for a path without problems, for the first row that cannot be read and for an
+    id of two problems.
     """
     found: dict[str, Problem] = {}
+    files: dict[str, Path] = {}
     for file in problem_files(paths):
         read = 0
         for problem in _file_problems(file):
             read += 1
-            found.setdefault(plain_text(problem.text), problem)
+            if found.setdefault(plain_text(problem.text), problem) is not problem:
+                continue
+            if problem.id in files:
+                raise DataError(
+                    f"{file}: its problem {problem.id} is not the one that has this id in "
+                    f"{files[problem.id]}; an id is the file's name with the row's id or number, "
+                    "so give the files different names (or their rows ids of their own)"
+                )
+            files[problem.id] = file
         if not read:
             raise DataError(f"{file}: has no problem; expected {_FORMS}. Fetch the file again.")
     return list(found.values())

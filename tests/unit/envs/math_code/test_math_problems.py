@@ -83,6 +83,21 @@ def test_a_folder_is_all_its_files_and_a_problem_counts_once(tmp_path):
     assert [(p.kind, p.text) for p in found] == [("a", "P"), ("b", "q")]
 
 
+def test_an_id_is_one_problems(tmp_path):
+    for folder, *texts in (("gsm8k", "p", "q"), ("math", "P", "r"), ("copy", "q", "p")):
+        (tmp_path / folder).mkdir()
+        rows = [{"problem": text, "answer": "1"} for text in texts]
+        write(tmp_path / folder / "train.jsonl", *rows)
+    found = load_problems([tmp_path / "gsm8k", tmp_path / "copy"])
+    assert [(p.id, p.text) for p in found] == [("train/1", "p"), ("train/2", "q")]
+    told = r"math/train\.jsonl: its problem train/2 is not .*gsm8k/train\.jsonl; .* different names"
+    with pytest.raises(DataError, match=told):
+        load_problems([tmp_path / "gsm8k", tmp_path / "math"])
+    write(tmp_path / "math" / "train.jsonl", {"id": "m2", "problem": "r", "answer": "1"})
+    found = load_problems([tmp_path / "gsm8k", tmp_path / "math"])
+    assert [p.id for p in found] == ["train/1", "train/2", "train/m2"]
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
