@@ -48,11 +48,11 @@ class RunSection(Section):
     """Stop cleanly after this many steps in total (a partial run, to be resumed); None = never."""
     hang_limit_s: PositiveFloat = 1800.0
     """Longest that a rank may stand still, in seconds; then it prints which ranks are behind and
-    all stacks, and exits with status 70. A turn, a micro-batch, a tensor that is loaded or sent
-    and the end of each stage are movements; a rank that waits for others waits on while the
-    controller moves, so rollouts may take longer. Must be above the longest single piece: an
-    optimizer step's last part, the files of a checkpoint, and the deadlines of engines,
-    environments and weight updates."""
+    all stacks, and exits with status 70. A turn, a micro-batch, a tensor that is loaded or sent,
+    each 4 MiB of a checkpoint that is checked and the end of each stage are movements; a rank that
+    waits for others waits on while the controller moves, so rollouts may take longer. Must be above
+    the longest single piece: an optimizer step's last part, writing or loading the files of a
+    checkpoint, and the deadlines of engines, environments and weight updates."""
     threads: NonNegativeInt = 0
     """torch threads a process; 0 = the cores of the machine shared out among its ranks."""
 

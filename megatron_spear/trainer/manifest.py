@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from megatron_spear.errors import CheckpointError
 from megatron_spear.files import sync_file, sync_folder, write_whole
+from megatron_spear.heartbeats.heart import beat
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,9 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 _MAX_THREADS = 16
+_CHUNK = 1 << 22
+"""Bytes after which a read counts as a movement: one rank reads a whole checkpoint, hundreds of GB
+of a large model."""
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -83,6 +87,7 @@ def _check_hash(path: Path, name: str, expected: str) -> None:
 
 def _synced_entry(path: Path) -> dict[str, Any]:
     sync_file(path)
+    beat()
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -99,8 +104,12 @@ def _side_by_side(function: Callable[[S], T], items: Iterable[S]) -> list[T]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_CHUNK, path.stat().st_size + 1)))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            beat()
+    return digest.hexdigest()
 
 
 def _own_hash(record: Mapping[str, Any]) -> str:
