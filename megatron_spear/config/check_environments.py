@@ -6,21 +6,25 @@ from megatron_spear.config.environments.alfworld import AlfworldSection
 from megatron_spear.config.environments.math_code import (
     GRADER_CLOCK_FACTOR,
     SANDBOX_GRACE_S,
+    SANDBOX_QUEUE_S,
     MathCodeSection,
 )
 from megatron_spear.config.schema import RunConfig
 
 
 def program_deadlines(config: RunConfig) -> Iterator[str]:
-    """One step of math with code waits for its programs, or for the grader."""
+    """One step of math with code waits for its programs, or for the grader: were its worker killed
+    meanwhile, the worker's other attempts would have to run all their programs again."""
     env, deadline_s = config.env, config.rollout.env_deadline_s
     if not isinstance(env, MathCodeSection):
         return
-    calls, each_s = env.max_calls_per_turn, env.sandbox.timeout_s + SANDBOX_GRACE_S
+    queue_s = SANDBOX_QUEUE_S if env.sandbox.backend == "sandbox_fusion" else 0.0
+    queue = f", {queue_s:g} s of waiting for the server" if queue_s else ""
+    calls, each_s = env.max_calls_per_turn, env.sandbox.timeout_s + queue_s + SANDBOX_GRACE_S
     for seconds, what in (
         (
             calls * each_s,
-            f"{calls} call(s) of env.max_calls_per_turn, each of env.sandbox.timeout_s and "
+            f"{calls} call(s) of env.max_calls_per_turn, each of env.sandbox.timeout_s{queue} and "
             f"{SANDBOX_GRACE_S:g} s of grace",
         ),
         (env.grader_limit_s * GRADER_CLOCK_FACTOR, "env.grader_limit_s by the clock"),

@@ -16,6 +16,8 @@ GRADER_CLOCK_FACTOR = 6.0
 """What ``grader_limit_s`` may take by the clock, on a busy machine."""
 SANDBOX_GRACE_S = 10.0
 """How late a sandbox's answer may be before it counts as broken (`envs.sandbox.local.GRACE_S`)."""
+SANDBOX_QUEUE_S = 60.0
+"""How long a program may wait for a SandboxFusion server (`envs.sandbox.fusion.QUEUE_S`)."""
 
 
 class ArithmeticSection(Section):

@@ -20,7 +20,8 @@ class SandboxSection(Section):
     url: str = ""
     """Address of the SandboxFusion server, ``http://HOST:PORT``."""
     request_attempts: PositiveInt = 4
-    """How often a request is sent to the SandboxFusion server before the trajectory fails."""
+    """How often a request is sent to the SandboxFusion server before the trajectory fails, within
+    ``timeout_s`` and a minute of waiting."""
     unsafe: bool = False
     """Where bubblewrap is missing or cannot start, run code as plain processes that can read files
     and use the network. Without it such a machine runs no code."""

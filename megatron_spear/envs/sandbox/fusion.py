@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import logging
+import socket
 import time
 import urllib.parse
 from typing import Any
@@ -19,7 +20,8 @@ from megatron_spear.errors import ConfigError, EnvironmentFault
 log = logging.getLogger(__name__)
 
 QUEUE_S = 60.0
-"""How long a request may take beyond the code's own time: it may have to wait for its turn."""
+"""How long all requests for one piece of code may take beyond its own time, pauses included: they
+may have to wait for their turn."""
 
 _PAUSE_S, _MAX_PAUSE_S = 0.5, 8.0
 _MAX_ANSWER = 64 << 20
@@ -33,7 +35,7 @@ class _TryAgain(Exception):
 
 class FusionSandbox:
     """Sends code to a server, again where that fails for a reason of the server's, ``attempts``
-    times in all; then EnvironmentFault."""
+    times in all and for ``timeout_s + QUEUE_S`` in all; then EnvironmentFault."""
 
     def __init__(
         self, *, url: str, timeout_s: float, memory_mb: int, max_output_chars: int, attempts: int
@@ -51,25 +53,28 @@ class FusionSandbox:
         """Run code; see ``execution.Sandbox``."""
         if (refused := refusal(code)) is not None:
             return refused
-        pause_s, why = _PAUSE_S, ""
-        for attempt in range(self._attempts):
-            if attempt:
-                log.warning("SandboxFusion at %s: %s; trying again", self._url, why)
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+        began, pause_s, attempt = time.monotonic(), _PAUSE_S, 1
+        deadline = began + self._timeout_s + QUEUE_S
+        while True:
             try:
-                return self._read(self._post(code))
+                return self._read(self._post(code, deadline))
             except _TryAgain as error:
                 why = str(error)
+            if attempt == self._attempts or time.monotonic() + pause_s >= deadline:
+                break
+            log.warning("SandboxFusion at %s: %s; trying again", self._url, why)
+            time.sleep(pause_s)
+            attempt, pause_s = attempt + 1, min(2 * pause_s, _MAX_PAUSE_S)
         raise EnvironmentFault(
-            f"SandboxFusion at {self._url} failed {self._attempts} times, last: {why}"
+            f"SandboxFusion at {self._url} failed {attempt} times in "
+            f"{time.monotonic() - began:.0f} s, last: {why}"
         )
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _post(self, code: str) -> bytes:
-        """The answer's body."""
+    def _post(self, code: str, deadline: float) -> bytes:
+        """The answer's body, by the deadline."""
         body = {
             "code": code,
             "language": "python",
@@ -79,15 +84,18 @@ class FusionSandbox:
             "files": {},
             "fetch_files": [],
         }
-        deadline = time.monotonic() + self._timeout_s + QUEUE_S
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._timeout_s + QUEUE_S)
+        connection = kind(self._host, self._port, timeout=_left(deadline))
         with contextlib.closing(connection):
             try:
+                connection.connect()
+                sock = connection.sock
+                sock.settimeout(_left(deadline))
                 headers = {"Content-Type": "application/json"}
                 connection.request("POST", self._path, json.dumps(body), headers)
+                sock.settimeout(_left(deadline))
                 response = connection.getresponse()
-                answer = _read_all(response, deadline)
+                answer = _read_all(response, sock, deadline)
             except (OSError, http.client.HTTPException) as error:
                 raise _TryAgain(f"{type(error).__name__}: {error}") from error
         if response.status >= 500 or response.status == _BUSY:
@@ -135,16 +143,26 @@ def _status(ran: dict[str, Any], stderr: bytes) -> Status:
     return "killed" if code is not None and code < 0 else "error"
 
 
-def _read_all(response: http.client.HTTPResponse, deadline: float) -> bytes:
+def _read_all(response: http.client.HTTPResponse, sock: socket.socket, deadline: float) -> bytes:
     """The body, by the deadline however slowly it comes."""
     data = bytearray()
-    while part := response.read1(_CHUNK):
+    while True:
+        if not response.isclosed():
+            sock.settimeout(_left(deadline))
+        part = response.read1(_CHUNK)
+        if not part:
+            return bytes(data)
         data += part
         if len(data) > _MAX_ANSWER:
             raise OSError(f"an answer of more than {_MAX_ANSWER} bytes")
-        if time.monotonic() > deadline:
-            raise TimeoutError("the answer is too slow")
-    return bytes(data)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until the deadline; TimeoutError after it."""
+    left = deadline - time.monotonic()
+    if left <= 0.0:
+        raise TimeoutError("timed out")
+    return left
 
 
 def _excerpt(body: bytes) -> str:

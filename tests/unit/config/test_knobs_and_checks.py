@@ -119,6 +119,10 @@ def test_the_defaults_work_on_one_rank() -> None:
 
 
 MATH = ("env.type=math_code", "rollout.env_deadline_s=60")
+FUSION = (
+    *("env.type=math_code", "env.sandbox.timeout_s=5", "env.sandbox.url=http://a:1"),
+    "env.sandbox.backend=sandbox_fusion",
+)
 SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
 
 
@@ -135,6 +139,13 @@ SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
         (["model.tiny.hidden_size=130"], 1, "hidden_size=130 is not a multiple of"),
         (["model.tiny.hidden_size=132"], 1, "is odd"),
         (["rollout.max_new_tokens=512"], 1, "leaves no room for a prompt"),
+        (
+            [*FUSION, "rollout.env_deadline_s=75"],
+            1,
+            "=75 is not above the 75 s of 1 call(s) of env.max_calls_per_turn, each of "
+            "env.sandbox.timeout_s, 60 s of waiting for the server and 10 s of grace",
+        ),
+        ([*MATH, "env.sandbox.timeout_s=50"], 1, "each of env.sandbox.timeout_s and 10 s of grace"),
         ([*MATH, "env.prompt=official"], 1, "needs a model whose chat template lists tools"),
         ([*MATH, "env.problems=[a.jsonl]"], 1, "env.problems are for a model that reads English"),
         ([*MATH, "env.demonstrations=[a.jsonl]"], 1, "env.demonstrations are for a model"),
@@ -208,6 +219,14 @@ def test_what_cannot_work_is_told(overrides: list[str], world_size: int, told: s
     lines = check_config(load_config(None, overrides), world_size)
     assert len(lines) == 1, lines
     assert told in lines[0]
+
+
+def test_a_sandbox_servers_queue_fits_the_environments_deadline() -> None:
+    assert check_config(load_config(None, [*FUSION, "rollout.env_deadline_s=76"]), 1) == []
+    (line,) = check_config(
+        load_config(None, [*FUSION, "env.max_calls_per_turn=2", "rollout.env_deadline_s=149"]), 1
+    )
+    assert "the 150 s of 2 call(s)" in line
 
 
 OFFICIAL = (

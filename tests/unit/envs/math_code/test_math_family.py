@@ -12,7 +12,7 @@ from megatron_spear.envs.family import family_of
 from megatron_spear.envs.math_code import grading
 from megatron_spear.envs.math_code.arithmetic import ARITHMETIC_KINDS, is_held_out
 from megatron_spear.envs.math_code.environment import MathCodeEnvironment
-from megatron_spear.envs.sandbox import local
+from megatron_spear.envs.sandbox import fusion, local
 from megatron_spear.errors import ConfigError, DataError
 
 
@@ -176,4 +176,5 @@ def test_the_official_view_lists_the_tool_and_says_what_to_do():
 def test_the_settings_know_what_waits_for_how_long():
     assert settings.GRADER_CLOCK_FACTOR == grading.CLOCK_FACTOR
     assert settings.SANDBOX_GRACE_S == local.GRACE_S
+    assert settings.SANDBOX_QUEUE_S == fusion.QUEUE_S
     assert settings.MathCodeSection().sandbox.timeout_s == 30.0

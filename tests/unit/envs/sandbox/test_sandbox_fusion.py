@@ -1,7 +1,9 @@
 """The client of SandboxFusion, against a server of its API that runs code for real."""
 
+import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -119,7 +121,7 @@ def test_a_server_that_is_not_there() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        with pytest.raises(EnvironmentFault, match="failed 2 times, last: ConnectionRefused"):
+        with pytest.raises(EnvironmentFault, match=r"failed 2 times in \d+ s, last: ConnectionR"):
             client(f"http://127.0.0.1:{port}", attempts=2).run("print(1)")
 
 
@@ -127,9 +129,40 @@ def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusion, "QUEUE_S", -0.7)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         began = time.monotonic()
-        with pytest.raises(EnvironmentFault, match=r"failed 2 times, last: .*timed out"):
-            client(f"http://127.0.0.1:{silent.getsockname()[1]}", attempts=2).run("print(1)")
-        assert time.monotonic() - began < 20.0
+        with pytest.raises(EnvironmentFault, match=r"failed 1 times in \d+ s, last: .*timed out"):
+            client(f"http://127.0.0.1:{silent.getsockname()[1]}", attempts=100).run("print(1)")
+        assert 0.3 <= time.monotonic() - began < 20.0
+
+
+def test_all_tries_together_have_one_deadline(
+    server: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fusion, "QUEUE_S", -0.4)
+    server.fail(*[503] * 100)
+    began = time.monotonic()
+    with pytest.raises(EnvironmentFault, match=r"failed \d times in \d+ s, last: status 503"):
+        client(server.url, attempts=100).run("print(1)")
+    assert time.monotonic() - began < 20.0 and len(server.failures) > 90
+
+
+def test_an_answer_that_drips_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "QUEUE_S", -0.4)
+
+    def drip(listener: socket.socket) -> None:
+        with listener.accept()[0] as connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(1000):
+                connection.sendall(b"x")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dripping = threading.Thread(target=drip, args=(listener,))
+        dripping.start()
+        began = time.monotonic()
+        with pytest.raises(EnvironmentFault, match=r"failed 1 times in \d+ s, last: TimeoutError"):
+            client(f"http://127.0.0.1:{listener.getsockname()[1]}").run("print(1)")
+        assert 0.6 <= time.monotonic() - began < 20.0
+        dripping.join()
 
 
 def test_an_address_that_is_none() -> None:
