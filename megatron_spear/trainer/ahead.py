@@ -14,7 +14,8 @@ published, in the order of the steps, so no token of them is older than that:
 
 Steps take their set whole and in order: slow prompts hold their own step up and are never passed
 over. A checkpoint keeps the sets that are whole; a resumed run begins the others again with the
-same prompts.
+same prompts. No set is begun beyond the last step N, so a run that is made longer later begins sets
+N + 1 to N + max_lag with version N: it is not the run that was as long from the start.
 """
 
 from collections.abc import Callable, Mapping, Sequence

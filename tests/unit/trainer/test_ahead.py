@@ -84,6 +84,21 @@ def test_a_resumed_run_begins_the_same_sets_with_the_same_prompts() -> None:
     assert again.begun[2] == (4, ["prompt-6", "prompt-7"])
 
 
+def test_a_run_that_is_made_longer_begins_its_next_sets_where_it_had_ended() -> None:
+    """One that was as long from the start has begun sets 3 and 4 in steps 1 and 2."""
+    at_step_3 = {}
+    for last in (2, 6):
+        cursor = _cursor()
+        before, _ = _ahead(cursor, max_lag=2, last=last)
+        before.play(_ctx(1))
+        before.play(_ctx(2))
+        after, rollouter = _ahead(cursor, max_lag=2, last=6)
+        after.take_back(before.whole())
+        after.play(_ctx(3))
+        at_step_3[last] = [step for step, _ in rollouter.begun]
+    assert at_step_3 == {2: [3, 4, 5], 6: [5]}
+
+
 def test_without_a_set_under_way_the_state_is_as_ever() -> None:
     cursor = _cursor()
     ahead, _ = _ahead(cursor, max_lag=1, last=1)
