@@ -40,7 +40,8 @@ class Times:
     a server hung. ``pause_s``: before the first restart, doubled up to ``max_pause_s``, and the
     first again after ``settled_s`` of good service.
     ``grace_s``: from SIGTERM to SIGKILL. ``signal_s``: between requests to the ranks to stop.
-    ``meet_s``: longest wait for the address where all ranks meet. ``linger_s``: how long others'
+    ``lock_s``: longest wait for a run that another process still holds, ``meet_s`` for the address
+    where all ranks meet, which comes after it. ``linger_s``: how long others'
     ranks may go on, and say why they end, after the attempt has failed.
     """
 
@@ -54,6 +55,7 @@ class Times:
     settled_s: float = 300.0
     grace_s: float = 10.0
     signal_s: float = 3.0
+    lock_s: float = 120.0
     meet_s: float = 300.0
     linger_s: float = 15.0
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import megatron_spear
 from megatron_spear.cluster import commands
-from megatron_spear.cluster.attempt import Attempt, attempts
+from megatron_spear.cluster.attempt import Attempt, attempts, newest_checkpoint
 from megatron_spear.cluster.commands import Command
 from megatron_spear.cluster.keepers import Node, NotReady, Site, Times, keep
 from megatron_spear.cluster.kept import (
@@ -39,9 +39,10 @@ from megatron_spear.cluster.processes import (
 from megatron_spear.cluster.registry import Registration, register, registrations
 from megatron_spear.cluster.restarts import USAGE_STATUS
 from megatron_spear.cluster.roles import NodeRoles, roles_of
+from megatron_spear.cluster.run_lock import until_free
 from megatron_spear.cluster.stop import StopSignals
 from megatron_spear.config.schema import RunConfig
-from megatron_spear.errors import describe
+from megatron_spear.errors import StopRequested, describe
 
 FAILED_EXIT = 1
 """Another node has failed, or did not end."""
@@ -188,10 +189,18 @@ class Supervisor:
         """The trainer ranks from start to end; their exit status. A stop is passed on to them."""
         site = self._site
         try:
+            if self._node.index == 0:
+                times = self._times
+                await until_free(
+                    self._attempt.run, times.lock_s, times.look_s, self._stop, site.say
+                )
             meeting = await self._meeting_point()
         except TimeoutError as error:
             site.say(str(error))
             return FAILED_EXIT
+        except StopRequested as stopped:
+            self._attempt.mark_stopped(str(stopped), newest_checkpoint(self._attempt.run))
+            return FAILED_EXIT  # nobody has done what the run is for
         child = site.start(self._starts.trainer(meeting), "trainer", self._node.index)
         site.say(f"trainer started: {self._roles.num_ranks} rank(s), log {child.log}")
         next_signal = 0.0

@@ -23,6 +23,7 @@ TIMES = Times(
     settled_s=60.0,
     grace_s=0.5,
     signal_s=0.05,
+    lock_s=0.3,
     meet_s=2.0,
     linger_s=0.3,
 )

@@ -18,9 +18,11 @@ from megatron_spear.cluster.attempt import Attempt
 from megatron_spear.cluster.keepers import Node
 from megatron_spear.cluster.processes import children_of, process_table
 from megatron_spear.cluster.registry import registrations
+from megatron_spear.cluster.restarts import Verdict, judge
 from megatron_spear.cluster.stop import StopSignals
 from megatron_spear.cluster.supervisor import Starts, Supervisor
 from megatron_spear.config.load import load_config
+from megatron_spear.trainer.run_directory import RunDirectory
 
 SERVERS = ("rollout.engine=sglang", "cluster.servers.count=1")
 
@@ -163,6 +165,54 @@ def test_a_signal_before_the_ranks_can_hear_it_is_repeated(tmp_path: Path) -> No
         async with scene.running(0) as (task,):
             assert await ended(task) == 0
             assert (scene.folder / "stopped").exists()
+
+    asyncio.run(live())
+
+
+def test_a_run_that_another_process_still_holds_is_waited_for(tmp_path: Path) -> None:
+    async def live() -> None:
+        scene = Scene(tmp_path, "cluster.trainer_nodes=2")
+        with RunDirectory(scene.attempt.run).alone():
+            async with scene.running(0, 1) as tasks:
+                await until(lambda: scene.told("another process still holds this run"))
+                assert [await ended(task) for task in tasks] == [1, 1]
+        assert [line for line in scene.said if "still holds" in line] == scene.said[:1]
+        assert scene.told("another process holds this run, for 0.3 s now")
+        assert scene.meetings == [], "nothing was started on any node"
+        judgement = judge(scene.attempt, 1, scene.config.cluster)
+        assert judgement.verdict is Verdict.AGAIN and "crashed with status 1" in judgement.reason
+
+    asyncio.run(live())
+
+
+def test_a_run_that_becomes_free_in_time_begins(tmp_path: Path) -> None:
+    async def live() -> None:
+        scene = Scene(tmp_path)
+        scene.times = dataclasses.replace(scene.times, lock_s=30.0)
+        with contextlib.ExitStack() as held:
+            held.enter_context(RunDirectory(scene.attempt.run).alone())
+            async with scene.running(0) as (task,):
+                await until(lambda: scene.told("waiting up to 30 s"))
+                assert scene.meetings == []
+                held.close()
+                await scene.ranks()
+                scene.end_ranks(0)
+                assert await ended(task) == 0
+
+    asyncio.run(live())
+
+
+def test_a_stop_while_another_process_holds_the_run_is_a_stop(tmp_path: Path) -> None:
+    async def live() -> None:
+        scene = Scene(tmp_path)
+        scene.times = dataclasses.replace(scene.times, lock_s=30.0)
+        with RunDirectory(scene.attempt.run).alone():
+            async with scene.running(0) as (task,):
+                await until(lambda: scene.told("waiting up to 30 s"))
+                scene.stop.request(signal.SIGUSR1)
+                await ended(task)
+        stopped = json.loads(scene.attempt.stopped_file.read_text())
+        assert stopped == {"reason": "SIGUSR1 before it began", "step": 0}
 
     asyncio.run(live())
 
