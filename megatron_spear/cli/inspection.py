@@ -144,7 +144,7 @@ def _run_logprobs(options: argparse.Namespace, settings: Sequence[str]) -> int:
     given = [f"evaluation.games={options.prompts}"]
     given += [f"env.type={options.env}"] if options.env is not None else []
     config = load_config(file, [*given, *settings])
-    stop = before_torch()
+    stop = before_torch(config.policy)
     from megatron_spear.trainer import jobs
 
     num_drawn = None if plays else options.prompts

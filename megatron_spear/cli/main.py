@@ -18,6 +18,7 @@ from megatron_spear.errors import PeerLost, SpearError, StopRequested
 
 if TYPE_CHECKING:
     from megatron_spear.cluster.attempt import Attempt
+    from megatron_spear.config.schema import PolicySection
     from megatron_spear.deadlines import StopFlag
 
 USAGE_EXIT = 2
@@ -104,7 +105,7 @@ def run(arguments: Sequence[str]) -> int:
         own_code(config, environment_too=True)
         print(dump_config(config), end="")
         return 0
-    stop = before_torch()
+    stop = before_torch(config.policy)
     from megatron_spear.trainer import jobs
 
     if options.command == "train":
@@ -114,14 +115,18 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def before_torch() -> "StopFlag":
-    """What a command that computes sets up before torch is imported; its stop signals."""
+def before_torch(policy: "PolicySection | None" = None) -> "StopFlag":
+    """What a command that computes sets up before torch is imported; its stop signals. ``policy``
+    is that of a rank that trains; what the user has set in the environment stays."""
     from megatron_spear.deadlines import install_stop_signals
 
     stop = install_stop_signals()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that wait for each other give their core away: far better where the machine is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if policy is not None and (policy.tensor_parallel > 1 or policy.context_parallel > 1):
+        # Kernels then start in the order that overlapping them with messages needs.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return stop
 
 

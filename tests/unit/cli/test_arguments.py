@@ -1,5 +1,6 @@
 """From a command line to a configuration: where the YAML file is, and runs that need none."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,29 @@ def test_help_still_helps(capsys: pytest.CaptureFixture[str]) -> None:
             main.run(arguments)
     told = capsys.readouterr().out
     assert "train --resume DIR" in " ".join(told.split()) and "--panel PATH" in told
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "value"),
+    [
+        (None, ("policy.tensor_parallel=2",), "1"),
+        (None, ("policy.context_parallel=2",), "1"),
+        (None, ("policy.pipeline_parallel=2",), None),
+        ("8", ("policy.tensor_parallel=2",), "8"),
+    ],
+)
+def test_kernels_of_a_rank_start_in_order_where_they_overlap_with_messages(
+    own: str | None,
+    settings: tuple[str, ...],
+    value: str | None,
+    trained: Callable[..., RunConfig],
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever starts it; what the user has set stays."""
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    trained(str(run_dir / "config.yaml"), *settings)
+    assert os.environ.get(name) == value
