@@ -150,9 +150,10 @@ def scripts() -> dict[Path, str]:
             name = f"{task}-{method}-{layouts[0]}"
             site = str(ROOT / "slurm/sites/venv.yaml")
             given = [*further, site, f"run.name={name}", f"run.dir=/shared/runs/{name}"]
-            config = launchable(first, given, slurm_problems)
+            folder = Path("/shared/megatron-spear")  # matters to containers alone
+            config = launchable(first, given, functools.partial(slurm_problems, folder=folder))
             place = ROOT / "slurm" / "paper" / f"{task}-{layouts[0]}.sbatch"
-            found[place] = render(config, config.run.dir)
+            found[place] = render(config, config.run.dir, folder)
     return found
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,14 +59,18 @@ def run_slurm(options: argparse.Namespace, settings: Sequence[str]) -> int:
     """Prepare the run directory and submit the job, or show what would be submitted."""
     from megatron_spear.cluster.planner.refusal import require_fits
     from megatron_spear.cluster.restarts import grant_restarts
+    from megatron_spear.cluster.signal_time import signal_warning
     from megatron_spear.cluster.slurm import SCRIPT_NAME, render, slurm_problems
     from megatron_spear.cluster.submission import refuse_second_job, submit
     from megatron_spear.config.load import dump_config
     from megatron_spear.files import write_whole
 
-    config = launchable(options.config, settings, slurm_problems)
+    folder = Path.cwd()
+    config = launchable(options.config, settings, partial(slurm_problems, folder=folder))
     run = config.run.dir.resolve()
-    script = render(config, run)
+    script = render(config, run, folder)
+    if warning := signal_warning(config):
+        print(f"warning: {warning}", file=sys.stderr)
     if options.dry_run:
         print(script)
         print(f"# --- {run / 'config.yaml'}\n{dump_config(config)}", end="")
@@ -113,7 +118,7 @@ def run_begin(options: argparse.Namespace, settings: Sequence[str]) -> int:
 def run_end(options: argparse.Namespace, settings: Sequence[str]) -> int:
     """Print what becomes of the run; 0 = it is done, ``AGAIN_EXIT`` = it goes on, 1 = given up."""
     from megatron_spear.cluster.attempt import Attempt, newest_checkpoint
-    from megatron_spear.cluster.restarts import BAD_NODES_STATUS, Verdict, judge
+    from megatron_spear.cluster.restarts import BAD_NODES_STATUS, USAGE_STATUS, Verdict, judge
     from megatron_spear.cluster.slurm import AGAIN_EXIT, excluded
     from megatron_spear.files import write_whole
 
@@ -121,10 +126,10 @@ def run_end(options: argparse.Namespace, settings: Sequence[str]) -> int:
     run, cluster = _run_and_cluster(attempt.run)
     if options.phase == "preflight" and options.told:
         attempt.mark_stopped(f"{options.told} before it began", newest_checkpoint(run))
-    elif options.phase == "preflight" and status and (nodes := excluded(cluster, run)):
-        write_whole(attempt.exclude_file, nodes)
+    elif options.phase == "preflight" and status != USAGE_STATUS and attempt.new_bad_nodes():
+        write_whole(attempt.exclude_file, excluded(cluster, run))
         status = BAD_NODES_STATUS  # a node that hung was killed, with another one
-    judgement = judge(attempt, status, cluster)
+    judgement = judge(attempt, status, cluster, options.told)
     print(f"attempt {attempt.number}: {judgement.verdict}: {judgement.reason}")
     return {Verdict.DONE: 0, Verdict.AGAIN: AGAIN_EXIT, Verdict.FAILED: 1}[judgement.verdict]
 

@@ -27,6 +27,9 @@ from pathlib import Path
 
 from megatron_spear.files import write_whole
 
+BAD_NODES_NAME = "bad_nodes"
+"""File in a run directory: nodes that a preflight found bad, one a line. Jobs leave them out."""
+
 _ATTEMPT = re.compile(r"attempt_(\d+)")
 _CHECKPOINT = re.compile(r"step_(\d+)")
 
@@ -92,7 +95,8 @@ class Attempt:
 
     @property
     def begun_file(self) -> Path:
-        """The step of the newest checkpoint when the attempt began: ``{"step": 20}``."""
+        """The step of the newest checkpoint and the bad nodes when the attempt began: ``{"step":
+        20, "bad_nodes": ["n3"]}``."""
         return self.path / "begun.json"
 
     @property
@@ -168,14 +172,29 @@ class Attempt:
             folder.mkdir(parents=True)
         attempt.secret_file.touch(mode=0o600)
         attempt.secret_file.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
-        write_whole(attempt.begun_file, json.dumps({"step": newest_checkpoint(run)}) + "\n")
+        begun = {"step": newest_checkpoint(run), "bad_nodes": bad_nodes(run)}
+        write_whole(attempt.begun_file, json.dumps(begun) + "\n")
         return attempt
+
+    def new_bad_nodes(self) -> list[str]:
+        """Nodes of the run's ``bad_nodes`` that were not there when the attempt began."""
+        try:
+            before = json.loads(self.begun_file.read_text(encoding="utf-8")).get("bad_nodes", [])
+        except (OSError, ValueError):
+            before = []
+        return [name for name in bad_nodes(self.run) if name not in before]
 
 
 def attempts(run: Path) -> list[Attempt]:
     """The attempts of a run, oldest first."""
     found = [Attempt(path) for path in run.glob("attempt_*") if _ATTEMPT.fullmatch(path.name)]
     return sorted(found, key=lambda attempt: attempt.number)
+
+
+def bad_nodes(run: Path) -> list[str]:
+    """Nodes that preflights of a run found bad; [] if none was."""
+    file = run / BAD_NODES_NAME
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []
 
 
 def newest_checkpoint(run: Path) -> int:

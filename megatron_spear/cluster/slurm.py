@@ -16,16 +16,15 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_spear.cluster.attempt import bad_nodes
 from megatron_spear.cluster.commands import network_environment
 from megatron_spear.config.cluster import ApptainerRuntime, ClusterSection, PyxisRuntime
 from megatron_spear.config.schema import RunConfig
 
 SCRIPT_NAME = "job.sbatch"
-BAD_NODES_NAME = "bad_nodes"
-"""File in a run directory: nodes that a preflight found bad, one a line. Jobs leave them out."""
 AGAIN_EXIT = 10
 """Exit status of ``launch end`` for a run that goes on."""
 
@@ -75,19 +74,19 @@ fi
 """
 
 
-def slurm_problems(config: RunConfig) -> Iterator[str]:
-    """One line for each setting with which there is no job script, or no job that gets on."""
+def slurm_problems(config: RunConfig, folder: Path) -> Iterator[str]:
+    """One line for each setting with which there is no job script, or no job that gets on;
+    ``folder`` is the one of the launch, as in ``render``."""
     for name, value in (("run.name", config.run.name), ("run.dir", str(config.run.dir))):
         if "\n" in value:
             yield f"{name}={value!r} has several lines, and the header of a job script has one"
-    if config.cluster.runtime.type != "venv" and set(str(config.run.dir)) & set(":,"):
-        yield f"run.dir={config.run.dir}: containers cannot mount a path with : or , in it"
-
-
-def bad_nodes(run: Path) -> list[str]:
-    """Nodes that preflights of a run found bad; [] if none was."""
-    file = run / BAD_NODES_NAME
-    return file.read_text(encoding="utf-8").split() if file.is_file() else []
+    if config.cluster.runtime.type == "venv":
+        return
+    for name, path in (("run.dir=", config.run.dir), ("the folder of this launch, ", folder)):
+        if set(str(path)) & set(":,"):
+            yield f"{name}{path}: containers cannot mount a path with : or , in it"
+    if folder == Path("/"):
+        yield "launched in /, which containers cannot mount; launch it in another folder"
 
 
 def excluded(cluster: ClusterSection, run: Path) -> str:
@@ -95,10 +94,11 @@ def excluded(cluster: ClusterSection, run: Path) -> str:
     return ",".join(dict.fromkeys([*cluster.slurm.exclude, *bad_nodes(run)]))
 
 
-def render(config: RunConfig, run: Path) -> str:
-    """The script for ``sbatch``; ``run`` is the absolute run directory, which all nodes see."""
+def render(config: RunConfig, run: Path, folder: Path) -> str:
+    """The script for ``sbatch``; ``run`` is the absolute run directory, ``folder`` the absolute one
+    at which relative paths start. All nodes see both."""
     cluster = config.cluster
-    container, spear = _runtime(cluster, run)
+    container, spear = _runtime(cluster, run, folder)
     # A task starts processes for all cores of its node, so it is bound to none.
     srun = ["srun", *container, "--ntasks-per-node=1", "--cpu-bind=none"]
     here = '"${srun[@]}" --nodes=1 --ntasks=1 ' if container else ""
@@ -162,10 +162,6 @@ def _quoted(value: str) -> str:
 
 def _environment(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Variables of all processes, values as they stand in the script."""
-    policy = config.policy
-    if config.cluster.gpus_per_node and (policy.tensor_parallel > 1 or policy.context_parallel > 1):
-        # Kernels then start in the order that overlapping them with messages needs.
-        yield "CUDA_DEVICE_MAX_CONNECTIONS", "1"
     # Kernels are compiled on each node: a shared file system would serve them slowly, or wrongly.
     yield "TRITON_CACHE_DIR", '"/tmp/triton-$(id -u)"'
     for name, value in network_environment(config.cluster.network).items():
@@ -184,16 +180,39 @@ def _preflight(cluster: ClusterSection) -> str:
     return f"on_all_nodes preflight --kill-on-bad-exit=0 --wait={wait_s}"
 
 
-def _runtime(cluster: ClusterSection, run: Path) -> tuple[list[str], list[str]]:
-    """Options of ``srun`` for a container, if it makes one; the words before ``launch ...``."""
+def _runtime(cluster: ClusterSection, run: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Options of ``srun`` for a container, if it makes one; the words before ``launch ...``.
+
+    A container starts in a folder of its image, so that relative paths need to be told theirs.
+    """
     runtime = cluster.runtime
     if isinstance(runtime, PyxisRuntime):
-        mounts = ",".join((f"{run}:{run}", *runtime.mounts))
-        container = [f"--container-image={runtime.image}", f"--container-mounts={mounts}"]
+        container = [
+            f"--container-image={runtime.image}",
+            f"--container-mounts={','.join(_mounts(run, folder, runtime.mounts))}",
+            f"--container-workdir={folder}",
+        ]
         return container, ["megatron-spear"]
     if isinstance(runtime, ApptainerRuntime):
-        binds = [word for mount in (f"{run}:{run}", *runtime.mounts) for word in ("--bind", mount)]
-        gpus = ["--nv"] if cluster.gpus_per_node else []
-        return [], ["apptainer", "exec", *gpus, *binds, str(runtime.image), "megatron-spear"]
+        mounts = _mounts(run, folder, runtime.mounts)
+        options = ["--nv"] if cluster.gpus_per_node else []
+        options += [word for mount in mounts for word in ("--bind", mount)]
+        options += ["--pwd", str(folder)]
+        return [], ["apptainer", "exec", *options, str(runtime.image), "megatron-spear"]
     python = runtime.path / "bin" / "python" if runtime.path else Path(sys.executable)
     return [], [str(python), "-m", "megatron_spear.cli.main"]
+
+
+def _mounts(run: Path, folder: Path, given: Sequence[str]) -> list[str]:
+    """All mounts of a container. The folder of the launch comes first, since the run directory may
+    be inside; it is left out where the user's own mounts have it."""
+    own = [] if any(_has(mount, folder) for mount in given) else [f"{folder}:{folder}"]
+    return list(dict.fromkeys([*own, f"{run}:{run}", *given]))
+
+
+def _has(mount: str, folder: Path) -> bool:
+    """Whether a mount (``SOURCE:TARGET``, ``PATH``) puts something at ``folder``: it is the target,
+    or inside one that has the same path outside."""
+    source, _, rest = mount.partition(":")
+    target = rest.partition(":")[0] or source
+    return str(folder) == target or (source == target and folder.is_relative_to(target))

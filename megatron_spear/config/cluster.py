@@ -28,7 +28,8 @@ class SlurmSection(Section):
     """Longest attempt, as Slurm writes it: ``D-HH:MM:SS``, ``HH:MM:SS`` or minutes. The run is
     stopped before and requeued."""
     signal_before_s: PositiveInt = 600
-    """Seconds before the time limit at which the run is told to save and stop."""
+    """Seconds before the time limit at which the run is told to save and stop; longer than a step
+    and a save."""
     exclude: tuple[str, ...] = ()
     """Nodes not to use, besides those that a preflight found bad."""
     options: tuple[str, ...] = ()
@@ -98,7 +99,8 @@ class PyxisRuntime(Section):
     image: str
     """``--container-image``: a registry's image, or a ``.sqsh`` file."""
     mounts: tuple[str, ...] = ()
-    """``--container-mounts``, as ``SOURCE:TARGET``; the run directory is always mounted."""
+    """``--container-mounts``, as ``SOURCE:TARGET``; the run directory and the folder of the launch
+    are always mounted."""
 
 
 class ApptainerRuntime(Section):
@@ -109,7 +111,8 @@ class ApptainerRuntime(Section):
     image: Path
     """The ``.sif`` file."""
     mounts: tuple[str, ...] = ()
-    """``--bind``, as ``SOURCE:TARGET``; the run directory is always mounted."""
+    """``--bind``, as ``SOURCE:TARGET``; the run directory and the folder of the launch are always
+    mounted."""
 
 
 Runtime = Annotated[VenvRuntime | PyxisRuntime | ApptainerRuntime, Field(discriminator="type")]
@@ -212,7 +215,8 @@ class ClusterSection(Section):
     """Checks before the start."""
     max_restarts: NonNegativeInt = 10
     """Restarts after crashes in one launch; a crash without a new checkpoint since its start counts
-    double, and the third such in a row ends the run whatever is left. Stops cost nothing."""
+    double, and the third such in a row ends the run whatever is left. Stops cost nothing, but the
+    third in a row by the time limit without a new checkpoint ends the run too."""
 
     @property
     def ranks_on_a_node(self) -> int:

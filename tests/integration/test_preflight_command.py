@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from megatron_spear.cluster.attempt import Attempt
-from megatron_spear.cluster.slurm import bad_nodes
+from megatron_spear.cluster.attempt import Attempt, bad_nodes
 from megatron_spear.config.load import dump_config, load_config
 
 _SMI = """#!/bin/sh

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_spear.background import in_background
-from megatron_spear.cluster.attempt import Attempt
+from megatron_spear.cluster.attempt import BAD_NODES_NAME, Attempt, bad_nodes
 from megatron_spear.cluster.keepers import Node
 from megatron_spear.cluster.kept import free_port
 from megatron_spear.cluster.preflight.allreduce import (
@@ -21,7 +21,6 @@ from megatron_spear.cluster.preflight.judge import Judged, judge_nodes
 from megatron_spear.cluster.preflight.node import Facts, look_at_node
 from megatron_spear.cluster.preflight.table import render_table
 from megatron_spear.cluster.restarts import BAD_NODES_STATUS
-from megatron_spear.cluster.slurm import BAD_NODES_NAME, bad_nodes
 from megatron_spear.config.cluster import ClusterSection
 from megatron_spear.files import write_whole
 

@@ -12,7 +12,8 @@ from megatron_spear.cluster.slurm import AGAIN_EXIT
 from megatron_spear.config.load import dump_config, load_config
 from megatron_spear.errors import ConfigError
 
-QUICKSTART = str(Path(__file__).parents[3] / "examples" / "alfworld" / "quickstart.yaml")
+EXAMPLES = Path(__file__).parents[3] / "examples"
+QUICKSTART = str(EXAMPLES / "alfworld" / "quickstart.yaml")
 
 
 @pytest.fixture
@@ -68,6 +69,23 @@ def test_a_dry_run_of_a_model_that_is_elsewhere_has_no_plan(
     arguments = ["slurm", QUICKSTART, "--dry-run", "model.path=/there/model"]
     assert launch.run([*arguments, f"run.dir={tmp_path / 'run'}"]) == 0
     assert "\n# no plan: /there/model/config.json cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signal_before_s", [600, 1800])
+def test_a_signal_that_comes_too_late_is_told(
+    tmp_path: Path,
+    programs: Path,
+    signal_before_s: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = ("alfworld/paper", "methods/drbot-gigpo-spear", "layouts/qwen2.5-7b-8gpus")
+    files = [str(EXAMPLES / f"{name}.yaml") for name in names]
+    _program(programs / "sbatch", "echo 12")
+    settings = [f"run.dir={tmp_path / 'run'}", f"cluster.slurm.signal_before_s={signal_before_s}"]
+    assert launch.run(["slurm", *files, *settings]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("job 12 is submitted")
+    assert ("signal_before_s=600 is below the " in told.err) is (signal_before_s == 600)
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_made(
@@ -158,6 +176,45 @@ def test_bad_nodes_are_noted_for_the_script(
     attempt = _begin(run, capsys)
     assert _end(attempt, 0, "--phase", "node") == 1, "the budget is spent"
     assert not attempt.exclude_file.exists()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_settings_that_are_wrong_are_no_bad_nodes(
+    run: Path, noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "bad_nodes").write_text("n9\n")
+    attempt = _begin(run, capsys)
+    if noted:
+        (run / "bad_nodes").write_text("n9\nn3\n")
+    assert _end(attempt, 2, "--phase", "preflight") == 1
+    assert "attempt 0: failed: no restart would mend this" in capsys.readouterr().out
+    assert not attempt.exclude_file.exists()
+
+
+def test_a_preflight_that_crashes_is_no_bad_node_because_of_earlier_ones(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load_config(run / "config.yaml", ["cluster.slurm.exclude=[n13]"])
+    (run / "config.yaml").write_text(dump_config(settings))
+    (run / "bad_nodes").write_text("n9\n")
+    attempt = _begin(run, capsys)
+    assert _end(attempt, 1, "--phase", "preflight") == AGAIN_EXIT
+    assert "crashed with status 1" in capsys.readouterr().out
+    assert not attempt.exclude_file.exists()
+    (run / "bad_nodes").write_text("n9\nn3\n")
+    assert attempt.new_bad_nodes() == ["n3"]
+    assert _end(attempt, 137, "--phase", "preflight") == AGAIN_EXIT
+    assert attempt.exclude_file.read_text() == "n13,n9,n3"
+
+
+def test_stops_by_the_time_limit_that_get_no_further_end_the_run(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ("--phase", "preflight", "--told", "USR1")
+    for verdict in (AGAIN_EXIT, AGAIN_EXIT, 1):
+        assert _end(_begin(run, capsys), 143, *told) == verdict
+        said = capsys.readouterr().out
+    assert "attempt 2: failed: " in said and "3 stops in a row without a new checkpoint" in said
 
 
 def test_no_attempt_begins_once_the_run_has_failed_unseen(

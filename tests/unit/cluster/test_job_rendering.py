@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spear.cluster.slurm import BAD_NODES_NAME, excluded, render, slurm_problems
+from megatron_spear.cluster.attempt import BAD_NODES_NAME
+from megatron_spear.cluster.slurm import excluded, render, slurm_problems
 from megatron_spear.config.load import load_config
 from megatron_spear.config.schema import RunConfig
+
+FOLDER = Path("/shared/work")
+"""Of the launch."""
 
 _NOTE = """#!{python}
 import json, os, sys
@@ -71,7 +75,7 @@ class Cluster:
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         script = self.folder / "job.sbatch"
-        script.write_text(render(config, config.run.dir))
+        script.write_text(render(config, config.run.dir, FOLDER))
         environment = {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "7",
@@ -92,7 +96,7 @@ def _config(*settings: str, run: str = "/shared/run") -> RunConfig:
 
 
 def _options(config: RunConfig) -> list[str]:
-    lines = render(config, config.run.dir).splitlines()
+    lines = render(config, config.run.dir, FOLDER).splitlines()
     return [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
 
 
@@ -150,21 +154,14 @@ def test_nodes_that_were_found_bad_stay_out(tmp_path: Path) -> None:
 
 def test_what_is_exported() -> None:
     network = "{interface: ib0, ib_hca: mlx5, environment: {NVTE_DEBUG: '1'}}"
-    script = render(
-        _config(
-            f"cluster.network={network}", "cluster.gpus_per_node=8", "policy.tensor_parallel=2"
-        ),
-        Path("/run"),
-    )
+    script = render(_config(f"cluster.network={network}"), Path("/run"), FOLDER)
     for line in (
-        "export CUDA_DEVICE_MAX_CONNECTIONS=1",
         "export NCCL_SOCKET_IFNAME=ib0",
         "export GLOO_SOCKET_IFNAME=ib0",
         "export NCCL_IB_HCA=mlx5",
         "export NVTE_DEBUG=1",
     ):
         assert line in script.splitlines()
-    assert "CUDA_DEVICE_MAX" not in render(_config("policy.tensor_parallel=2"), Path("/run"))
 
 
 def test_the_calls_of_a_run_to_its_end(cluster: Cluster) -> None:
@@ -214,31 +211,65 @@ def test_a_container_of_pyxis(cluster: Cluster) -> None:
     ran = cluster.run(_config(f"cluster.runtime={runtime}"))
     container = [
         "--container-image=reg#nv/x:1",
-        "--container-mounts=/shared/run:/shared/run,/a b:/c",
+        "--container-mounts=/shared/work:/shared/work,/shared/run:/shared/run,/a b:/c",
+        "--container-workdir=/shared/work",
     ]
     assert ran.calls[0] == [
         *["srun", *container, "--ntasks-per-node=1", "--cpu-bind=none", "--nodes=1", "--ntasks=1"],
         *["megatron-spear", "launch", "begin", "/shared/run"],
     ]
-    assert ran.of("node")[:3] == ["srun", *container]
+    assert ran.of("node")[:4] == ["srun", *container]
 
 
 @pytest.mark.parametrize("gpus", [0, 8])
 def test_a_container_of_apptainer(cluster: Cluster, gpus: int) -> None:
     runtime = "{type: apptainer, image: /images/x y.sif, mounts: ['/data:/data']}"
     ran = cluster.run(_config(f"cluster.runtime={runtime}", f"cluster.gpus_per_node={gpus}"))
-    binds = ["--bind", "/shared/run:/shared/run", "--bind", "/data:/data", "/images/x y.sif"]
-    words = ["apptainer", "exec", *(["--nv"] if gpus else []), *binds, "megatron-spear", "launch"]
+    mounts = ("/shared/work:/shared/work", "/shared/run:/shared/run", "/data:/data")
+    binds = [word for mount in mounts for word in ("--bind", mount)]
+    options = [*(["--nv"] if gpus else []), *binds, "--pwd", "/shared/work"]
+    words = ["apptainer", "exec", *options, "/images/x y.sif", "megatron-spear", "launch"]
     assert ran.calls[0] == [*words, "begin", "/shared/run"]
     assert shlex.join([*words, "node"]) in shlex.join(ran.of("node"))
 
 
+@pytest.mark.parametrize(
+    ("mounts", "added"),
+    [
+        ("[/shared:/shared]", False),
+        ("[/shared]", False),
+        ("['/shared/work:/shared/work:ro']", False),
+        ("[/disk:/shared/work]", False),
+        ("[/disk:/shared]", True),
+        ("[/shared:/data]", True),
+        ("[/shared/workshop:/shared/workshop]", True),
+    ],
+)
+def test_the_folder_of_the_launch_is_not_mounted_twice(mounts: str, added: bool) -> None:
+    runtime = f"cluster.runtime={{type: pyxis, image: x, mounts: {mounts}}}"
+    script = render(_config(runtime), Path("/shared/run"), FOLDER)
+    assert ("/shared/work:/shared/work,/shared/run:/shared/run," in script) is added
+    assert "--container-workdir=/shared/work " in script
+
+
+def test_a_launch_in_the_run_directory_mounts_it_once() -> None:
+    runtime = "cluster.runtime={type: pyxis, image: x}"
+    assert "-mounts=/r:/r --container-workdir=/r " in render(
+        _config(runtime), Path("/r"), Path("/r")
+    )
+
+
 def test_what_no_script_can_be_made_of() -> None:
     runtime = "cluster.runtime={type: apptainer, image: x.sif}"
-    assert list(slurm_problems(_config(run="/a,b:c"))) == []
-    (problem,) = slurm_problems(_config(runtime, run="/a,b:c"))
-    assert "containers cannot mount a path" in problem
+    assert list(slurm_problems(_config(run="/a,b:c"), Path("/x:y"))) == []
+    problems = list(slurm_problems(_config(runtime, run="/a,b:c"), Path("/x:y")))
+    assert [problem.partition(": containers cannot mount a path")[0] for problem in problems] == [
+        "run.dir=/a,b:c",
+        "the folder of this launch, /x:y",
+    ]
+    (problem,) = slurm_problems(_config(runtime), Path("/"))
+    assert problem.startswith("launched in /, which containers cannot mount")
     config = _config()
     two_lines = config.model_copy(update={"run": config.run.model_copy(update={"name": "a\nb"})})
-    (problem,) = slurm_problems(two_lines)
+    (problem,) = slurm_problems(two_lines, FOLDER)
     assert problem.startswith("run.name='a\\nb'")

@@ -7,11 +7,10 @@ import time
 import pytest
 from smi_outputs import healthy, row_line, smi_of
 
-from megatron_spear.cluster.attempt import Attempt
+from megatron_spear.cluster.attempt import Attempt, bad_nodes
 from megatron_spear.cluster.keepers import Node
 from megatron_spear.cluster.preflight.node import Facts
 from megatron_spear.cluster.preflight.run import Preflight
-from megatron_spear.cluster.slurm import bad_nodes
 from megatron_spear.config.cluster import ClusterSection, PreflightSection
 
 GIB = 1 << 30

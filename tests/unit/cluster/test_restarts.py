@@ -57,6 +57,42 @@ def test_a_stop_goes_on_and_costs_nothing(tmp_path: Path) -> None:
         assert judgement.reason == "stopped by SIGUSR1, saved after step 7"
 
 
+def _stop(run: Path, told: str) -> Judgement:
+    attempt = Attempt.begin(run)
+    attempt.mark_stopped("SIGUSR1 in the warm start", newest_checkpoint(run))
+    return judge(attempt, 0, ClusterSection(max_restarts=0), told)
+
+
+def test_three_stops_in_a_row_that_got_no_further_end_it(tmp_path: Path) -> None:
+    assert [_stop(tmp_path, "USR1").verdict for _ in range(2)] == [Verdict.AGAIN, Verdict.AGAIN]
+    failed = _stop(tmp_path, "USR1")
+    assert failed.verdict is Verdict.FAILED
+    assert "3 stops in a row without a new checkpoint" in failed.reason
+    assert "longer than the 85800 s until the job is told to stop" in failed.reason
+    assert "raise cluster.slurm.time_limit" in failed.reason
+    assert f"megatron-spear sft resume={tmp_path}" in failed.reason
+    grant_restarts(tmp_path)
+    assert _stop(tmp_path, "USR1").verdict is Verdict.AGAIN, "a launch by the user"
+
+
+def test_a_new_checkpoint_begins_a_new_row_of_stops(tmp_path: Path) -> None:
+    _stop(tmp_path, "USR1")
+    _stop(tmp_path, "USR1")
+    attempt = Attempt.begin(tmp_path)
+    _checkpoint(tmp_path, 1)
+    attempt.mark_stopped("SIGUSR1", 1)
+    assert judge(attempt, 0, ClusterSection(), "USR1").verdict is Verdict.AGAIN
+    assert [_stop(tmp_path, "USR1").verdict for _ in range(2)] == [Verdict.AGAIN, Verdict.AGAIN]
+    assert _stop(tmp_path, "USR1").verdict is Verdict.FAILED
+
+
+@pytest.mark.parametrize("told", ["TERM", "INT", ""])
+def test_stops_that_the_time_limit_did_not_ask_for_are_in_no_row(tmp_path: Path, told: str) -> None:
+    """Preemption, and a user's own signal."""
+    assert {_stop(tmp_path, told).verdict for _ in range(4)} == {Verdict.AGAIN}
+    assert [_stop(tmp_path, "USR1").verdict for _ in range(2)] == [Verdict.AGAIN, Verdict.AGAIN]
+
+
 def test_crashes_spend_the_budget_by_progress(tmp_path: Path) -> None:
     assert _crash(tmp_path, checkpoint=10, restarts=3).verdict is Verdict.AGAIN
     again = _crash(tmp_path, restarts=3)

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from megatron_spear.cluster.roles import require_settings
+from megatron_spear.cluster.signal_time import signal_warning
 from megatron_spear.config.check import check_config
 from megatron_spear.config.load import load_config
 from megatron_spear.config.schema import RunConfig
@@ -89,6 +90,7 @@ def test_fits_with_every_method(task: str, layouts: tuple[str, ...], context: st
         assert plan.memory.total / 1e9 == pytest.approx(GIGABYTES[layouts], abs=WITHIN_GB), method
         assert plan.memory.host <= plan.job.chip.host_bytes
         assert plan.job.num_gpus == config.cluster.world_size, "all GPUs do both"
+        assert signal_warning(config) is None, method
         assert config.rollout.max_context == plan.job.lengths.longest <= plan.job.shape.max_length
 
 
