@@ -132,7 +132,8 @@ class AlgorithmSection(Section):
     normalize_std: bool = False
     """Divide by the group's standard deviation: true is GRPO's original form (arXiv 2402.03300,
     there with ``aggregation: seq-mean-token-mean``), false GRPO without std, Dr. GRPO's half that
-    concerns advantages. With ``advantage: grpo`` only."""
+    concerns advantages. With ``advantage: grpo`` only. Replayed advantages are divided alike, by
+    the spread that goes with ``replay.baseline``."""
     gigpo: GigpoSection = GigpoSection()
     """GiGPO's own settings."""
     loss: Annotated[LossSection, Field(discriminator="type")] = ClippedLossSection()
@@ -194,7 +195,10 @@ class ReplaySection(Section):
     """Recalibration. A trajectory's new advantage is its reward minus p50: the median of recent
     group means (Eq. 2); batch_mean: the mean reward of this step's trajectories; per_prompt: the
     mean of its own prompt's recent group means (p50 once these have left the history). It is one
-    number for all its tokens, with GiGPO too, whose turn-level part is dropped. Without
+    number for all its tokens, with GiGPO too, whose turn-level part is dropped. Where new
+    advantages are divided by their group's standard deviation (``algorithm.normalize_std``, GiGPO's
+    mean_std_norm) it is divided by the median of recent groups' (p50), by that of this step's
+    trajectories (batch_mean), or by the mean of its own prompt's (per_prompt). Without
     recalibration: decay = the stored advantages, token by token, times ``decay``; none = the stored
     advantages (vanilla self-imitation, Eq. 1). Kept are trajectories with a positive advantage."""
     decay: PositiveFraction = 1.0

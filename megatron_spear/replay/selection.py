@@ -1,7 +1,8 @@
 """Which stored trajectories are replayed in a step, and with what advantage (SPEAR Eq. 1-4).
 
-    advantage   reward minus baseline (``replay.baseline``: p50, batch_mean, per_prompt), one number
-                for all sampled tokens; or the stored advantages (decay, none)
+    advantage   reward minus baseline (``replay.baseline``: p50, batch_mean, per_prompt), over a
+                spread where new advantages are, one number for all sampled tokens; or the stored
+                advantages (decay, none)
     kept        advantage > 0 and age <= ``replay.max_age``
     released    a uniform draw of the kept rows, once each unless ``replay.reuse``: at most
                 ``replay.rows_per_step`` each step (continuous), or ``replay.capacity`` at once when

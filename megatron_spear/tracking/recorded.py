@@ -123,8 +123,8 @@ class RecordedReplay:
       ``policy_version``, the oldest of its tokens; ``age`` counts policy versions since then.
     - ``stored_advantage``: mean over its tokens at collection; ``advantage``: the same now, after
       recalibration; ``baseline``: what its reward was compared with (None where the stored
-      advantages were kept or scaled). ``reward.total`` has the present mu; in official mode the one
-      of collection.
+      advantages were kept or scaled), the difference being divided where new ones are.
+      ``reward.total`` has the present mu; in official mode the one of collection.
     - ``weight``: gamma(t), the weight of its loss.
     - ``segments``: those that were trained on: all of the trajectory, or in official mode the one
       that the row is. ``num_tokens`` and ``num_tool_calls`` are theirs.

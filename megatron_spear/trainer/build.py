@@ -14,6 +14,7 @@ from megatron_spear.data.prompts import Cursor, PromptCursor, PromptSource
 from megatron_spear.envs.family import Panel, family_of
 from megatron_spear.policy.parallel import ParallelContext
 from megatron_spear.policy.policy import MegatronPolicy
+from megatron_spear.replay.spread import divides_by_spread
 from megatron_spear.rollout.chat import ChatRenderer
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
@@ -214,7 +215,7 @@ def _replay_hook(config: RunConfig, folder: Path) -> OfficialReplayHook | SelfIm
         return None
     if algorithm.compat == "official":
         return OfficialReplayHook(replay, algorithm, config.rollout.group_size, folder)
-    return SelfImitationHook(replay, folder)
+    return SelfImitationHook(replay, folder, divide=divides_by_spread(algorithm))
 
 
 def make_cursor(config: RunConfig) -> tuple[Cursor, dict[str, Hook]]:

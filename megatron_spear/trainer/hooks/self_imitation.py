@@ -10,6 +10,7 @@ this step's own rows are inserted and old ones evicted.
 | ``rows``, ``num_releases`` | rows replayed in this step; steps so far that replayed some |
 | ``kept_fraction`` | share of the candidates with a positive advantage |
 | ``p50``, ``weight`` | median of the recorded group means; gamma(t) |
+| ``spread_p50`` | median of the groups' spreads, where advantages are divided by spreads |
 | ``baseline_mean``, ``num_compared_with_p50`` | see ``replay.baseline`` |
 | ``age_mean``, ``age_max``, ``advantage_mean``, ``tool_calls_mean`` | of what is replayed |
 | ``inserted``, ``cleared`` | rows that enter at the end of this step; rows a burst forgets |
@@ -19,6 +20,7 @@ What comes from the loss (``replay/ratio_mean``, ``clip_fraction``, ``zero_gradi
 ``cov_dropped_fraction``, ...) is added by ``algorithms.policy_loss`` and ``trainer.mini_batches``.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -26,11 +28,18 @@ from typing import Any
 
 import numpy as np
 
+from megatron_spear.algorithms.group_baselines import STD_EPSILON
 from megatron_spear.config.method import ReplaySection
-from megatron_spear.replay.baseline import BaselineHistory, baseline_values, batch_mean
+from megatron_spear.replay.baseline import (
+    BaselineHistory,
+    baseline_spreads,
+    baseline_values,
+    batch_mean,
+    batch_spread,
+)
 from megatron_spear.replay.index import ReplayIndex, RewardColumn
 from megatron_spear.replay.released import ReleasedRow
-from megatron_spear.replay.selection import recalibrated, scaled, select, stored_scale
+from megatron_spear.replay.selection import Selection, recalibrated, scaled, select, stored_scale
 from megatron_spear.replay.state import require_keys
 from megatron_spear.replay.store import ReplayStore
 from megatron_spear.trainer.hooks.base import Hook
@@ -48,14 +57,17 @@ from megatron_spear.types import (
 class SelfImitationHook(Hook):
     """Keeps the replay store and its baseline; adds at most one replay ``Update`` a step.
 
-    ``folder`` holds the store's files. ``section.enabled`` is the builder's to read: no hook, no
-    replay. Draws are keyed by the context's seed and step. Between bursts (``release: burst``) the
+    ``folder`` holds the store's files. ``divide`` says that the advantages of new trajectories are
+    divided by their group's spread (``replay.spread``): recalibrated ones are divided then too, or
+    they would be of another size. ``section.enabled`` is the builder's to read: no hook, no replay.
+    Draws are keyed by the context's seed and step. Between bursts (``release: burst``) the
     store is bounded by age alone. Covariance clipping is not done here: it needs current log-probs,
     which the loop has (``algorithms.covariance``).
     """
 
-    def __init__(self, section: ReplaySection, folder: Path) -> None:
+    def __init__(self, section: ReplaySection, folder: Path, *, divide: bool = False) -> None:
         self._section = section
+        self._divide = divide
         bursts = section.release == "burst"
         self._store = ReplayStore(folder, None if bursts else section.capacity)
         self._history = BaselineHistory(section.baseline_history)
@@ -65,6 +77,7 @@ class SelfImitationHook(Hook):
         self._entered: frozenset[TrajectoryId] = frozenset()
         self._metrics: dict[str, float] = {}
         self._step_mean: float | None = None
+        self._step_spread: float | None = None
         self._num_releases = 0
         self._evicted_by_age = 0
         self._evicted_by_capacity = 0
@@ -73,11 +86,12 @@ class SelfImitationHook(Hook):
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
     ) -> tuple[ScoredGroup, ...]:
-        """Learn this step's group means and which trajectories may enter the store."""
+        """Learn this step's group means and spreads and which trajectories may enter the store."""
         self._inside_step = True
         weight = ctx.coefficients.intrinsic_weight
         self._history.extend(ctx.step, groups)
         self._step_mean = batch_mean(groups, weight)
+        self._step_spread = batch_spread(groups, weight)
         self._admitted = frozenset(
             member.trajectory.id
             for group in groups
@@ -93,6 +107,8 @@ class SelfImitationHook(Hook):
         }
         if len(self._history):
             self._metrics["replay/p50"] = self._history.p50(weight)
+        if self._divide and not math.isnan(spread := self._history.spread_p50(weight)):
+            self._metrics["replay/spread_p50"] = spread
         return groups
 
     def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:
@@ -182,11 +198,11 @@ class SelfImitationHook(Hook):
         """The step's draw, taken out of the store unless it may be drawn again; a burst clears what
         it leaves."""
         index, scale = self._store.index(), stored_scale(self._section)
-        advantages = (
-            self._compared(index, ctx.coefficients.intrinsic_weight)
-            if scale is None
-            else scale * index.advantages
-        )
+        baselines: RewardColumn | None = None
+        if scale is None:
+            baselines, advantages = self._compared(index, ctx.coefficients.intrinsic_weight)
+        else:
+            advantages = scale * index.advantages
         selection = select(index, advantages, ctx, self._section)
         self._metrics |= selection.metrics
         if not len(selection.row_ids):
@@ -199,9 +215,10 @@ class SelfImitationHook(Hook):
             cleared = self._store.discard(self._store.index().row_ids)
             self._metrics["replay/cleared"] = float(cleared)
         compared = list(zip(taken, selection.advantages.tolist(), strict=True))
+        against = [None] * len(taken) if baselines is None else _picked(index, selection, baselines)
         self._released = tuple(
-            _released(ctx, samples, advantage, anew=scale is None)
-            for samples, advantage in compared
+            _released(ctx, samples, advantage, baseline)
+            for (samples, advantage), baseline in zip(compared, against, strict=True)
         )
         return tuple(
             sample
@@ -211,29 +228,39 @@ class SelfImitationHook(Hook):
             )
         )
 
-    def _compared(self, index: ReplayIndex, intrinsic_weight: float) -> RewardColumn:
-        """float64 ``[N]``: rewards minus baselines."""
+    def _compared(
+        self, index: ReplayIndex, intrinsic_weight: float
+    ) -> tuple[RewardColumn, RewardColumn]:
+        """float64 ``[N]`` each: the baselines, and rewards minus these, over the spread where new
+        advantages are."""
+        kind, weight = self._section.baseline, intrinsic_weight
         baselines, metrics = baseline_values(
-            self._section.baseline,
-            index,
-            self._history,
-            step_mean=self._step_mean,
-            intrinsic_weight=intrinsic_weight,
+            kind, index, self._history, step_mean=self._step_mean, intrinsic_weight=weight
         )
         self._metrics |= metrics
-        return index.rewards(intrinsic_weight) - baselines
+        advantages = index.rewards(weight) - baselines
+        if self._divide:
+            advantages /= STD_EPSILON + baseline_spreads(
+                kind, index, self._history, step_spread=self._step_spread, intrinsic_weight=weight
+            )
+        return baselines, advantages
+
+
+def _picked(index: ReplayIndex, selection: Selection, baselines: RewardColumn) -> list[float]:
+    """The baselines of the selected rows; the index is in the order of row ids."""
+    picked: list[float] = baselines[np.searchsorted(index.row_ids, selection.row_ids)].tolist()
+    return picked
 
 
 def _released(
-    ctx: StepContext, samples: Sequence[TrainSample], advantage: float, *, anew: bool
+    ctx: StepContext, samples: Sequence[TrainSample], advantage: float, baseline: float | None
 ) -> ReleasedRow:
-    """The row with what it was compared with, if its reward was compared ``anew``."""
-    reward = samples[0].reward.total(ctx.coefficients.intrinsic_weight)
+    """The row with what it was compared with, if its reward was compared anew."""
     return ReleasedRow(
         stored=tuple(samples),
         advantage=advantage,
-        baseline=reward - advantage if anew else None,
-        reward=reward,
+        baseline=baseline,
+        reward=samples[0].reward.total(ctx.coefficients.intrinsic_weight),
         weight=ctx.coefficients.replay_weight,
     )
 

@@ -196,5 +196,7 @@ def test_resume() -> None:
     empty = BaselineHistory(5)
     resumed.load_state_dict(empty.state_dict())
     assert len(resumed) == 0
+    state = empty.state_dict()
+    del state["format"]
     with pytest.raises(CheckpointError, match=r"missing \['format'\]"):
-        resumed.load_state_dict({"step": [], "prompt_key": [], "outcome": [], "intrinsic": []})
+        resumed.load_state_dict(state)
