@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_spear.algorithms.advantages import shaped_rewards
+from megatron_spear.algorithms.draws import stream_key
 from megatron_spear.algorithms.group_baselines import RewardArray, mean_and_variance
 from megatron_spear.types import RowKey, ScoredGroup, Trajectory
 
@@ -42,8 +43,10 @@ def keep_groups(
 ) -> tuple[tuple[ScoredGroup, ...], dict[str, float]]:
     """The ``fraction`` of groups with the highest in-group reward std, and metrics; order is kept.
 
-    floor(fraction * groups) are kept, but at least one; ties go to the smaller group id, so the
-    choice does not depend on the order in which groups arrived. Groups without members never count.
+    floor(fraction * groups) are kept, but at least one. Ties are drawn, keyed by the group id, in
+    which seed, step and prompt are: the choice depends neither on the order in which groups arrived
+    nor on what a prompt is called (ALFWorld's begin with the task type). Groups without members
+    never count.
 
     Example: four groups with spreads 0.5 (a), 0 (b), 0.5 (c), 0.2 (d) and fraction 0.75 keep a, c,
     d.
@@ -51,7 +54,8 @@ def keep_groups(
     present = [group for group in groups if group.members]
     spreads = [reward_spread(group, intrinsic_weight) for group in present]
     num_kept = min(len(present), max(1, math.floor(fraction * len(present) + 1e-9)))
-    ranked = sorted(range(len(present)), key=lambda i: (-spreads[i], present[i].group_id))
+    draws = [stream_key("keep", group.group_id) for group in present]
+    ranked = sorted(range(len(present)), key=lambda i: (-spreads[i], draws[i]))
     chosen = sorted(ranked[:num_kept])
     metrics = {
         "filter/num_groups": float(len(groups)),
