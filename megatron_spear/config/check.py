@@ -248,6 +248,8 @@ def _replay(config: RunConfig) -> Iterator[str]:
     replay = config.replay
     if not replay.enabled:
         return
+    if config.algorithm.compat == "corrected":
+        yield from _replay_age(config)
     continuous = replay.release == "continuous" and config.algorithm.compat == "corrected"
     if continuous and replay.rows_per_step > replay.capacity:
         yield (
@@ -269,6 +271,24 @@ def _replay(config: RunConfig) -> Iterator[str]:
             "replay.gradient_norms=true is for replay.combine=joint; with separate_step every "
             "optimizer step already reports its own norm"
         )
+
+
+def _replay_age(config: RunConfig) -> Iterator[str]:
+    """A trajectory that was played with weights of ``max_lag`` versions ago is one version older at
+    the first step that can replay it."""
+    max_age, rollout = config.replay.max_age, config.rollout
+    if max_age > rollout.max_lag:
+        return
+    if not max_age:
+        what = "nothing is replayed: a trajectory is of age 1 in the step after its own"
+    elif rollout.schedule == "deterministic":
+        what = f"nothing is replayed: all are of age {rollout.max_lag + 1} before they can be"
+    else:
+        what = "trajectories that took the whole lag, the long ones, are too old before they can be"
+    yield (
+        f"replay.max_age={max_age} is not above rollout.max_lag={rollout.max_lag}, so {what}; use "
+        f"at least {rollout.max_lag + 1}, or replay.enabled=false"
+    )
 
 
 def _tasks(config: RunConfig) -> Iterator[str]:

@@ -180,7 +180,8 @@ class ReplaySection(Section):
     """Most trajectories kept; the oldest go first. With ``release: burst`` the most replayed at
     once."""
     max_age: NonNegativeInt = 5
-    """Oldest replayed trajectory, in policy versions."""
+    """Oldest replayed trajectory, in policy versions. Above ``rollout.max_lag``: at the first step
+    that can replay it, a trajectory is one older. (The official mode counts trainer steps.)"""
     release: Literal["continuous", "burst"] = "continuous"
     """continuous = some trajectories every step; burst = none until more than 1.5 x capacity of
     them would be kept, then at most capacity at once, and the rest is forgotten (when the official
