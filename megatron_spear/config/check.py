@@ -300,9 +300,9 @@ def _tasks(config: RunConfig) -> Iterator[str]:
         yield from task_kind_problems(config.curriculum.tasks, kinds)
     if config.algorithm.dynamic_sampling_rounds:
         yield (
-            "curriculum.tasks.enabled=true measures success on the groups that go on, and "
-            "algorithm.dynamic_sampling_rounds takes those of equal rewards out before; set one "
-            "of them off"
+            "curriculum.tasks.enabled=true lets what was measured fade once a step, and "
+            "algorithm.dynamic_sampling_rounds plays a step in several rounds, each of which it "
+            "would take for a step; set one of them off"
         )
 
 

@@ -38,8 +38,8 @@ from megatron_spear.types import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collected:
-    """The rollout stage of one step: the ``groups`` to go on with, all that were ``played``, each
-    with the ``positions`` of its prompt, and metrics."""
+    """The rollout stage of one step: the ``groups`` to go on with, as the hooks left them, all that
+    were ``played``, each with the ``positions`` of its prompt, and metrics."""
 
     groups: tuple[ScoredGroup, ...]
     played: tuple[TrajectoryGroup, ...]
@@ -48,7 +48,7 @@ class Collected:
 
     @property
     def example(self) -> ScoredTrajectory | None:
-        """The last trajectory that was scored."""
+        """The last trajectory that is gone on with."""
         return next((g.members[-1] for g in reversed(self.groups) if g.members), None)
 
     def consumed(self, trained: Collection[str]) -> tuple[ConsumedPrompt, ...]:
@@ -62,6 +62,17 @@ class Collected:
             )
             for position, group in zip(self.positions, self.played, strict=True)
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """One round of rollouts: its prompts' positions, their groups as ``played`` and as ``scored``,
+    and those ``chosen`` by the hooks, with the rewards they gave."""
+
+    positions: tuple[Any, ...]
+    played: tuple[TrajectoryGroup, ...]
+    scored: tuple[ScoredGroup, ...]
+    chosen: tuple[ScoredGroup, ...]
 
 
 def _fate(group: TrajectoryGroup, trained: Collection[str]) -> Fate:
@@ -83,37 +94,37 @@ class Controller:
     ahead: RolloutsAhead | None = None
 
     def collect(self, ctx: StepContext, progress: Callable[[int], None] | None = None) -> Collected:
-        """Roll out and score the next prompts.
+        """Roll out and score the next prompts, and let the hooks see and change them.
 
         In up to ``dynamic_sampling_rounds`` further rounds, groups of equal rewards, which teach
         nothing, make room for groups of further prompts; those of the last round stay, whatever
-        they are. Prompts are consumed once, replaced groups are gone for good. Metrics are over the
-        groups of all rounds, which hooks are shown as played; what comes after this sees those that
-        stay.
+        they are. Prompts are consumed once, replaced groups are gone for good. Each round goes
+        through the hooks by itself, so that they see every group once, and rewards are compared as
+        they leave them. Metrics are over the groups of all rounds, with the rewards before hooks;
+        what comes after this sees those that stay.
         """
-        positions, played, scored = self._play(ctx, 0, self.rollout.prompts_per_step, 0, progress)
-        groups, rounds = list(scored), 0
+        rounds = [self._play(ctx, 0, self.rollout.prompts_per_step, 0, progress)]
+        groups, replaced = list(rounds[0].chosen), 0
         for number in range(1, 1 + self.algorithm.dynamic_sampling_rounds):
             seats = self._equal(ctx, groups)
             if not seats:
                 break
-            rounds = number
-            finished = len(played) * self.rollout.group_size
-            further, more, fresh = self._play(ctx, number, len(seats), finished, progress)
-            for seat, group in zip(seats, fresh, strict=True):
-                groups[seat] = group
-            positions, played, scored = positions + further, played + more, scored + fresh
+            finished = sum(len(each.played) for each in rounds) * self.rollout.group_size
+            rounds.append(self._play(ctx, number, len(seats), finished, progress))
+            stay = [group for seat, group in enumerate(groups) if seat not in seats]
+            groups, replaced = [*stay, *rounds[-1].chosen], replaced + len(seats)
+        played = tuple(group for each in rounds for group in each.played)
+        scored = [group for each in rounds for group in each.scored]
         metrics = rollout_metrics(played)
         metrics |= lag_metrics(played, ctx.policy_version, self.rollout.max_lag)
         metrics |= reward_metrics(scored, ctx.coefficients.intrinsic_weight)
         if self.algorithm.dynamic_sampling_rounds:
-            metrics["filter/num_sampling_rounds"] = float(rounds)
-            metrics["filter/num_resampled_groups"] = float(len(scored) - len(groups))
-        self.hooks.on_played(ctx, tuple(played))
+            metrics["filter/num_sampling_rounds"] = float(len(rounds) - 1)
+            metrics["filter/num_resampled_groups"] = float(replaced)
         return Collected(
             groups=tuple(groups),
-            played=tuple(played),
-            positions=tuple(positions),
+            played=played,
+            positions=tuple(position for each in rounds for position in each.positions),
             metrics=metrics,
         )
 
@@ -126,7 +137,6 @@ class Controller:
         self, ctx: StepContext, scored: tuple[ScoredGroup, ...]
     ) -> tuple[list[TrainSample], dict[str, float]]:
         """Mark, filter, compare: the step's samples with their advantages, and metrics."""
-        scored = self.hooks.on_scored(ctx, scored)
         marked, counting, metrics = self._marked(scored)
         if self.algorithm.compat == "official":
             size = self.rollout.group_size
@@ -146,8 +156,8 @@ class Controller:
         num_prompts: int,
         finished: int,
         progress: Callable[[int], None] | None,
-    ) -> tuple[list[Any], list[TrajectoryGroup], list[ScoredGroup]]:
-        """Round ``number``: the next prompts' positions, and their groups as played and as scored.
+    ) -> _Round:
+        """Round ``number``: the next prompts, played, scored and shown to the hooks.
 
         Group ids and draws of a further round are keyed by its number too. Such a round may be of
         one prompt, so it may fail as a whole without ending the run. ``finished`` attempts of the
@@ -165,7 +175,15 @@ class Controller:
                 progress=progress and (lambda count: progress(finished + count)),
                 all_may_fail=number > 0,
             )
-        return positions, groups, [score(group, self.reward) for group in groups]
+        played = tuple(groups)
+        self.hooks.on_played(ctx, played)
+        scored = tuple(score(group, self.reward) for group in played)
+        return _Round(
+            positions=tuple(positions),
+            played=played,
+            scored=scored,
+            chosen=self.hooks.on_scored(ctx, scored),
+        )
 
     def _equal(self, ctx: StepContext, groups: Sequence[ScoredGroup]) -> list[int]:
         """Places of the groups whose rewards, of the members that count, are all equal."""

@@ -45,7 +45,8 @@ _MANY = 64
 class StepRecords:
     """Makes the records of one step.
 
-    ``scored`` are the groups gone on with, by id; ``samples`` what was trained on, by row;
+    ``scored`` are the groups that hooks left, by id, ``last_round`` the ids of those of the last
+    round of dynamic sampling, which replaces no more; ``samples`` what was trained on, by row;
     ``stored`` the trajectories that entered replay. The row filters' marks are found again here, of
     the recorded trajectories alone.
     """
@@ -56,6 +57,7 @@ class StepRecords:
     texts: TokenTexts
     scored: Mapping[str, ScoredGroup]
     samples: Mapping[RowKey, TrainSample]
+    last_round: frozenset[str]
     stored: frozenset[TrajectoryId] = field(default_factory=frozenset)
 
     def group(self, played: TrajectoryGroup) -> list[RecordedTrajectory]:
@@ -105,10 +107,11 @@ class StepRecords:
         blocks = self.algorithm.compat == "official" and self.algorithm.official.tree == "math"
         if blocks and len(scored.members) != self.group_size:
             return "incomplete"
-        if counting is None:
-            return "all_marked"
-        spread = reward_spread(counting, self.ctx.coefficients.intrinsic_weight)
-        return "small_spread" if spread else "equal_rewards"
+        if counting and reward_spread(counting, self.ctx.coefficients.intrinsic_weight):
+            return "small_spread"
+        if played.group_id not in self.last_round:
+            return "replaced"
+        return "equal_rewards" if counting else "all_marked"
 
     def _with_advantage(self) -> Iterable[TrainSample]:
         return (sample for sample in self.samples.values() if sample.advantages.any())

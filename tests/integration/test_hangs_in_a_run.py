@@ -124,7 +124,7 @@ def test_a_hook_that_sleeps_is_named_under_torchrun(
     assert f"exitcode  : {HANG_EXIT_CODE}" in done.err
     assert re.search(
         r"watchdog: rank 0 on \S+ \(pid \d+\) holds the others up; it has not moved for \d+ s: "
-        r"step 2: advantages, at sleeper.py:\d+ in on_scored",
+        r"step 2: rollout, at sleeper.py:\d+ in on_scored",
         done.err,
     ), done.err
     assert "watchdog: rank 1 waits in: step 2: old_logprobs, the controller's word" in done.err

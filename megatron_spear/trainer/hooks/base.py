@@ -2,7 +2,7 @@
 
 | call | when | gives |
 |---|---|---|
-| ``on_played`` | the step's trajectories are there, before rewards | nothing |
+| ``on_played`` | trajectories are there, before rewards | nothing |
 | ``on_scored`` | rewards are known, before filters and advantages | the groups to go on with |
 | ``on_samples`` | this step's samples are final (advantages, old_logprobs) | nothing |
 | ``extra_updates`` | before the optimizer step | updates that join it |
@@ -10,8 +10,10 @@
 | ``on_step_end`` | weights are published, the report is made | nothing |
 
 Hooks live on rank 0 and are called in their order of registration, by ``hooks.calls``, which says
-whose fault it was when one raises or gives something else. ``state_dict`` is asked for between
-steps only. Users switch on their own with ``hooks:`` in the settings (docs/hooks.md).
+whose fault it was when one raises or gives something else. Each point comes once a step, but
+``on_played`` and then ``on_scored`` once a round where ``algorithm.dynamic_sampling_rounds`` plays
+several: each group is shown once, whether it is replaced later or not. ``state_dict`` is asked for
+between steps only. Users switch on their own with ``hooks:`` in the settings (docs/hooks.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,14 +46,13 @@ class Hook:
     or not."""
 
     def on_played(self, ctx: StepContext, groups: tuple[TrajectoryGroup, ...]) -> None:
-        """All that was played for the step: failures too, and groups that dynamic sampling
-        replaced."""
+        """All that was played for the step, or in this round of it: failures too."""
 
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
     ) -> tuple[ScoredGroup, ...]:
-        """The step's groups, scored, without those that dynamic sampling replaced; returns those to
-        go on with."""
+        """The same groups, scored; returns those to go on with. Groups whose rewards are then equal
+        are what dynamic sampling replaces."""
         return groups
 
     def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:

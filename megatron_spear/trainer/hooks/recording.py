@@ -3,7 +3,7 @@
 | point | what it takes |
 |---|---|
 | ``on_played`` | all that was played, failures too |
-| ``on_scored`` | the groups gone on with, and their rewards as they are trained on |
+| ``on_scored`` | the groups that hooks left, with the rewards they gave, a round at a time |
 | ``on_samples`` | advantages, old_logprobs |
 | ``on_step_end`` | what replay gave and took; here the step's file is written |
 
@@ -58,17 +58,19 @@ class RecordingHook(Hook):
         self._has_warned = False
         self._played: tuple[TrajectoryGroup, ...] = ()
         self._scored: tuple[ScoredGroup, ...] = ()
+        self._last_round: tuple[ScoredGroup, ...] = ()
         self._samples: Sequence[TrainSample] = ()
 
     def on_played(self, ctx: StepContext, groups: tuple[TrajectoryGroup, ...]) -> None:
         """Remember what was played."""
-        self._played = groups
+        self._played += groups
 
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
     ) -> tuple[ScoredGroup, ...]:
         """Remember the rewards."""
-        self._scored = groups
+        self._scored += groups
+        self._last_round = groups
         return groups
 
     def on_samples(self, ctx: StepContext, samples: Sequence[TrainSample]) -> None:
@@ -89,7 +91,7 @@ class RecordingHook(Hook):
                     error,
                 )
             self._has_warned = True
-        self._played, self._scored, self._samples = (), (), ()
+        self._played, self._scored, self._last_round, self._samples = (), (), (), ()
 
     def _recorded(self, ctx: StepContext) -> RecordedStep:
         chosen = self._played[: self._num_groups]
@@ -106,6 +108,7 @@ class RecordingHook(Hook):
                 for sample in self._samples
                 if sample.trajectory_id.group in names
             },
+            last_round=frozenset(group.group_id for group in self._last_round),
             stored=replay.entered if replay is not None else frozenset(),
         )
         return RecordedStep(

@@ -71,6 +71,7 @@ class SelfImitationHook(Hook):
         bursts = section.release == "burst"
         self._store = ReplayStore(folder, None if bursts else section.capacity)
         self._history = BaselineHistory(section.baseline_history)
+        self._groups: tuple[ScoredGroup, ...] = ()
         self._admitted: frozenset[TrajectoryId] = frozenset()
         self._pending: list[list[TrainSample]] = []
         self._released: tuple[ReleasedRow, ...] = ()
@@ -86,24 +87,24 @@ class SelfImitationHook(Hook):
     def on_scored(
         self, ctx: StepContext, groups: tuple[ScoredGroup, ...]
     ) -> tuple[ScoredGroup, ...]:
-        """Learn this step's group means and spreads and which trajectories may enter the store."""
-        self._inside_step = True
+        """Learn the groups' means and spreads and which trajectories may enter the store.
+
+        With dynamic sampling once a round: groups that are replaced later count like all others, or
+        the baseline would be that of the hard prompts.
+        """
+        if not self._inside_step:
+            self._begin(ctx)
         weight = ctx.coefficients.intrinsic_weight
         self._history.extend(ctx.step, groups)
-        self._step_mean = batch_mean(groups, weight)
-        self._step_spread = batch_spread(groups, weight)
-        self._admitted = frozenset(
+        self._groups += groups
+        self._step_mean = batch_mean(self._groups, weight)
+        self._step_spread = batch_spread(self._groups, weight)
+        self._admitted |= {
             member.trajectory.id
             for group in groups
             for member in group.members
             if not self._section.require_valid_action
             or any(turn.valid for turn in member.trajectory.turns)
-        )
-        self._pending = []
-        self._metrics = {
-            "replay/weight": ctx.coefficients.replay_weight,
-            "replay/evicted_by_age": float(self._evicted_by_age),
-            "replay/evicted_by_capacity": float(self._evicted_by_capacity),
         }
         if len(self._history):
             self._metrics["replay/p50"] = self._history.p50(weight)
@@ -154,7 +155,7 @@ class SelfImitationHook(Hook):
         oldest = report.policy_version - self._section.max_age
         self._evicted_by_age = self._store.evict_older_than(oldest)
         self._entered = frozenset(rows[0].trajectory_id for rows in self._pending)
-        self._pending = []
+        self._groups, self._pending = (), []
         self._inside_step = False
 
     @property
@@ -187,12 +188,21 @@ class SelfImitationHook(Hook):
         self._num_releases, self._evicted_by_age, self._evicted_by_capacity = (
             state[name] for name in counts
         )
-        self._admitted, self._pending, self._metrics = frozenset(), [], {}
+        self._groups, self._admitted, self._pending, self._metrics = (), frozenset(), [], {}
         self._inside_step = False
 
     def prune(self, kept: Sequence[Mapping[str, Any]]) -> None:
         """Delete the store's files that no kept checkpoint and no live row needs."""
         self._store.prune([state["store"] for state in kept])
+
+    def _begin(self, ctx: StepContext) -> None:
+        self._inside_step = True
+        self._groups, self._admitted, self._pending = (), frozenset(), []
+        self._metrics = {
+            "replay/weight": ctx.coefficients.replay_weight,
+            "replay/evicted_by_age": float(self._evicted_by_age),
+            "replay/evicted_by_capacity": float(self._evicted_by_capacity),
+        }
 
     def _release(self, ctx: StepContext) -> tuple[TrainSample, ...]:
         """The step's draw, taken out of the store unless it may be drawn again; a burst clears what

@@ -76,7 +76,7 @@ def _samples(
         reward=RewardSection(),
         algorithm=_section(**algorithm),
     )
-    return controller.samples(CTX, (group,))
+    return controller.samples(CTX, controller.hooks.on_scored(CTX, (group,)))
 
 
 def _advantages(samples: Sequence[TrainSample]) -> list[float]:

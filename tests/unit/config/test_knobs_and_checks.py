@@ -197,7 +197,7 @@ SERVED = ("rollout.engine=sglang", "rollout.servers=[http://a:1]")
         (
             ["curriculum.tasks.enabled=true", "algorithm.dynamic_sampling_rounds=1"],
             1,
-            "takes those of equal rewards out before",
+            "plays a step in several rounds",
         ),
         (
             ["curriculum.tasks.enabled=true", "env.task_types=[look_at_obj_in_light]"],

@@ -151,10 +151,10 @@ def test_a_step_in_which_everything_failed_has_no_samples() -> None:
 def test_hooks_choose_among_the_scored_groups_in_turn_and_add_updates() -> None:
     update = _replay(1)
     hooks = [_Drop(update), _Drop(update)]
-    controller = _controller(hooks=hooks)
     won = {"a": [True, True], "b": [True, False], "c": [True, False]}
-    scored = _scored(controller, *(_group(g, w) for g, w in won.items()))
-    samples, metrics = controller.samples(CTX, scored)
+    rollouter = _Rollouter([_group(g, w) for g, w in won.items()])
+    controller = _controller(rollouter=rollouter, hooks=hooks)
+    samples, metrics = controller.samples(CTX, controller.collect(CTX).groups)
     assert [hook.seen for hook in hooks] == [[["a", "b", "c"]], [["b", "c"]]]
     assert {s.trajectory_id.group for s in samples} == {"c"}
     assert metrics["filter/num_groups"] == 1

@@ -99,10 +99,12 @@ def _play(
     algorithm: AlgorithmSection = ALGORITHM,
     parts: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
-    """A step as the trainer has it; the first ``replaced`` groups are not gone on with."""
+    """A step as the trainer has it; the first ``replaced`` groups are a round of their own, and not
+    gone on with."""
     ctx = _ctx(step)
-    calls.on_played(ctx, tuple(played))
-    scored = calls.on_scored(ctx, tuple(_scored(group, parts) for group in played[replaced:]))
+    for groups in (played[:replaced], played[replaced:]) if replaced else (played,):
+        calls.on_played(ctx, tuple(groups))
+        scored = calls.on_scored(ctx, tuple(_scored(group, parts) for group in groups))
     marked, _ = mark_rows(scored, filters_in_force(algorithm))
     kept, _ = keep_groups(counted(scored, marked, algorithm), algorithm.keep_groups_fraction, 0.5)
     names = {group.group_id for group in kept}
@@ -131,7 +133,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> RecordedStep:
     """Six groups of two-segment trajectories: what became of each is in its name."""
     folder = tmp_path_factory.mktemp("first")
     played = [
-        _group("0.1/replaced", "+-"),
+        _group("0.1/replaced", "--"),
         _group("0.1/taught", "+-x-", void=1),
         _group("0.1/wide", "+--"),
         _group("0.1/equal", "--"),
