@@ -117,9 +117,10 @@ class Turn:
     ``observation_tokens`` int32 ``[O]`` are the tokens that are new since the last action of the
     same segment (the whole prompt in a segment's first turn); ``action_tokens`` int32 ``[A]`` were
     sampled with ``action_logprobs`` float32 ``[A]`` by the engine, which says in ``versions`` from
-    which weights: spans that add up to A tokens. ``text`` is what they decode to, ``void`` says
-    that it neither acts nor answers (the view's word), ``valid`` that the action was well formed
-    and possible. ``observation`` is the environment's text that was answered.
+    which weights: spans that add up to A tokens. ``text`` is what they decode to. The view reads
+    it behind the ``<think>`` of a template that opens the thought: ``action_text`` is the action
+    it reads, ``void`` says that the answer neither acts nor answers, ``valid`` that the action was
+    well formed and possible. ``observation`` is the environment's text that was answered.
 
     Example: observation ``[5, 6, 7]``, action ``[9, 2]``, logprobs ``[-0.1, -0.3]``: five
     tokens, the last two of them trained.

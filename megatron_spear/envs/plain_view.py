@@ -7,6 +7,7 @@ from megatron_spear.envs.views import (
     AgentView,
     HistoryStep,
     ParsedAction,
+    behind_thought,
     last_between,
     user_message,
 )
@@ -17,7 +18,8 @@ class PlainView(AgentView):
     """Shows an observation as it is, each a user message.
 
     ``tag`` is where the action stands: ``answer`` means ``<answer>...</answer>``, the last complete
-    pair behind the thought; without a tag it is the whole text behind ``</think>``.
+    pair behind the thought; without a tag it is the whole text behind ``</think>``. A thought that
+    is never closed has no action.
     ``instruction`` is added to the first observation.
 
     Window form: the first observation, the last k steps as observation and action, the current
@@ -62,7 +64,7 @@ class PlainView(AgentView):
 
     def parse(self, text: str) -> ParsedAction:
         """The action, stripped; invalid where it is empty or has no tag."""
-        answer = text.rpartition("</think>")[2]
+        answer = behind_thought(text)
         if self._opening:
             found = last_between(answer, self._opening, self._closing)
             action = (found or "").strip()
@@ -71,7 +73,7 @@ class PlainView(AgentView):
 
     def void(self, text: str) -> bool:
         """True where nothing is answered behind the thought."""
-        answer = text.rpartition("</think>")[2]
+        answer = behind_thought(text)
         if self._opening:
             return last_between(answer, self._opening, self._closing) is None
         return not answer.strip()

@@ -23,6 +23,9 @@ class ParsedAction(NamedTuple):
 class AgentView(Protocol):
     """Both directions for one environment and one prompt style. Pure: no state between calls.
 
+    A generated text is a whole answer: where the chat template opens the thought, it begins with
+    the template's ``<think>``, which the policy did not sample.
+
     ``turn`` is the 0-based number of the turn that is asked for, so it is also the number of
     actions taken so far. ``info`` is the environment's latest info.
     """
@@ -83,6 +86,15 @@ def last_between(text: str, opening: str, closing: str) -> str | None:
         return None
     start = text.rfind(opening, 0, end)
     return None if start < 0 else text[start + len(opening) : end]
+
+
+def behind_thought(text: str) -> str:
+    """What stands outside the thought: behind the last ``</think>``, and before a ``<think>`` that
+    is never closed (a thought that was cut by its length).
+
+    Example: ``"<think>a</think> go"`` gives ``" go"``, ``"<think>go"`` gives ``""``.
+    """
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def void_action(text: str) -> bool:

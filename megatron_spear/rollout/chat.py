@@ -15,6 +15,10 @@ from megatron_spear.errors import ConfigError
 from megatron_spear.rollout.templates import ChatTemplate, Glue
 from megatron_spear.types import Message, TokenArray
 
+_THINK = "<think>"
+# Tokens at a prompt's end that surely hold the tag and the line breaks behind it.
+_TAIL_TOKENS = 16
+
 
 class ChatRenderer:
     """Renders chats with a Hugging Face tokenizer and its chat template.
@@ -80,6 +84,16 @@ class ChatRenderer:
         )
         return text
 
+    def opening(self, prompt: Sequence[int] | TokenArray) -> str:
+        """How the next answer begins in its prompt: ``<think>\\n`` where the template opens the
+        thought itself (QwQ, R1-Distill, Qwen3's thinking models), else "".
+
+        The policy samples only what follows, so what reads an answer reads ``opening`` + its text.
+        A prompt says it, not a template: R1-Distill opens no thought after the reply of a tool.
+        """
+        _, tag, behind = self.text_of(prompt[-_TAIL_TOKENS:]).rpartition(_THINK)
+        return "" if behind.strip() else tag + behind
+
     def text_of(self, tokens: Sequence[int] | TokenArray) -> str:
         """The text of tokens, special ones too: what the engine was given or sampled."""
         ids = [int(token) for token in tokens]
@@ -92,11 +106,16 @@ class ChatRenderer:
             )
         return text
 
-    def encode_action(self, text: str) -> TokenArray:
-        """int32 ``[A]``: a demonstrated answer with its end token.
+    def encode_action(self, text: str, opening: str = "") -> TokenArray:
+        """int32 ``[A]``: a demonstrated answer with its end token, behind its prompt's ``opening``.
 
+        A thought that the prompt opened is gone on with, or closed where ``text`` has none.
         For supervised data only; sampled answers stay the tokens they are.
         """
+        if opening and "</think>" in text:
+            text = text.removeprefix(_THINK).lstrip()
+        elif opening:
+            text = f"\n</think>\n\n{text}"
         return np.asarray([*self._encode(text), self.end_token_id], np.int32)
 
     def _glue(self, roles: tuple[str, ...]) -> Glue:

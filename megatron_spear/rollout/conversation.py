@@ -76,11 +76,12 @@ class Conversation:
     def answered(self, tokens: TokenArray, action: str) -> None:
         """Take the answer, int32 ``[A]``, and the action that was read in it."""
         self._past.append((self._observation, action))
+        if self._history == "rendered":
+            opening = self._renderer.opening(self._context)
+            said = opening + self._renderer.decode_action(tokens)
+            self._messages.append({"role": "assistant", "content": said})
         self._answer = tokens
         self._context = np.concatenate([self._context, tokens])
-        if self._history == "rendered":
-            said = self._renderer.decode_action(tokens)
-            self._messages.append({"role": "assistant", "content": said})
 
     def _grown(self, new: Sequence[Message]) -> NextPrompt:
         """The prompt of a conversation that keeps all its turns."""

@@ -120,7 +120,8 @@ class _Player:
             generation.finish_reason == "length" and room < stage.rollout.max_new_tokens
         )
         text = stage.renderer.decode_action(generation.token_ids)
-        action, valid = stage.view.parse(text)
+        said = stage.renderer.opening(prompt.token_ids) + text
+        action, valid = stage.view.parse(said)
         self._conversation.answered(generation.token_ids, action)
         anchor, observation = str(self._info.get("anchor", "")), self._observation
         status: Status | None = Status.TRUNCATED_LENGTH
@@ -143,7 +144,7 @@ class _Player:
                 text=text,
                 action_text=action,
                 valid=valid,
-                void=stage.view.void(text),
+                void=stage.view.void(said),
                 tool_calls=() if cut else _tool_calls(self._info),
                 anchor=anchor,
                 observation=observation,

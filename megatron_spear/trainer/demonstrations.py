@@ -142,7 +142,8 @@ def to_samples(
     segments: list[list[Turn]] = []
     for played in demonstration.turns:
         prompt = conversation.next_prompt(played.observation, played.info)
-        answer = renderer.encode_action(view.demonstrate(played.action))
+        opening = renderer.opening(prompt.token_ids)
+        answer = renderer.encode_action(view.demonstrate(played.action), opening)
         conversation.answered(answer, played.action)
         turn = Turn(
             observation_tokens=prompt.new_tokens,

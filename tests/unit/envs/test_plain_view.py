@@ -22,6 +22,7 @@ def _text(messages):
         ("<think>hm</think> ", "", False, True),
         ("", "", False, True),
         ("</think>", "", False, True),
+        ("<think>go left", "", False, True),
     ],
 )
 def test_the_whole_answer_is_the_action(text, action, valid, void):
@@ -35,6 +36,7 @@ def test_the_whole_answer_is_the_action(text, action, valid, void):
         ("<answer>4</answer>", "4", True, False),
         ("so <answer>3</answer>, no, <answer> 4 </answer>.", "4", True, False),
         ("<think><answer>3</answer></think> nothing", "", False, True),
+        ("<think>say <answer>3</answer>, no", "", False, True),
         ("<answer></answer>", "", False, False),
         ("<answer>4", "", False, True),
         ("4", "", False, True),
