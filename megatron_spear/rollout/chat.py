@@ -6,7 +6,7 @@ of that glue and of the new messages only. So it holds for templates that rewrit
 (Qwen3 drops earlier ``<think>`` blocks): the context keeps what the policy really wrote.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,11 @@ class ChatRenderer:
     gives the tokens of ``\\n<|im_start|>user\\nA desk.<|im_end|>\\n<|im_start|>assistant\\n``;
     where the answer was cut by length, ``<|im_end|>`` comes first.
 
+    ``end_tokens`` are the model's own; answers stop there too, as they do on a server.
     Raises ConfigError when the tokenizer has no usable chat template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, end_tokens: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         self._glues: dict[tuple[str, ...], Glue] = {}
@@ -43,7 +44,7 @@ class ChatRenderer:
         self._fast = self._fast_encoder(self._glue(("user",)).join(["content 1"]))
         # What closes a demonstrated answer: the template's token where it has one.
         self.end_token_id = tokenizer.eos_token_id if self._end_token is None else self._end_token
-        stops = {tokenizer.eos_token_id, self._end_token} - {None}
+        stops = {tokenizer.eos_token_id, self._end_token, *end_tokens} - {None}
         if not stops:
             raise ConfigError(
                 "the tokenizer has neither an eos token nor a special token after assistant "

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from aiohttp import web
 
+from megatron_spear.conversion.end_tokens import end_token_ids
 from megatron_spear.conversion.fp8_blocks import CONFIG
 from megatron_spear.conversion.shape import load_config
 from megatron_spear.errors import ConfigError, EngineError, describe
@@ -103,7 +104,7 @@ def make_app(settings: ServeSettings) -> tuple[web.Application, Served]:
         engine=engine,
         config=config,
         tokenizer=_tokenizer(settings),
-        stop_token_ids=_stop_token_ids(settings, config),
+        stop_token_ids=end_token_ids(settings.model, config),
         model_path=str(settings.model),
     )
     updates = WeightUpdates(served, loaders)
@@ -176,17 +177,3 @@ def _tokenizer(settings: ServeSettings) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
-
-
-def _stop_token_ids(settings: ServeSettings, config: Any) -> frozenset[int]:
-    """What ends a generation by itself: end tokens of config.json and generation_config.json."""
-    from transformers import GenerationConfig
-
-    found: set[int] = set()
-    sources = [config]
-    if (settings.model / "generation_config.json").is_file():
-        sources.append(GenerationConfig.from_pretrained(settings.model))
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return frozenset(found)

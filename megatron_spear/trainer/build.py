@@ -8,6 +8,8 @@ from pathlib import Path
 from megatron_spear.algorithms.policy_loss import PolicyLoss
 from megatron_spear.cluster.attempt import Attempt
 from megatron_spear.config.schema import RunConfig
+from megatron_spear.conversion.end_tokens import end_token_ids
+from megatron_spear.conversion.shape import load_config
 from megatron_spear.curriculum.task_sampling import TaskSampler
 from megatron_spear.data.buckets import BucketCursor
 from megatron_spear.data.prompts import Cursor, PromptCursor, PromptSource
@@ -74,10 +76,11 @@ def use_threads(threads: int) -> int:
 
 
 def make_renderer(model: Path) -> ChatRenderer:
-    """The chat renderer of a Hugging Face folder's tokenizer."""
+    """The chat renderer of a Hugging Face folder; answers stop at all end tokens it names."""
     from transformers import AutoTokenizer
 
-    return ChatRenderer(AutoTokenizer.from_pretrained(model))
+    ends = end_token_ids(model, load_config(model))
+    return ChatRenderer(AutoTokenizer.from_pretrained(model), ends)
 
 
 def make_rollout(
