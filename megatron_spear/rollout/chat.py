@@ -34,17 +34,18 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, end_tokens: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
-        self._glues: dict[tuple[str, ...], Glue] = {}
+        self._glues: dict[tuple[str, ...], tuple[Glue, int | None]] = {}
         self._fast: Any = None
-        after_answer = self._template.glue(("user",)).pieces[0]
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-        first = self._encode(after_answer)[:1]
-        self._end_token = first[0] if first and first[0] in special else None
-        self._fast = self._fast_encoder(self._glue(("user",)).join(["content 1"]))
+        self._special = {
+            *tokenizer.all_special_ids,
+            *(i for i, token in added.items() if token.special),
+        }
+        glue, end = self._glue(("user",))
+        self._fast = self._fast_encoder(glue.join(["content 1"]))
         # What closes a demonstrated answer: the template's token where it has one.
-        self.end_token_id = tokenizer.eos_token_id if self._end_token is None else self._end_token
-        stops = {tokenizer.eos_token_id, self._end_token, *end_tokens} - {None}
+        self.end_token_id = tokenizer.eos_token_id if end is None else end
+        stops = {tokenizer.eos_token_id, end, *end_tokens} - {None}
         if not stops:
             raise ConfigError(
                 "the tokenizer has neither an eos token nor a special token after assistant "
@@ -70,11 +71,11 @@ class ChatRenderer:
         the action does not end with it (cut by length, or ended by another stop token).
         """
         messages = self._template.adapted(messages)
-        glue = self._glue(tuple(message["role"] for message in messages))
+        glue, end = self._glue(tuple(message["role"] for message in messages))
         tokens = self._encode(glue.join([message["content"] for message in messages]))
-        ended = len(action_tokens) > 0 and int(action_tokens[-1]) == self._end_token
-        if self._end_token is not None and not ended:
-            tokens = [self._end_token, *tokens]
+        ended = len(action_tokens) > 0 and int(action_tokens[-1]) == end
+        if end is not None and not ended:
+            tokens = [end, *tokens]
         return np.asarray(tokens, np.int32)
 
     def decode_action(self, action_tokens: Sequence[int] | TokenArray) -> str:
@@ -108,7 +109,8 @@ class ChatRenderer:
         return text
 
     def encode_action(self, text: str, opening: str = "") -> TokenArray:
-        """int32 ``[A]``: a demonstrated answer with its end token, behind its prompt's ``opening``.
+        """int32 ``[A]``: a demonstrated answer behind its prompt's ``opening``, with the token that
+        ends it before a user's message.
 
         A thought that the prompt opened is gone on with, or closed where ``text`` has none.
         For supervised data only; sampled answers stay the tokens they are.
@@ -119,14 +121,21 @@ class ChatRenderer:
             text = f"\n</think>\n\n{text}"
         return np.asarray([*self._encode(text), self.end_token_id], np.int32)
 
-    def _glue(self, roles: tuple[str, ...]) -> Glue:
-        """The text around messages of these roles, behind the token that ends an answer."""
+    def _glue(self, roles: tuple[str, ...]) -> tuple[Glue, int | None]:
+        """The text around messages of these roles, behind the token that ends an answer before
+        them, and that token; None where the template has none.
+
+        The next role decides: GLM ends an answer by ``<|user|>`` or ``<|observation|>``.
+        """
         if roles not in self._glues:
-            pieces, forms = self._template.glue(roles)
-            if self._end_token is not None:
-                end_text = self._tokenizer.convert_ids_to_tokens(self._end_token)
-                pieces = (pieces[0].partition(end_text)[2], *pieces[1:])
-            self._glues[roles] = Glue(pieces, forms)
+            (first, *rest), forms = self._template.glue(roles)
+            end: int | None = None
+            tokens = self._encode(first)
+            if tokens and tokens[0] in self._special:
+                text = self._tokenizer.convert_ids_to_tokens(tokens[0])
+                if first.lstrip().startswith(text):
+                    end, first = tokens[0], first.partition(text)[2]
+            self._glues[roles] = Glue((first, *rest), forms), end
         return self._glues[roles]
 
     def _encode(self, text: str) -> list[int]:

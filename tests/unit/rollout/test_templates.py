@@ -144,3 +144,36 @@ def test_a_template_that_refuses_a_second_turn_is_named():
     single = "{% if messages | length > 1 %}{{ raise_exception('one only') }}{% endif %}"
     with pytest.raises(ConfigError, match=r"refuses messages of roles user .*one only"):
         ChatRenderer(byte_tokenizer(single + CHATML))
+
+
+# Like GLM's: the next role's token is what ends an answer.
+ROLE_ENDS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<|eot_id|>\n<tool_response>\n{{ m.content }}\n"
+    "</tool_response>{% elif m.role == 'assistant' %}<|im_start|>{{ m.content }}"
+    "{% else %}<|begin_of_text|>\n{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("roles", "end", "glue"),
+    [
+        (("user",), "<|begin_of_text|>", "\nc0<|im_start|>"),
+        (("tool",), "<|eot_id|>", "\n<tool_response>\nc0\n</tool_response><|im_start|>"),
+        (
+            ("tool", "user"),
+            "<|eot_id|>",
+            "\n<tool_response>\nc0\n</tool_response><|begin_of_text|>\nc1<|im_start|>",
+        ),
+    ],
+)
+def test_the_next_role_may_decide_what_ends_an_answer(roles, end, glue):
+    tokenizer = byte_tokenizer(ROLE_ENDS)
+    renderer = ChatRenderer(tokenizer)
+    assert _text(tokenizer, [renderer.end_token_id]) == "<|begin_of_text|>"
+    new = [_said(role, f"c{number}") for number, role in enumerate(roles)]
+    for last in ("x", "<|im_end|>"):
+        action = tokenizer.encode(last, add_special_tokens=False)
+        assert _text(tokenizer, renderer.extend(action, new)) == end + glue
+    action = tokenizer.encode("x" + end, add_special_tokens=False)
+    assert _text(tokenizer, renderer.extend(action, new)) == glue
