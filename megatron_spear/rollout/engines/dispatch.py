@@ -17,7 +17,9 @@ class Member:
     admitted with, -1 before. ``reachable``: it answers and may take the next weight update.
     ``paused``: it was told to pause and not yet to go on. ``info``: None until it answered first.
     ``misses``: health checks in a row that it did not answer. ``heard_s``: the event loop's time of
-    its last answer to a request.
+    its last answer to a request. ``intact``: it holds all of ``version``, no update was begun on it
+    since. ``lost_s``: when it stopped to answer, where that alone is why it is out; ``num_lost``:
+    how often that was since it last answered a request.
     """
 
     def __init__(self, server: EngineServer) -> None:
@@ -30,6 +32,9 @@ class Member:
         self.info: ServerInfo | None = None
         self.misses = 0
         self.heard_s = 0.0
+        self.intact = False
+        self.lost_s: float | None = None
+        self.num_lost = 0
         self.in_flight = 0
         self.flights: set[Flight] = set()
         self.waiting: list[_Ticket] = []
@@ -37,13 +42,18 @@ class Member:
     def take_out(self, why: str) -> None:
         """Send it nothing more; what is under way there is sent again elsewhere."""
         self.out = why
+        self.lost_s = None
         self.reachable = False
         for flight in tuple(self.flights):
             flight.interrupt()
 
 
+class TakenOut(ServerLost):
+    """The server was taken out while it had a request, for a reason of its own."""
+
+
 class Flight:
-    """A request under way: ``async with`` raises ServerLost when its server is taken out."""
+    """A request under way: ``async with`` raises TakenOut when its server is taken out."""
 
     def __init__(self, member: Member) -> None:
         self._member = member
@@ -63,7 +73,7 @@ class Flight:
     ) -> None:
         self._member.flights.discard(self)
         if self._interrupted and self._task.uncancel() <= self._cancelling:
-            raise ServerLost(f"{self._member.name} was taken out: {self._member.out}") from error
+            raise TakenOut(f"{self._member.name} was taken out: {self._member.out}") from error
 
     def interrupt(self) -> None:
         """End it from outside."""

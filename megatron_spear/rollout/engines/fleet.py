@@ -5,11 +5,13 @@
                    +--- sent again -----+  server lost, busy, not ours any more, or a pause
 
     serving --lost, stale, foreign, failed an update--> out --answers again--> reachable
-       ^                                                                          |
+       ^ ^                                               |                        |
+       | +-- taken back: lost alone, its label is ours --+                        |
        +---------------- admitted with a whole new set of weights ----------------+
 
-A server that was away holds weights that nobody vouches for: it serves again only after an update.
-One that joins later (``joining``) does so at an update too.
+A server that was away and has the label it was given is the process that it was, with its weights,
+unless an update was begun on it meanwhile. Of any other nobody knows what it holds: it serves again
+only after an update. One that joins later (``joining``) does so at an update too.
 """
 
 import asyncio
@@ -23,9 +25,14 @@ import numpy as np
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engine import Generation, GenerationRequest, PauseMode
-from megatron_spear.rollout.engines.dispatch import Dispatcher, Flight, Member
+from megatron_spear.rollout.engines.dispatch import Dispatcher, Flight, Member, TakenOut
 from megatron_spear.rollout.engines.drawing import Aborted, check_tokens, draw
-from megatron_spear.rollout.engines.http import RequestRefused, ServerBusy, ServerLost
+from megatron_spear.rollout.engines.http import (
+    RequestRefused,
+    ServerBusy,
+    ServerLost,
+    Unanswered,
+)
 from megatron_spear.rollout.engines.http_connection import allow_connections
 from megatron_spear.rollout.engines.joining import Joining
 from megatron_spear.rollout.engines.labels import ForeignLabel, Labels
@@ -53,7 +60,7 @@ class FleetLimits:
     max_requests: int
     all_out_s: float = 60.0
     probe_s: float = 5.0
-    max_probe_s: float = 60.0
+    max_probe_s: float = 15.0
     max_tries: int = 4
     busy_s: float = 0.5
 
@@ -84,7 +91,8 @@ class Fleet:
         self._prober = Prober(
             members,
             self.labels,
-            self.roster.take_out,
+            self.roster,
+            self._take_back,
             probe_s=limits.probe_s,
             max_probe_s=limits.max_probe_s,
         )
@@ -200,7 +208,7 @@ class Fleet:
             num_pauses = self._num_pauses
             try:
                 generation = await self._draw(member, request)
-                member.heard_s = asyncio.get_running_loop().time()
+                member.heard_s, member.num_lost = asyncio.get_running_loop().time(), 0
                 return generation
             except RequestRefused as error:
                 raise EngineError(f"request of session {request.session!r}: {error}") from error
@@ -208,7 +216,13 @@ class Fleet:
                 # A pause may draw anew; it is a failure where somebody else ended it.
                 if num_pauses == self._num_pauses:
                     failures.append(str(error))
-            except (ServerLost, ForeignLabel) as error:
+            except TakenOut:
+                pass  # no failure of this request; its deadline bounds how often
+            except ServerLost as error:
+                failures.append(str(error))
+                if member.out is None:
+                    self.roster.lose(member, str(error))
+            except ForeignLabel as error:
                 failures.append(str(error))
                 if member.out is None:
                     self.roster.take_out(member, str(error))
@@ -229,10 +243,16 @@ class Fleet:
         """One try at a server, ended there whenever we do not wait for its end."""
         rid = ""
 
-        async def ask(token_ids: list[int], max_new_tokens: int) -> Answer:
+        async def once(token_ids: list[int], max_new_tokens: int) -> Answer:
             nonlocal rid
             rid = f"{self.labels.launch}-{next(self._numbers)}"
             return await member.server.generate(request, token_ids, max_new_tokens, rid)
+
+        async def ask(token_ids: list[int], max_new_tokens: int) -> Answer:
+            try:
+                return await once(token_ids, max_new_tokens)
+            except Unanswered:
+                return await once(token_ids, max_new_tokens)
 
         try:
             async with Flight(member):
@@ -245,7 +265,8 @@ class Fleet:
                     max_context=self.max_context,
                 )
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError) or member.out is not None:
+            ended_here = isinstance(error, asyncio.CancelledError | TakenOut)
+            if ended_here or member.out is not None:
                 self._send(self._abort(member, rid))
             raise
 
@@ -261,6 +282,13 @@ class Fleet:
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
 
+    async def _take_back(self, member: Member) -> None:
+        """Let a server serve again that was lost and has its label; nothing where it may not."""
+        if self.roster.kept(member) and member.paused:
+            await self._resume(member)
+        if self.roster.kept(member) and not member.paused:
+            self.roster.take_back(member)
+
     async def _pause(self, member: Member, mode: PauseMode) -> None:
         member.paused = True
         try:
@@ -274,7 +302,7 @@ class Fleet:
             member.paused = False
         except EngineError as error:
             if member.out is None:
-                self.roster.take_out(member, f"it did not go on after a pause: {error}")
+                self.roster.lose(member, f"it did not go on after a pause: {error}")
 
 
 def _nothing(policy_version: int) -> Generation:

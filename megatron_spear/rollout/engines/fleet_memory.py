@@ -24,12 +24,16 @@ class FleetMemory:
     def release(self) -> None:
         """Have the serving servers give back the memory of weights and caches."""
         self._released = [member for member in self._fleet.roster.members if member.out is None]
-        self._loop.run(self._each(lambda member: member.server.release_memory(), "release"))
+        self._loop.run(self._each(self._release, "release"))
 
     def resume(self) -> None:
         """Have them take it again; their weights are undefined until the next update."""
         self._loop.run(self._each(lambda member: member.server.resume_memory(), "take"))
         self._released = []
+
+    async def _release(self, member: Member) -> None:
+        member.intact = False
+        await member.server.release_memory()
 
     async def _each(self, call: Callable[[Member], Awaitable[None]], what: str) -> None:
         async def one(member: Member) -> None:

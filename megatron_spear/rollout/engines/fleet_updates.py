@@ -39,7 +39,7 @@ class FleetServer:
         return self._loop.start(self._server.parameter_names())
 
     def begin_update(self) -> "Future[None]":
-        return self._loop.start(self._server.begin_update())
+        return self._loop.start(self._writing(self._server.begin_update))
 
     def end_update(self, policy_version: int) -> "Future[None]":
         return self._loop.start(self._labelled(policy_version, self._server.end_update))
@@ -57,19 +57,26 @@ class FleetServer:
     def receive_broadcast(
         self, tensors: Sequence[Tensor], group: str, policy_version: int
     ) -> "Future[None]":
-        return self._loop.start(self._server.receive_broadcast(tensors, group))
+        receive = partial(self._server.receive_broadcast, tensors, group)
+        return self._loop.start(self._writing(receive))
 
     def receive_payloads(
         self, payloads: Sequence[bytes], load_format: str | None, policy_version: int
     ) -> "Future[None]":
-        return self._loop.start(self._server.receive_payloads(payloads, load_format))
+        receive = partial(self._server.receive_payloads, payloads, load_format)
+        return self._loop.start(self._writing(receive))
+
+    async def _writing(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Do what leaves the server with a mixture of weights until it is admitted again."""
+        self.member.intact = False
+        await call()
 
     async def _labelled(
         self, policy_version: int, finish: Callable[[str], Awaitable[None]]
     ) -> None:
         """Do what makes the weights a version; EngineError if it may not be given to the server."""
         self._fleet.roster.check_version(self.member, policy_version)
-        await finish(self._fleet.labels.label(policy_version))
+        await self._writing(partial(finish, self._fleet.labels.label(policy_version)))
 
 
 class FleetUpdates:

@@ -1,10 +1,11 @@
-"""JSON over HTTP to one engine server, with deadlines and four kinds of failure.
+"""JSON over HTTP to one engine server, with deadlines and five kinds of failure.
 
 | error | the server | then |
 |---|---|---|
 | RequestRefused | answered 4xx | nobody would serve this request: do not send it again |
 | ServerBusy | answered 429 or 5xx | later, or another server |
 | ServerLost | refused or dropped the connection, or answered what is no answer | another server |
+| Unanswered | ended a connection that was kept, perhaps as the request came | once more |
 | ServerLate | did not answer in time | the request's state there is unknown |
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_spear.errors import EngineError
-from megatron_spear.rollout.engines.http_connection import Connections
+from megatron_spear.rollout.engines.http_connection import Connections, KeptEnded
 
 _SHOWN_CHARACTERS = 300
 
@@ -30,6 +31,11 @@ class ServerBusy(EngineError):
 
 class ServerLost(EngineError):
     """The server is gone, or it is not the server that it should be."""
+
+
+class Unanswered(ServerLost):
+    """A connection that was kept ended before any of the answer; a new one may do. A ``get`` has
+    tried that."""
 
 
 class ServerLate(EngineError):
@@ -98,7 +104,8 @@ class JsonClient:
                     f"{method} {self.url}{path} failed on our side: {error}; raise the limit of "
                     "open files (ulimit -n) or lower the requests in flight"
                 ) from error
-            raise ServerLost(
+            lost = Unanswered if isinstance(error, KeptEnded) else ServerLost
+            raise lost(
                 f"{method} {self.url}{path} failed: {type(error).__name__}: {error}; the server is "
                 "down, restarting or not reachable from here; start it again"
             ) from error

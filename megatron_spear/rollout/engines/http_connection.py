@@ -25,6 +25,11 @@ Reply = tuple[int, bytes]
 """HTTP status and body."""
 
 
+class KeptEnded(ConnectionError):
+    """A connection that had answered before ended with none of this answer: the server may have
+    ended it just as the request was written, and not have seen that."""
+
+
 class Connection(asyncio.Protocol):
     """One connection; ``reply`` is the answer that is awaited, ``reusable`` that another request
     may follow it."""
@@ -35,6 +40,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.reply: asyncio.Future[Reply] | None = None
         self._data = b""
+        self._has_answered = False
 
     def send(self, head: bytes, body: bytes) -> "asyncio.Future[Reply]":
         """Write a request; the future raises ConnectionError where no whole answer comes."""
@@ -62,7 +68,7 @@ class Connection(asyncio.Protocol):
         try:
             reply = _parse(self._data)
         except ValueError as error:
-            self._fail(f"it does not speak HTTP/1.1: {error}")
+            self._fail(ConnectionError(f"it does not speak HTTP/1.1: {error}"))
             self.abort()
             return
         if reply is not None:
@@ -77,20 +83,22 @@ class Connection(asyncio.Protocol):
         if reply is not None and error is None:
             self._finish(reply)
         why = f" ({error})" if error is not None else ""
-        self._fail(f"it hung up after {len(self._data)} bytes of its answer{why}")
+        kind = KeptEnded if self._has_answered and not self._data else ConnectionError
+        self._fail(kind(f"it hung up after {len(self._data)} bytes of its answer{why}"))
 
     def _finish(self, parsed: tuple[int, bytes, bool]) -> None:
         status, body, self.reusable = parsed
         self._data = b""
+        self._has_answered = True
         if self.reply is None:
             self.abort()  # an answer that nobody asked for
         elif not self.reply.done():
             self.reply.set_result((status, body))
         self.reply = None
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, error: ConnectionError) -> None:
         if self.reply is not None and not self.reply.done():
-            self.reply.set_exception(ConnectionError(why))
+            self.reply.set_exception(error)
         self.reply = None
 
 
@@ -113,8 +121,27 @@ class Connections:
         self._address: str | None = None
 
     async def request(self, method: str, path: str, body: bytes) -> Reply:
-        """Status and body of the answer; OSError (ConnectionError) where there is none."""
-        connection = self._kept() or await self._connect()
+        """Status and body of the answer; OSError (ConnectionError) where there is none, KeptEnded
+        where a new connection may do. A GET is sent once more on one."""
+        kept = self._kept()
+        if kept is not None:
+            try:
+                return await self._request_on(kept, method, path, body)
+            except KeptEnded:
+                self._drop_idle()  # which are older
+                if method != "GET":
+                    raise
+        return await self._request_on(await self._connect(), method, path, body)
+
+    def close(self) -> None:
+        """Drop all; requests under way fail."""
+        self._drop_idle()
+        for connection in tuple(self._busy):
+            connection.abort()
+
+    async def _request_on(
+        self, connection: Connection, method: str, path: str, body: bytes
+    ) -> Reply:
         self._busy.add(connection)
         head = b"%s %s%s%d\r\n\r\n" % (method.encode(), path.encode(), self._common, len(body))
         try:
@@ -131,9 +158,8 @@ class Connections:
             connection.abort()
         return reply
 
-    def close(self) -> None:
-        """Drop all; requests under way fail."""
-        for connection in (*self._idle, *self._busy):
+    def _drop_idle(self) -> None:
+        for connection in self._idle:
             connection.abort()
         self._idle = []
 

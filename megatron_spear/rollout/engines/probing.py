@@ -1,12 +1,17 @@
-"""Health checks of a fleet's servers: finds the dead and the stale, and those that return."""
+"""Health checks of a fleet's servers: finds the dead and the stale, and those that return.
+
+A server that stopped to answer and answers again with the label that it was given is the same
+process with the same weights, and serves again; one that was restarted has another label.
+"""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engines.dispatch import Member
 from megatron_spear.rollout.engines.http import ServerLost
 from megatron_spear.rollout.engines.labels import ForeignLabel, Labels, OtherTrainer
+from megatron_spear.rollout.engines.roster import Roster
 
 # A server under load may be slow to answer, or we to hear it; a refused connection needs no second
 # look.
@@ -14,18 +19,20 @@ _MISSES = 3
 
 
 class Prober:
-    """Looks after ``members`` from ``start`` to ``close``; ``take_out(member, why)`` is called for
-    one that serves and should not.
+    """Looks after ``members`` from ``start`` to ``close``: takes those out of ``roster`` that serve
+    and should not, and calls ``take_back`` for one that was lost and still has its label.
 
     Servers are asked every ``probe_s``; those that do not answer at doubled times up to
-    ``max_probe_s``.
+    ``max_probe_s``. One that is lost again and again before it has answered a request is taken back
+    after times that grow in the same way.
     """
 
     def __init__(
         self,
         members: Sequence[Member],
         labels: Labels,
-        take_out: Callable[[Member, str], None],
+        roster: Roster,
+        take_back: Callable[[Member], Awaitable[None]],
         *,
         probe_s: float,
         max_probe_s: float,
@@ -33,7 +40,8 @@ class Prober:
         self.max_context = 0
         self._members = members
         self._labels = labels
-        self._take_out = take_out
+        self._roster = roster
+        self._take_back = take_back
         self._probe_s = probe_s
         self._max_probe_s = max_probe_s
         self._tasks: dict[Member, asyncio.Task[None]] = {}
@@ -78,10 +86,14 @@ class Prober:
             return False
         member.misses = 0
         wrong = self._wrong_label(label, given, member.name)
-        if serving and member.out is None and wrong is not None:
-            self._take_out(member, str(wrong))
+        lost = member.lost_s is not None
+        if wrong is not None and (lost or (serving and member.out is None)):
+            self._roster.take_out(member, str(wrong))
         if member.out is not None:
             member.reachable = self._may_update(member, wrong)
+            ours = label == self._labels.label(member.version)
+            if member.reachable and ours and self._rested(member, started_s):
+                await self._take_back(member)
         return True
 
     async def close(self) -> None:
@@ -117,8 +129,13 @@ class Prober:
         member.misses += 1
         if isinstance(error, ServerLost) or member.misses >= _MISSES:
             if member.out is None:
-                self._take_out(member, str(error))
+                self._roster.lose(member, str(error))
             member.reachable = False
+
+    def _rested(self, member: Member, asked_s: float) -> bool:
+        """True where a server that was lost was asked long enough after that."""
+        rest_s = min(self._probe_s * (2 ** (member.num_lost - 1) - 1), self._max_probe_s)
+        return member.lost_s is not None and asked_s >= member.lost_s + rest_s
 
     def _wrong_label(self, label: str, given: int, name: str) -> ForeignLabel | None:
         """Why a server with this label may not serve ``given``; None = it may."""

@@ -42,14 +42,33 @@ class Roster:
         self._dispatch.dismiss(member)
         self.watch()
 
+    def lose(self, member: Member, why: str) -> None:
+        """Take out a server that serves and did not answer; it is taken back if it ``kept`` its
+        weights."""
+        self.take_out(member, why)
+        member.lost_s = asyncio.get_running_loop().time()
+        member.num_lost += 1
+
+    def kept(self, member: Member) -> bool:
+        """True where a server that was lost still holds the newest weights, if it is the same
+        process: its label says so. Nobody is taken back in a pause, after which it may be other
+        weights."""
+        newest = member.intact and member.version == self.policy_version
+        return member.lost_s is not None and newest and not self._held
+
+    def take_back(self, member: Member) -> None:
+        """Let a server serve again that was lost and ``kept`` its weights."""
+        _LOG.warning(
+            "engine %s serves again: it kept policy version %d", member.name, member.version
+        )
+        self._let_serve(member)
+
     def admit(self, member: Member, policy_version: int) -> None:
         """Let a server serve that holds all of ``policy_version``; see ``check_version``."""
         self.check_version(member, policy_version)
-        member.out, member.version, member.reachable = None, policy_version, True
+        member.version, member.intact, member.num_lost = policy_version, True, 0
         self.policy_version = policy_version
-        self.hopeless = None
-        self._stop_clock()
-        self._dispatch.pump()
+        self._let_serve(member)
 
     def check_version(self, member: Member, policy_version: int) -> None:
         """Raise EngineError unless the version is new to the server and not older than others'."""
@@ -95,6 +114,12 @@ class Roster:
             f"{m.name}: {f'{m.in_flight} requests' if m.out is None else f'out, {m.out}'}"
             for m in self.members
         )
+
+    def _let_serve(self, member: Member) -> None:
+        member.out, member.lost_s, member.reachable = None, None, True
+        self.hopeless = None
+        self._stop_clock()
+        self._dispatch.pump()
 
     def _stop_clock(self) -> None:
         if self._clock is not None:

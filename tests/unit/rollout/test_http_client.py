@@ -16,6 +16,7 @@ from megatron_spear.rollout.engines.http import (
     ServerBusy,
     ServerLate,
     ServerLost,
+    Unanswered,
 )
 
 
@@ -167,6 +168,51 @@ def test_connections_are_kept_and_not_limited():
             return server.num_connections
 
     assert asyncio.run(many()) == 300
+
+
+class Ending(RawServer):
+    """Ends each connection after ``num_answers`` of it, without an answer to the next request."""
+
+    def __init__(self, num_answers):
+        super().__init__(answer(200, "{}"))
+        self.num_answers = num_answers
+
+    async def serve(self, reader, writer):
+        self.num_connections += 1
+        for count in range(self.num_answers + 1):
+            try:
+                await reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:
+                break
+            if count < self.num_answers:
+                writer.write(self.answer)
+        writer.close()
+
+
+def test_a_kept_connection_that_ends_as_a_request_comes_is_replaced():
+    async def run():
+        server = Ending(1)
+        async with server.client() as client:
+            for _ in range(3):
+                assert await client.get("/model_info") == {}
+            first = server.num_connections
+            with pytest.raises(Unanswered, match="hung up after 0 bytes"):
+                await client.post_until_cancelled("/generate", b"")
+            await client.post_until_cancelled("/generate", b"")
+            return first, server.num_connections
+
+    assert asyncio.run(run()) == (3, 4)
+
+
+def test_a_new_connection_that_ends_is_a_lost_server():
+    async def run():
+        server = Ending(0)
+        async with server.client() as client:
+            with pytest.raises(ServerLost, match="hung up after 0 bytes") as error:
+                await client.get("/model_info")
+            return type(error.value), server.num_connections
+
+    assert asyncio.run(run()) == (ServerLost, 1)
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(monkeypatch):
