@@ -16,6 +16,8 @@ from megatron_spear.errors import ConfigError
 # uvicorn, which SGLang and vLLM run in, closes a connection that was idle for 5 s; one that we kept
 # for as long could be closed just as a request is written to it.
 KEEP_ALIVE_S = 3.0
+# RFC 8305: a name's next address is tried beside one that has not answered for so long.
+_NEXT_ADDRESS_S = 0.25
 _MAX_HEAD_BYTES = 64 << 10
 _SMALL_BYTES = 64 << 10
 # Files and sockets that the process has open beside connections.
@@ -176,21 +178,22 @@ class Connections:
         return None
 
     async def _connect(self) -> Connection:
+        """A new connection, to the address of the name that answered last; else to the first that
+        does of all that it has (a server may listen on IPv4 alone where IPv6 comes first)."""
         loop = asyncio.get_running_loop()
-        if self._address is None:
-            found = await loop.getaddrinfo(self._host, self._port, type=1)
-            self._address = str(found[0][4][0])
         try:
-            _, connection = await loop.create_connection(
+            transport, connection = await loop.create_connection(
                 Connection,
-                self._address,
+                self._address or self._host,
                 self._port,
                 ssl=self._ssl,
                 server_hostname=None if self._ssl is None else self._host,
+                happy_eyeballs_delay=None if self._address else _NEXT_ADDRESS_S,
             )
         except OSError:
             self._address = None  # the name may stand for another machine by now
             raise
+        self._address = str(transport.get_extra_info("peername")[0])
         return connection
 
 
