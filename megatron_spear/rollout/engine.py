@@ -34,7 +34,8 @@ class GenerationRequest:
     ``session`` names the context that grows over turns; an engine may keep its KV cache under it.
     ``token_ids`` int32 ``[P]`` is always the whole prompt. A ``seed`` that is an int is the key
     itself, 0 to 2^64 - 1 (``engines.sampling.seed_key`` makes one of a tuple). ``score_prompt``
-    asks for the prompt's log-probs too; ``max_new_tokens`` may then be 0.
+    asks for the prompt's log-probs too; ``max_new_tokens`` may then be 0. ``step`` is the trainer
+    step that it is for, 0 for none: where requests queue, the lowest goes first.
     """
 
     session: str
@@ -42,6 +43,7 @@ class GenerationRequest:
     sampling: SamplingParams
     seed: tuple[int, ...] | int
     score_prompt: bool = False
+    step: int = 0
 
     def check(self) -> None:
         """Raise EngineError where no engine could serve this."""

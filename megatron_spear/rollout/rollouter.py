@@ -18,6 +18,7 @@ from megatron_spear.rollout.drift import TokenDrift
 from megatron_spear.rollout.engine import RolloutEngine
 from megatron_spear.rollout.env_pool import EnvironmentPool
 from megatron_spear.rollout.event_loop import EventLoop
+from megatron_spear.rollout.slots import Slots
 from megatron_spear.rollout.trajectory import Attempt, Stage, play
 from megatron_spear.types import Prompt, Status, Trajectory, TrajectoryGroup, TrajectoryId
 
@@ -47,7 +48,7 @@ class Rollouter:
         loop: EventLoop | None = None,
     ) -> None:
         self._loop = loop
-        self._slots_of = WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
+        self._slots_of = WeakKeyDictionary[asyncio.AbstractEventLoop, Slots]()
         self._stage = Stage(
             engine=engine,
             pool=pool,
@@ -72,9 +73,11 @@ class Rollouter:
         """One group a prompt, in the order of the prompts.
 
         Draws are keyed by (``seed``, prompt id, member, turn), so they depend neither on timing
-        nor on which other prompts are played. ``temperature`` 0 is greedy; ``top_p`` below 1 is for
-        evaluation (``SamplingParams``). ``progress(finished)`` is called after every attempt with
-        the number finished so far and may raise StopRequested.
+        nor on which other prompts are played. ``seed`` is (the run's, step, ...), step 0 in
+        evaluations: of all that wait, attempts of the lowest step are played first, so that what
+        the present step needs does not wait for sets of later ones. ``temperature`` 0 is greedy;
+        ``top_p`` below 1 is for evaluation (``SamplingParams``). ``progress(finished)`` is called
+        after every attempt with the number finished so far and may raise StopRequested.
 
         A failed attempt is logged and goes to ``failures``. Raises what the first attempt failed
         with when all of them failed, unless ``all_may_fail``; EnvironmentsLost, StopRequested and
@@ -82,11 +85,11 @@ class Rollouter:
         """
         names = _group_names(prompts, seed)
         finished = 0
-        slots = self._slots()
+        slots, step = self._slots(), _step_of(seed)
 
         async def run(attempt: Attempt) -> _Outcome:
             nonlocal finished
-            async with slots:
+            async with slots.held(step):
                 outcome = await self._guarded(attempt)
             finished += 1
             if progress is not None:
@@ -107,12 +110,12 @@ class Rollouter:
             for index, (prompt, name) in enumerate(zip(prompts, names, strict=True))
         ]
 
-    def _slots(self) -> asyncio.Semaphore:
+    def _slots(self) -> Slots:
         """Who may play: more contexts than the engine's slots would push each other's cache out
-        between turns. Shared by all collects of a loop, in the order in which attempts came."""
+        between turns. Shared by all collects of a loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._slots_of:
-            self._slots_of[loop] = asyncio.Semaphore(self._stage.rollout.max_slots)
+            self._slots_of[loop] = Slots(self._stage.rollout.max_slots)
         return self._slots_of[loop]
 
     def start(
@@ -221,6 +224,11 @@ def is_named_after(group_id: str, prompt: Prompt) -> bool:
     return name == prompt.prompt_id or (again != name and again.isdecimal())
 
 
+def _step_of(seed: tuple[int, ...]) -> int:
+    """The step that draws of this seed are for; 0 for none."""
+    return seed[1] if len(seed) > 1 else 0
+
+
 def _attempt(
     prompt: Prompt,
     group_id: str,
@@ -237,6 +245,7 @@ def _attempt(
         id=TrajectoryId(group=group_id, member=member),
         prompt=prompt,
         seed=(*seed, key, occurrence, member),
+        step=_step_of(seed),
         env_seed=int.from_bytes(env_digest, "little"),
         temperature=temperature,
         top_p=top_p,

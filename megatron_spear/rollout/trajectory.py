@@ -51,7 +51,8 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """Which trajectory to play; ``seed`` keys its draws, ``env_seed`` is its group's."""
+    """Which trajectory to play; ``seed`` keys its draws, ``env_seed`` is its group's. ``step``
+    as in ``GenerationRequest``."""
 
     id: TrajectoryId
     prompt: Prompt
@@ -59,6 +60,7 @@ class Attempt:
     env_seed: int
     temperature: float
     top_p: float = 1.0
+    step: int = 0
 
 
 async def play(stage: Stage, attempt: Attempt) -> Trajectory:
@@ -170,6 +172,7 @@ class _Player:
             token_ids=prompt.token_ids,
             sampling=sampling,
             seed=(*attempt.seed, turn),
+            step=attempt.step,
         )
         generation = await stage.engine.generate(request)
         if isinstance(stage.history, WindowHistory):

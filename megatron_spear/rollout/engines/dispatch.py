@@ -82,8 +82,10 @@ class Flight:
             self._task.cancel()
 
 
-# A waiting request: the order of arrival, its session, and whom it gets.
-_Ticket = tuple[int, str, "asyncio.Future[Member]"]
+Arrival = tuple[int, int]
+"""A request's place in the queue: its step, and the order in which it came."""
+# A waiting request: its place, its session, and whom it gets.
+_Ticket = tuple[Arrival, str, "asyncio.Future[Member]"]
 
 
 class Dispatcher:
@@ -91,7 +93,8 @@ class Dispatcher:
 
     A session stays with the server that has its context cached; a new one goes to the server with
     the fewest requests. Whoever cannot have a server waits, and a place that becomes free goes to
-    the one that came first of those it suits, so that nobody starves.
+    the lowest step of those it suits, and there to the one that came first. So nobody starves: what
+    runs ahead waits for the steps before it, which end.
     """
 
     def __init__(self, members: Sequence[Member], max_requests: int) -> None:
@@ -107,11 +110,11 @@ class Dispatcher:
         """Requests that have no server yet."""
         return len(self._waiting) + sum(len(member.waiting) for member in self.members)
 
-    def arrive(self) -> int:
-        """A place in the order of arrival, for all tries of one request."""
-        return next(self._arrivals)
+    def arrive(self, step: int = 0) -> Arrival:
+        """A place in the queue, for all tries of one request."""
+        return step, next(self._arrivals)
 
-    async def take(self, arrival: int, session: str) -> Member:
+    async def take(self, arrival: Arrival, session: str) -> Member:
         """A place at a server, to be given back; waits for one."""
         member = self._choose(session) if self._open and not self._waiting else None
         if member is not None:
@@ -185,7 +188,7 @@ class Dispatcher:
         self._home[session] = member
 
     def _serve_next(self, member: Member) -> bool:
-        """Give a free place to whom it suits and who came first; False = to nobody."""
+        """Give a free place to the first of those it suits; False = to nobody."""
         if not (self._open and member.out is None and member.in_flight < self._max_requests):
             return False
         while queues := [queue for queue in (member.waiting, self._waiting) if queue]:

@@ -197,7 +197,11 @@ class Fleet:
         self, request: GenerationRequest, deadline: asyncio.Timeout
     ) -> Generation:
         """The generation; sets the deadline when there is a server for it first."""
-        arrival, failures, busy_s = self._dispatch.arrive(), list[str](), self._limits.busy_s
+        arrival, failures, busy_s = (
+            self._dispatch.arrive(request.step),
+            list[str](),
+            self._limits.busy_s,
+        )
         while len(failures) < self._limits.max_tries:
             if self.roster.hopeless is not None:
                 raise EngineError(f"request of session {request.session!r}: {self.roster.hopeless}")

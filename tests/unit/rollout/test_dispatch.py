@@ -54,6 +54,23 @@ def test_those_that_wait_are_served_in_the_order_they_came():
     assert asyncio.run(run()) == ["a", "b", "c", "d"]
 
 
+def test_requests_of_an_earlier_step_are_served_first():
+    """Also where a later step's session has its own server's queue."""
+
+    async def run():
+        (one,) = members(1)
+        dispatch = Dispatcher([one], 1)
+        queue = Queue(dispatch)
+        await queue.ask("later", dispatch.arrive(3))
+        for session, step in (("later", 3), ("b", 3), ("c", 2), ("d", 0), ("e", 2)):
+            await queue.ask(session, dispatch.arrive(step))
+        for _ in range(5):
+            await queue.back(one)
+        return [session for session, _ in queue.order[1:]]
+
+    assert asyncio.run(run()) == ["d", "c", "e", "later", "b"]
+
+
 def test_nobody_starves_behind_sessions_that_return():
     """Session a returns again and again to its own server; b, which is new, came before."""
 
