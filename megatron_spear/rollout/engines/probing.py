@@ -134,7 +134,8 @@ class Prober:
 
     def _rested(self, member: Member, asked_s: float) -> bool:
         """True where a server that was lost was asked long enough after that."""
-        rest_s = min(self._probe_s * (2 ** (member.num_lost - 1) - 1), self._max_probe_s)
+        doublings = min(member.num_lost - 1, 16)  # more than any limit needs
+        rest_s = min(self._probe_s * (2**doublings - 1), self._max_probe_s)
         return member.lost_s is not None and asked_s >= member.lost_s + rest_s
 
     def _wrong_label(self, label: str, given: int, name: str) -> ForeignLabel | None:
