@@ -12,7 +12,8 @@ statistics once, however many turns or segments it has.
 | ``gigpo`` | grpo's + w * (turn's return - mean of its step group) | arXiv 2505.10978 |
 
 In all of them an invalid action is charged to its turn: the turns of a trajectory differ by their
-own format rewards.
+own format rewards. Turns of marked rows, of which nothing is learned, do not count where turns or
+tokens are what is compared.
 """
 
 import math
@@ -30,18 +31,23 @@ from megatron_spear.algorithms.group_baselines import (
 )
 from megatron_spear.config.method import AlgorithmSection
 from megatron_spear.errors import ConfigError, DataError
-from megatron_spear.types import ScoredGroup, ScoredTrajectory, TrajectoryId, Turn
+from megatron_spear.types import RowKey, ScoredGroup, ScoredTrajectory, TrajectoryId, Turn
 
 TurnAdvantages = Mapping[TrajectoryId, RewardArray]
 """float64 ``[num_turns]`` for every trajectory."""
 
 
 def turn_advantages(
-    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+    groups: Sequence[ScoredGroup],
+    section: AlgorithmSection,
+    intrinsic_weight: float,
+    marked: frozenset[RowKey] = frozenset(),
 ) -> TurnAdvantages:
     """The advantages of every scored trajectory of a step, by the configured method.
 
-    Rewards are shaped with the step's ``intrinsic_weight``. Raises ConfigError where GiGPO is asked
+    Rewards are shaped with the step's ``intrinsic_weight``. Tokens of ``marked`` rows do not count
+    in the whitening, nor their turns in step groups (unless ``row_filters.in_group_statistics``); a
+    trajectory with one row left counts whole in its group. Raises ConfigError where GiGPO is asked
     for and no turn has an anchor.
 
     Example (grpo): rewards 1 and 0, no invalid action: 0.5 on every turn of the first, -0.5 on the
@@ -51,7 +57,7 @@ def turn_advantages(
     ids = Counter(member.trajectory.id for member in _members(groups))
     repeated = [str(id_) for id_, count in ids.items() if count > 1]
     assert not repeated, f"trajectories that occur twice: {repeated}"
-    return _METHODS[section.advantage](groups, section, intrinsic_weight)
+    return _METHODS[section.advantage](groups, section, intrinsic_weight, marked)
 
 
 def shaped_rewards(group: ScoredGroup, intrinsic_weight: float) -> RewardArray:
@@ -84,13 +90,19 @@ def turn_rewards(member: ScoredTrajectory) -> RewardArray:
 
 
 def _grpo(
-    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+    groups: Sequence[ScoredGroup],
+    section: AlgorithmSection,
+    intrinsic_weight: float,
+    marked: frozenset[RowKey],
 ) -> dict[TrajectoryId, RewardArray]:
     return _episode_relative(groups, intrinsic_weight, normalize_std=section.normalize_std)
 
 
 def _rloo(
-    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+    groups: Sequence[ScoredGroup],
+    section: AlgorithmSection,
+    intrinsic_weight: float,
+    marked: frozenset[RowKey],
 ) -> dict[TrajectoryId, RewardArray]:
     result = {}
     for group in groups:
@@ -101,21 +113,33 @@ def _rloo(
 
 
 def _reinforce_pp_baseline(
-    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+    groups: Sequence[ScoredGroup],
+    section: AlgorithmSection,
+    intrinsic_weight: float,
+    marked: frozenset[RowKey],
 ) -> dict[TrajectoryId, RewardArray]:
-    """Whitened over all sampled tokens: a turn counts as often as it has action tokens."""
+    """Whitened over the tokens to learn from: a turn counts as often as it has action tokens, one
+    of a marked row not at all."""
     centred = _episode_relative(groups, intrinsic_weight, normalize_std=False)
     if not centred:
         return centred
-    counts = [len(turn.action_tokens) for member in _members(groups) for turn in _turns(member)]
+    counts = [
+        0 if left_out else len(turn.action_tokens)
+        for member in _members(groups)
+        for turn, left_out in zip(_turns(member), _marked_turns(member, marked), strict=True)
+    ]
     values = whitened(np.concatenate(list(centred.values())), np.array(counts, np.float64))
     return _by_trajectory(groups, values)
 
 
 def _gigpo(
-    groups: Sequence[ScoredGroup], section: AlgorithmSection, intrinsic_weight: float
+    groups: Sequence[ScoredGroup],
+    section: AlgorithmSection,
+    intrinsic_weight: float,
+    marked: frozenset[RowKey],
 ) -> dict[TrajectoryId, RewardArray]:
-    """A turn without an anchor is a step group of its own and gets the episode's part alone."""
+    """A turn without an anchor, or of a marked row, is a step group of its own and gets the
+    episode's part alone."""
     gigpo = section.gigpo
     normalize_std = gigpo.mode == "mean_std_norm"
     episode = _episode_relative(groups, intrinsic_weight, normalize_std=normalize_std)
@@ -132,7 +156,11 @@ def _gigpo(
             "algorithm.advantage: got 'gigpo', which compares turns with the same anchor, and no "
             "turn of this step has one; give `anchor` in the environment's info, or use 'grpo'"
         )
-    keys = [(*turn, None if turn[1] else index) for index, turn in enumerate(turns)]
+    alone = [not anchor for _, anchor in turns]
+    if not section.row_filters.in_group_statistics:
+        left_out = (flag for m in _members(groups) for flag in _marked_turns(m, marked))
+        alone = [a or b for a, b in zip(alone, left_out, strict=True)]
+    keys = [(*turn, index if alone[index] else None) for index, turn in enumerate(turns)]
     returns = np.concatenate(
         [discounted_returns(turn_rewards(member), gigpo.discount) for member in _members(groups)]
     ).astype(np.float64)
@@ -176,6 +204,16 @@ def _turns(member: ScoredTrajectory) -> tuple[Turn, ...]:
     return member.trajectory.turns
 
 
+def _marked_turns(member: ScoredTrajectory, marked: frozenset[RowKey]) -> list[bool]:
+    """For each turn whether its row is marked."""
+    trajectory = member.trajectory
+    return [
+        (trajectory.id, index) in marked
+        for index, segment in enumerate(trajectory.segments)
+        for _ in segment.turns
+    ]
+
+
 def _by_trajectory(
     groups: Sequence[ScoredGroup], values: RewardArray
 ) -> dict[TrajectoryId, RewardArray]:
@@ -187,7 +225,8 @@ def _by_trajectory(
 
 
 _Method = Callable[
-    [Sequence[ScoredGroup], AlgorithmSection, float], dict[TrajectoryId, RewardArray]
+    [Sequence[ScoredGroup], AlgorithmSection, float, frozenset[RowKey]],
+    dict[TrajectoryId, RewardArray],
 ]
 _METHODS: dict[str, _Method] = {
     "grpo": _grpo,

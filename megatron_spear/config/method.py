@@ -109,8 +109,9 @@ class RowFiltersSection(Section):
     """Rows with text that was decoded wrongly."""
     in_group_statistics: bool = False
     """Whether a trajectory all of whose rows are marked still counts in its group's mean and
-    spread, as it always does in the official mode. The history of group means, which measures the
-    policy, counts all trajectories either way."""
+    spread, and a marked turn among GiGPO's turns with its anchor, as they always do in the official
+    mode. The history of group means, which measures the policy, counts all trajectories either
+    way."""
 
 
 class AlgorithmSection(Section):

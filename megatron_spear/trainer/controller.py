@@ -144,7 +144,7 @@ class Controller:
             return rows, metrics | filtered
         weight = ctx.coefficients.intrinsic_weight
         kept, filtered = keep_groups(counting, self.algorithm.keep_groups_fraction, weight)
-        advantages = turn_advantages(kept, self.algorithm, weight)
+        advantages = turn_advantages(kept, self.algorithm, weight, marked)
         names = {group.group_id for group in kept}
         whole = [group for group in scored if group.group_id in names]
         return make_samples(whole, advantages, marked), metrics | filtered

@@ -119,7 +119,9 @@ def test_defect_20_an_overlong_failure_pushes_the_others_up(advantage: str) -> N
     assert _advantages(ours) == pytest.approx([*expected, 0.0]) and expected[0] > 0
     # The switch lets it count; it is trained on by nothing either way.
     counted, _ = _samples(group, advantage=advantage, row_filters={"in_group_statistics": True})
-    all_three = turn_advantages([group], _section(advantage=advantage), 0.0)
+    marked = frozenset({(group.members[2].trajectory.id, 0)})
+    section = _section(advantage=advantage, row_filters={"in_group_statistics": True})
+    all_three = turn_advantages([group], section, 0.0, marked)
     values = [values[0] for values in all_three.values()]
     assert advantage == "reinforce_pp_baseline" or values[1] != expected[1]
     assert _advantages(counted) == pytest.approx([values[0], values[1], 0.0])
@@ -178,6 +180,47 @@ def test_defect_21_with_a_window_one_row_of_a_trajectory_may_be_marked() -> None
     assert _advantages(samples) == [0.5, 0.0, -0.5]
     assert [bool(s.response_mask.any()) for s in samples] == [True, False, True]
     assert metrics["filter/marked_fraction"] == pytest.approx(1 / 3)
+
+
+def _windowed(*members: tuple[float, Sequence[Turn]]) -> ScoredGroup:
+    """One prompt's trajectories with their outcomes, a row for each turn."""
+    return ScoredGroup(
+        group_id="g",
+        prompt=make_prompt("g"),
+        members=tuple(
+            ScoredTrajectory(
+                trajectory=make_trajectory("g", index, [[turn] for turn in turns]),
+                reward=Reward(outcome=outcome),
+            )
+            for index, (outcome, turns) in enumerate(members)
+        ),
+    )
+
+
+@pytest.mark.parametrize("in_statistics", [False, True])
+def test_whitening_counts_the_tokens_that_are_trained(in_statistics: bool) -> None:
+    """The long marked row of a failure would move the mean and spread of all others."""
+    long = make_turn(num_tokens=200, text="\ufffd")
+    group = _windowed((1.0, (CLEAN, CLEAN)), (0.0, (CLEAN, long)), (0.0, (CLEAN,)), (0.0, (long,)))
+    filters = {"in_group_statistics": in_statistics}
+    samples, metrics = _samples(group, advantage="reinforce_pp_baseline", row_filters=filters)
+    assert metrics["filter/unreadable_rows"] == 2
+    trained = np.concatenate([s.advantages[s.response_mask] for s in samples])
+    assert len(trained) == 4 * 2
+    assert trained.mean() == pytest.approx(0.0, abs=1e-6)
+    assert trained.var(ddof=1) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_marked_turn_is_in_no_step_group() -> None:
+    """Both began at the same state; of the second's turn there nothing is learned, so the first's
+    has nothing to be better than. The switch lets it count."""
+    garbled = make_turn(text="\ufffd")  # its anchor is that of CLEAN
+    group = _windowed((1.0, (CLEAN,)), (0.0, (garbled, make_turn("go"))))
+    more = {"advantage": "gigpo", "gigpo": {"discount": 0.5}}
+    ours, _ = _samples(group, **more)
+    assert _advantages(ours) == [0.5, 0.0, -0.5]
+    counted, _ = _samples(group, row_filters={"in_group_statistics": True}, **more)
+    assert _advantages(counted) == [0.5 + 0.5, 0.0, -0.5]
 
 
 class _LateRewards(Hook):
