@@ -75,18 +75,24 @@ def shaped_rewards(group: ScoredGroup, intrinsic_weight: float) -> RewardArray:
     return np.array(totals, np.float64)
 
 
-def turn_rewards(member: ScoredTrajectory) -> RewardArray:
-    """float64 ``[num_turns]``: the outcome on the last turn, format penalties on their own turns.
+def turn_returns(member: ScoredTrajectory, discount: float) -> RewardArray:
+    """float64 ``[num_turns]``: the outcome, discounted from the last turn back, and each turn's own
+    format reward, which turns before it do not answer for.
 
     The intrinsic reward is for the trajectory as a whole (distinct actions) and is on no turn.
 
-    Example: won (outcome 1) in three turns, the second invalid at a penalty of 0.3 (format -0.1):
-    ``[0, -0.3, 1]``.
+    Example: won (outcome 1) in three turns, the second invalid at a penalty of 0.3 (format -0.1),
+    at a discount of 0.5: ``[0.25, 0.2, 1]``.
     """
-    rewards = _charged_format(member)
-    if len(rewards):
-        rewards[-1] += member.reward.outcome
-    return rewards
+    outcome = np.zeros(len(_turns(member)), np.float64)
+    outcome[-1:] = member.reward.outcome
+    return discounted_returns(outcome, discount) + format_rewards(member)
+
+
+def format_rewards(member: ScoredTrajectory) -> RewardArray:
+    """float64 ``[num_turns]``: ``reward.format``, a mean over the turns, on the invalid ones."""
+    invalid = np.array([not turn.valid for turn in _turns(member)], np.float64)
+    return member.reward.format * (invalid / invalid.mean()) if invalid.any() else invalid
 
 
 def _grpo(
@@ -161,9 +167,7 @@ def _gigpo(
         left_out = (flag for m in _members(groups) for flag in _marked_turns(m, marked))
         alone = [a or b for a, b in zip(alone, left_out, strict=True)]
     keys = [(*turn, index if alone[index] else None) for index, turn in enumerate(turns)]
-    returns = np.concatenate(
-        [discounted_returns(turn_rewards(member), gigpo.discount) for member in _members(groups)]
-    ).astype(np.float64)
+    returns = np.concatenate([turn_returns(m, gigpo.discount) for m in _members(groups)])
     values = step_advantages(returns, step_group_labels(keys), normalize_std=normalize_std)
     step = _by_trajectory(groups, gigpo.step_weight * values)
     return {id_: values + step[id_] for id_, values in episode.items()}
@@ -184,15 +188,9 @@ def _episode_relative(
     return result
 
 
-def _charged_format(member: ScoredTrajectory) -> RewardArray:
-    """float64 ``[num_turns]``: ``reward.format``, a mean over the turns, on the invalid ones."""
-    invalid = np.array([not turn.valid for turn in _turns(member)], np.float64)
-    return member.reward.format * (invalid / invalid.mean()) if invalid.any() else invalid
-
-
 def _format_deviations(member: ScoredTrajectory) -> RewardArray:
     """float64 ``[num_turns]``: each turn's format reward minus their mean, ``reward.format``."""
-    charged = _charged_format(member)
+    charged = format_rewards(member)
     return charged - member.reward.format if charged.any() else charged
 
 

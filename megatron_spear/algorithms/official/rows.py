@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_spear.algorithms.advantages import TurnAdvantages, turn_rewards
+from megatron_spear.algorithms.advantages import TurnAdvantages, format_rewards
 from megatron_spear.algorithms.group_baselines import RewardArray
 from megatron_spear.algorithms.official.advantages import (
     grpo_advantage,
@@ -99,7 +99,7 @@ def _rows(
     first, rows = 0, []
     for sample, segment in zip(samples, trajectory.segments, strict=True):
         turns = slice(first, first + len(segment.turns))
-        charge = float(turn_rewards(member)[turns].sum() - outcome[turns].sum())
+        charge = float(format_rewards(member)[turns].sum())
         reward = member.reward
         if section.official.tree == "agent":  # the row's own penalty instead of the mean of all
             reward = replace(reward, format=charge)

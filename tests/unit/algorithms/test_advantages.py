@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_spear.algorithms.advantages import turn_advantages, turn_rewards
+from megatron_spear.algorithms.advantages import turn_advantages, turn_returns
 from megatron_spear.algorithms.group_baselines import group_relative
 from megatron_spear.config.method import AlgorithmSection, GigpoSection
 from megatron_spear.errors import ConfigError
@@ -168,11 +168,11 @@ def test_reinforce_pp_baseline_whitens_over_tokens_of_all_groups() -> None:
     assert result["b/0"] == pytest.approx([-0.125 / std], rel=1e-6)
 
 
-def test_turn_rewards_by_hand() -> None:
+def test_turn_returns_by_hand() -> None:
     turns = [_at("a"), _at("b", valid=False), _at("c")]
     reward = Reward(outcome=1.0, intrinsic=9.0, format=-0.1)  # one of three at 0.3
     (member,) = _group("g", (turns, reward)).members
-    assert turn_rewards(member) == pytest.approx([0.0, -0.3, 1.0])
+    assert turn_returns(member, 0.5) == pytest.approx([0.25, 0.5 - 0.3, 1.0])
 
 
 def _crossing() -> ScoredGroup:
@@ -218,7 +218,7 @@ def test_gigpo_compares_within_a_prompts_group_only() -> None:
     assert _values(groups, "gigpo") == {"a/0": [0.0], "b/0": [0.0]}
 
 
-def test_gigpo_charges_an_invalid_turn_to_those_before_it_too() -> None:
+def test_gigpo_charges_an_invalid_turn_to_itself_alone() -> None:
     turns = [_at("a"), _at("b", valid=False)]
     group = _group(
         "g",
@@ -226,9 +226,9 @@ def test_gigpo_charges_an_invalid_turn_to_those_before_it_too() -> None:
         ([_at("a"), _at("b")], Reward(outcome=0.0)),
     )
     result = _values([group], "gigpo", gigpo={"discount": 0.5})
-    # episode -0.05 with deviations +0.1, -0.1; step: returns (-0.1, -0.2) against (0, 0)
-    assert result["g/0"] == pytest.approx([0.05 - 0.05, -0.15 - 0.1])
-    assert result["g/1"] == pytest.approx([0.05 + 0.05, 0.05 + 0.1])
+    # episode -0.05 with deviations +0.1, -0.1; step: returns (0, -0.2) against (0, 0)
+    assert result["g/0"] == pytest.approx([0.05, -0.15 - 0.1])
+    assert result["g/1"] == pytest.approx([0.05, 0.05 + 0.1])
 
 
 def test_gigpo_takes_a_turn_without_anchor_as_seen_once() -> None:
