@@ -116,9 +116,11 @@ class SpearStep:
         return with_old_logprobs(active, values) if self.controller else []
 
     def _extra_updates(self, ctx: StepContext, active: Sequence[TrainSample]) -> list[Update]:
+        """What the hooks add; samples that only count in covariance are no matter of theirs."""
         if self.controller is None:
             return []
-        self.controller.hooks.on_samples(ctx, active)
+        seen = active if self.mini_batches.trains_all else with_gradient(active)
+        self.controller.hooks.on_samples(ctx, seen)
         return self.controller.hooks.extra_updates(ctx)
 
     def _ref_logprobs(self, active: Sequence[TrainSample], work: list[PassWork]) -> RefLogprobs:

@@ -3,7 +3,8 @@
     plan      who is in which optimizer step: parts of one origin each, dealt by trajectory
     current   which of them need log-probs of the present weights (covariance, ratio filter)
     finish    token weights from the part's own counts, times its weight (Eq. 5), times the
-              off-policy correction; 0 on tokens that covariance drops
+              off-policy correction; 0 on tokens that covariance drops; rows without a gradient
+              are left out
 
 Counts, covariance means and quotas are those of a part in its whole optimizer step, whatever
 micro-batches and ranks it is split over.
@@ -46,8 +47,9 @@ METRIC_PREFIX = {Origin.ON_POLICY: "policy", Origin.REPLAY: "replay"}
 class Part:
     """The samples of one origin in one optimizer step.
 
-    ``counted`` are all of them, ``trained`` those with a gradient (final ``old_logprobs``);
-    ``is_first`` says that no optimizer step of this trainer step comes before.
+    ``counted`` are all of them, ``trained`` those that may have a gradient or count in covariance
+    (final ``old_logprobs``); ``is_first`` says that no optimizer step of this trainer step comes
+    before.
     """
 
     counted: tuple[TrainSample, ...]
@@ -101,11 +103,15 @@ class MiniBatches:
     replay: ReplaySection
 
     @property
+    def trains_all(self) -> bool:
+        """Whether on-policy samples without advantage are trained too: KL and entropy bonus do."""
+        return bool(self.algorithm.kl.coef or self.algorithm.entropy_coef)
+
+    @property
     def moves_all(self) -> bool:
-        """Whether on-policy samples without advantage matter: they do to KL, entropy bonus and
+        """Whether on-policy samples without advantage matter: where they are trained, and to
         covariance means."""
-        section = self.algorithm
-        return bool(section.kl.coef or section.entropy_coef) or _covariance(section.loss)
+        return self.trains_all or _covariance(self.algorithm.loss)
 
     def plan(
         self,
@@ -157,7 +163,7 @@ class MiniBatches:
         current: Sequence[_Logprobs],
         ref_logprobs: RefLogprobs,
     ) -> MiniBatch:
-        """The mini-batch of a plan.
+        """The mini-batch of a plan: its samples with a gradient.
 
         ``current[p]`` are the present log-probs ``[L]`` of part p's trained samples, empty where
         ``needs_current`` is False. ``ref_logprobs`` has the on-policy samples of a run with a KL.
@@ -204,11 +210,28 @@ class MiniBatches:
         metrics |= {} if replayed else found
         dropped, selected, found = self.by_covariance(ctx, part.origin, trained, logprobs)
         metrics |= found
-        rows = zip(trained, weights, corrections, dropped, regularizers, selected, strict=True)
+        finals = [
+            np.where(drop, 0.0, weight * factor)
+            for weight, factor, drop in zip(weights, corrections, dropped, strict=True)
+        ]
+        rows = zip(trained, finals, regularizers, selected, strict=True)
         return [
-            (sample, np.where(drop, 0.0, weight * factor), part.origin, regularizer, chosen)
-            for sample, weight, factor, drop, regularizer, chosen in rows
+            (sample, weight, part.origin, regularizer, chosen)
+            for sample, weight, regularizer, chosen in rows
+            if self.has_gradient(sample, weight, regularizer, chosen)
         ], metrics
+
+    def has_gradient(
+        self,
+        sample: TrainSample,
+        weight: WeightArray,
+        regularizer: WeightArray,
+        selected: BoolArray,
+    ) -> bool:
+        """Whether a row can move the policy: by its advantages, by the penalty of its KL-selected
+        tokens, or by a regularizer. The others only cost time; no loss has a term beside these."""
+        regularized = self.trains_all and regularizer.any()
+        return bool((weight * sample.advantages).any() or weight[selected].any() or regularized)
 
     def weights(
         self, counted: Sequence[TrainSample], trained: Sequence[TrainSample], scale: float

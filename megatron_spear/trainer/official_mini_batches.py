@@ -27,8 +27,8 @@ class OfficialMiniBatches(MiniBatches):
     """Statistics, quotas and normalisation of each micro-batch; every row is trained."""
 
     @property
-    def moves_all(self) -> bool:
-        """True: rows without advantage count in the means, and the official code trains them."""
+    def trains_all(self) -> bool:
+        """True: the official code trains rows without advantage, and its means are over all."""
         return True
 
     def weights(

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from megatron_spear.algorithms.policy_loss import PolicyLoss
 from megatron_spear.config.losses import (
     ClipCovLossSection,
     ClippedLossSection,
@@ -19,7 +17,6 @@ from megatron_spear.config.losses import (
     RatioFilterSection,
 )
 from megatron_spear.config.method import AlgorithmSection, ReplaySection
-from megatron_spear.data.packing import pack
 from megatron_spear.testing.hand_made import make_sample
 from megatron_spear.trainer.controller import with_gradient, with_old_logprobs
 from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches, RefLogprobs
@@ -67,19 +64,6 @@ def _replay(count: int, weight: float = 0.5) -> Update:
     return Update(samples=samples, origin=Origin.REPLAY, weight=weight)
 
 
-def _loss(batch: MiniBatch) -> float:
-    """The real loss of a mini-batch under drawn log-probs, keyed by the trajectory."""
-    packed = pack(batch.samples, batch.weights, batch.origins, tokens_per_microbatch=10_000)
-    ((micro,),), ((members,),) = packed.micro_batches, packed.members
-    rows = []
-    for index in members:
-        sample = batch.samples[index]
-        draw = np.random.default_rng(sample.trajectory_id.member)
-        rows += [*draw.normal(-0.5, 0.3, len(sample.token_ids))[1:], 0.0]
-    loss = PolicyLoss.from_sections(AlgorithmSection(), ReplaySection().loss, temperature=1.0)
-    return float(loss(torch.tensor(rows), None, micro)[0])
-
-
 @pytest.mark.parametrize(
     ("aggregation", "weight"), [("seq-mean-token-sum-norm", 1 / 30), ("token-mean", 1 / 8)]
 )
@@ -100,7 +84,7 @@ def test_weights_count_samples_without_gradient_too(aggregation: str, weight: fl
     for weights, own in zip(batch.weights, batch.regularizer_weights, strict=True):
         assert (weights == own).all()
     (full,) = _batches(rules, samples)
-    assert len(full.samples) == 3 and _loss(batch) == pytest.approx(_loss(full), rel=1e-6) != 0.0
+    assert full.samples == batch.samples, "what does not move the policy is not trained"
 
 
 def test_what_is_trained_are_the_active_samples_with_their_final_logprobs() -> None:
