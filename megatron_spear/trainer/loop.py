@@ -99,7 +99,7 @@ class SpearStep:
                 self.engine_memory.resume()
             metrics.update(self.weight_sync.publish(ctx.policy_version + 1))
         metrics.update(timer.metrics() | (work_metrics(work) if self.controller else {}))
-        trained = {sample.trajectory_id.group for sample in moving}
+        trained = {sample.trajectory_id.group for sample in with_gradient(samples)}
         return self._finish(ctx, metrics, collected, trained)
 
     def policy_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from megatron_spear.config.method import AlgorithmSection, ReplaySection
 from megatron_spear.testing.hand_made import make_sample
 from megatron_spear.testing.loss_batch import LossFields
 from megatron_spear.trainer.mini_batches import MiniBatch, MiniBatches
-from megatron_spear.types import Coefficients, Origin, StepContext, TrainSample, Update
+from megatron_spear.types import Coefficients, Fate, Origin, StepContext, TrainSample, Update
 
 CTX = StepContext(
     step=3,
@@ -149,6 +149,13 @@ def test_a_mini_batch_of_equal_rewards_alone_is_no_optimizer_step() -> None:
     world = make_world(GROUPS[1])
     metrics = make_step(world, loss=CLIP_COV).run(CTX).metrics
     assert world.trained == [] and metrics["train/num_updates"] == 0
+
+
+@pytest.mark.parametrize("algorithm", [{}, {"loss": CLIP_COV}, {"entropy_coef": 0.01}])
+def test_a_prompt_of_equal_rewards_is_filtered_whatever_the_loss(algorithm: dict[str, Any]) -> None:
+    report = make_step(make_world(*GROUPS), **algorithm).run(CTX)
+    assert [prompt.fate for prompt in report.consumed] == [Fate.TRAINED, Fate.FILTERED]
+    assert report.metrics["prompts/trained"] == report.metrics["prompts/filtered"] == 1
 
 
 def test_with_an_entropy_bonus_hooks_see_and_the_step_trains_all_rows() -> None:
