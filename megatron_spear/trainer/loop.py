@@ -83,11 +83,11 @@ class SpearStep:
         with timer.phase("old_logprobs"):
             moving = samples if self.mini_batches.moves_all else with_gradient(samples)
             active = self._with_old_logprobs(moving, work)
-        with timer.phase("ref_logprobs"):
-            reference = self._ref_logprobs(active, work)
         with timer.phase("replay"):
             extra = self._extra_updates(ctx, active)
             plans = self.mini_batches.plan(ctx, samples, active, extra)
+        with timer.phase("ref_logprobs"):
+            reference = self._ref_logprobs(plans, work)
         metrics.update(self._train(ctx, plans, reference, timer, work))
         with timer.phase("rollouts_ahead"):
             if self.controller:
@@ -123,12 +123,15 @@ class SpearStep:
         self.controller.hooks.on_samples(ctx, seen)
         return self.controller.hooks.extra_updates(ctx)
 
-    def _ref_logprobs(self, active: Sequence[TrainSample], work: list[PassWork]) -> RefLogprobs:
-        """The reference policy's log-probs of the step's samples, where the loss has a KL."""
+    def _ref_logprobs(self, plans: Sequence[Plan], work: list[PassWork]) -> RefLogprobs:
+        """The reference policy's log-probs of the step's on-policy samples, the hooks' among them,
+        where the loss has a KL."""
         if not self.algorithm.kl.coef:
             return {}
-        values = self._logprobs("ref_logprobs", active, [Origin.ON_POLICY] * len(active), work)
-        return {(s.trajectory_id, s.segment): v for s, v in zip(active, values, strict=True)}
+        parts = [part for plan in plans for part in plan.parts]
+        own = [s for part in parts if part.origin is Origin.ON_POLICY for s in part.trained]
+        values = self._logprobs("ref_logprobs", own, [Origin.ON_POLICY] * len(own), work)
+        return {(s.trajectory_id, s.segment): v for s, v in zip(own, values, strict=True)}
 
     def _current_logprobs(self, plan: Plan | None, work: list[PassWork]) -> list[list[np.ndarray]]:
         """Collective: for each part of a plan, its log-probs under the present weights, or [] where

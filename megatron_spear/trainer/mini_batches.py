@@ -166,7 +166,8 @@ class MiniBatches:
         """The mini-batch of a plan: its samples with a gradient.
 
         ``current[p]`` are the present log-probs ``[L]`` of part p's trained samples, empty where
-        ``needs_current`` is False. ``ref_logprobs`` has the on-policy samples of a run with a KL.
+        ``needs_current`` is False. ``ref_logprobs`` has all on-policy samples of a run with a KL,
+        those of extra updates too.
         """
         rows: list[tuple[TrainSample, WeightArray, Origin, WeightArray, BoolArray]] = []
         metrics: dict[str, float] = {}
@@ -175,13 +176,15 @@ class MiniBatches:
             rows += finished
             metrics |= found
         zeros = [np.zeros(len(row[0].token_ids)) for row in rows]
+        compares = bool(self.algorithm.kl.coef)
         return MiniBatch(
             samples=tuple(row[0] for row in rows),
             weights=tuple(row[1] for row in rows),
             origins=tuple(row[2] for row in rows),
             regularizer_weights=tuple(row[3] for row in rows),
             ref_logprobs=tuple(
-                ref_logprobs.get(_key(row[0]), zero) for row, zero in zip(rows, zeros, strict=True)
+                ref_logprobs[_key(row[0])] if compares and row[2] is Origin.ON_POLICY else zero
+                for row, zero in zip(rows, zeros, strict=True)
             ),
             kl_selected=tuple(row[4] for row in rows),
             scheduled=plan.scheduled,

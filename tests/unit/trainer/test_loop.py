@@ -9,12 +9,11 @@ from step_world import CTX, LOSS, NEW_LOGPROB, group, make_step, make_world
 
 from megatron_spear.config.losses import ClipCovLossSection, KlSection
 from megatron_spear.config.method import AlgorithmSection, ReplaySection
-from megatron_spear.testing.hand_made import (
-    ONE_LAYER,
-)
+from megatron_spear.testing.hand_made import ONE_LAYER, make_sample
 from megatron_spear.trainer import gpu_memory
 from megatron_spear.trainer.loop import SpearStep, finish_step_metrics
 from megatron_spear.trainer.work import forward_flops
+from megatron_spear.types import Origin, Update
 from megatron_spear.weight_sync.in_process import InProcess
 
 PUBLISHED = ["load_weights", "exported", "metrics", "on_step_end"]
@@ -197,13 +196,26 @@ def test_numbers_of_the_optimizer_step_by_hand() -> None:
 def test_a_kl_asks_the_reference_and_trains_samples_without_advantage() -> None:
     world = make_world(group("a", [True, False]), group("b", [True, True]))
     metrics = make_step(world, kl=KlSection(coef=0.1)).run(CTX).metrics
-    assert world.calls[3:5] == ["logprobs", "ref_logprobs"]
+    assert world.calls[3:7] == ["logprobs", "on_samples", "extra_updates", "ref_logprobs"]
     assert metrics["work/ref_logprobs_tokens"] == metrics["work/old_logprobs_tokens"] == 12
     ((micro,),) = world.trained[0].micro_batches
     assert len(world.trained[0].lengths) == 4, "equal rewards move the policy back to the reference"
     weights = micro.regularizer_weight
     assert weights[weights > 0].tolist() == pytest.approx([1 / 40] * 8)
     assert set(micro.ref_logprobs[weights > 0].tolist()) == {NEW_LOGPROB}
+
+
+def test_a_kl_asks_the_reference_for_the_hooks_on_policy_samples_too() -> None:
+    world = make_world(group("a", [True, False]))
+    rows = (make_sample("more", mask=[0, 1, 1, 1]),)
+    world.updates = [Update(samples=rows, origin=Origin.ON_POLICY)]
+    world.updates += make_world(replay=1).updates
+    make_step(world, kl=KlSection(coef=0.1)).run(CTX)
+    ((micro,),) = world.trained[0].micro_batches
+    regularized = micro.regularizer_weight > 0
+    assert int(regularized.sum()) == 2 * 2 + 3
+    assert set(micro.ref_logprobs[regularized].tolist()) == {NEW_LOGPROB}
+    assert not micro.ref_logprobs[micro.origin == 1].any(), "replayed rows have no KL"
 
 
 def test_norms_of_new_and_replayed_gradients_are_taken_apart() -> None:
