@@ -112,11 +112,6 @@ class PolicyLoss:
         """Whether there is an entropy bonus."""
         return self.entropy_coef != 0.0
 
-    @property
-    def regularized(self) -> bool:
-        """Whether tokens without advantage move the policy too."""
-        return self.entropy_coef != 0.0 or self.kl_coef != 0.0
-
     def __call__(
         self, logprobs: Tensor, entropy: Tensor | None, batch: LossBatch
     ) -> tuple[Tensor, MetricSums]:
