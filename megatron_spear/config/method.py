@@ -167,7 +167,8 @@ class AlgorithmSection(Section):
     groups of further prompts (DAPO, arXiv 2503.14476); 0 = none."""
     old_logprobs: Literal["policy", "engine"] = "policy"
     """Denominator of the ratio: recomputed by the policy before the update, or the engine's own
-    (saves a forward pass; right where engine and policy agree, as in fp32 on one machine)."""
+    (saves a forward pass, but for covariance of rollouts that lag behind; right where engine and
+    policy agree, as in fp32 on one machine)."""
     mini_batches: PositiveInt = 1
     """Optimizer steps a trainer step."""
 

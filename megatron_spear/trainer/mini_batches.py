@@ -48,15 +48,14 @@ class Part:
     """The samples of one origin in one optimizer step.
 
     ``counted`` are all of them, ``trained`` those that may have a gradient or count in covariance
-    (final ``old_logprobs``); ``is_first`` says that no optimizer step of this trainer step comes
-    before.
+    (final ``old_logprobs``); ``at_present`` says that these are of the present weights.
     """
 
     counted: tuple[TrainSample, ...]
     trained: tuple[TrainSample, ...]
     origin: Origin
     weight: float
-    is_first: bool
+    at_present: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +126,10 @@ class MiniBatches:
         updates join these (``replay.combine: joint``) or get as many of their own after them.
         """
         count = self.algorithm.mini_batches
+        present = self._old_are_present(ctx, active)
         final = {_key(s): s for s in active}
         own = [
-            _part(rows, final, Origin.ON_POLICY, 1.0, is_first=index == 0)
+            _part(rows, final, Origin.ON_POLICY, 1.0, at_present=index == 0 and present)
             for index, rows in enumerate(_dealt(ctx, samples, count))
         ]
         others = [
@@ -150,11 +150,17 @@ class MiniBatches:
     def needs_current(self, part: Part) -> bool:
         """Whether ``finish`` needs log-probs of the present weights for this part.
 
-        Before the trainer step's first update, new trajectories' ``old_logprobs`` are these.
+        Before the trainer step's first update, new trajectories' ``old_logprobs`` are these, unless
+        an engine gave them at an earlier version.
         """
         if part.origin is Origin.REPLAY:
             return _covariance(self.replay.loss) or self.replay.ratio_filter is not None
-        return _covariance(self.algorithm.loss) and not part.is_first
+        return _covariance(self.algorithm.loss) and not part.at_present
+
+    def _old_are_present(self, ctx: StepContext, active: Sequence[TrainSample]) -> bool:
+        """Whether ``old_logprobs`` are of the present weights before the first update."""
+        recomputed = self.algorithm.old_logprobs == "policy"
+        return recomputed or all(s.policy_version >= ctx.policy_version for s in active)
 
     def finish(
         self,
@@ -294,14 +300,14 @@ def _part(
     origin: Origin,
     weight: float,
     *,
-    is_first: bool = False,
+    at_present: bool = False,
 ) -> Part:
     return Part(
         counted=tuple(rows),
         trained=tuple(final[_key(s)] for s in rows if _key(s) in final),
         origin=origin,
         weight=weight,
-        is_first=is_first,
+        at_present=at_present,
     )
 
 

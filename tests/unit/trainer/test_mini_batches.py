@@ -203,6 +203,19 @@ def test_on_policy_covariance_reads_old_logprobs_before_the_first_update() -> No
     assert asked == [False, True], "after an update old_logprobs are no longer current"
 
 
+@pytest.mark.parametrize(("version", "asked"), [(2, False), (1, True)])
+def test_covariance_of_engine_logprobs_of_an_earlier_version_asks_the_policy(
+    version: int, asked: bool
+) -> None:
+    rows = [make_sample("g", 0, policy_version=2), make_sample("g", 1, policy_version=version)]
+    loss = ClipCovLossSection(fraction=0.02, low=5.0, high=60.0)
+    for settings, expected in (("engine", asked), ("policy", False)):
+        rules = _rules(loss=loss, old_logprobs=settings)
+        ((part,),) = [plan.parts for plan in rules.plan(CTX, rows, rows, [])]
+        assert rules.needs_current(part) is expected
+    assert not _rules(old_logprobs="engine").needs_current(part), "without covariance none is read"
+
+
 def test_kl_cov_marks_the_tokens_of_highest_covariance() -> None:
     current = [np.array([0, -10.5, -10.5]), np.array([0, -10.5, -0.5])]
     rows = (make_sample("old", 0, advantage=1.0), make_sample("old", 1, advantage=3.0))
