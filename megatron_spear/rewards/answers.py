@@ -30,14 +30,44 @@ _N = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\s*(?:"
     rf"(?P<whole>\d+)?\s*\\frac\s*\{{\s*(?P<top>-?{_N})\s*\}}\s*\{{\s*(?P<bottom>-?{_N})\s*\}}"
+    rf"|(?P<units>\d+)\s+(?P<over>[1-9]\d*)\s*/\s*(?P<under>[1-9]\d*)"
     rf"|(?P<a>{_N})\s*/\s*(?P<b>{_N})"
     rf"|(?P<mantissa>{_N})(?:\s*(?:\\times|\\cdot|\*|×)\s*10\s*\^\s*|[eE](?=[+-]?\d))"
     rf"\{{?\s*(?P<exponent>[+-]?\d+)\s*\}}?"
     rf"|(?P<plain>{_N}))"
 )
+_BLANK_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?: \d{3})+")
 _POWER = re.compile(r"\s*\^\s*\{?\s*([23])\s*\}?$")
 _DEGREES = re.compile(r"\^?\s*\{?\s*\\circ\s*\}?")
-_SAME_UNIT = {"feet": "ft", "foot": "ft", "inches": "inch", "inche": "inch", "%": "percent"}
+_PLURALS = {"feet": "ft", "foot": "ft", "inches": "inch", "inche": "inch", "%": "percent"}
+_LONG_UNITS = {
+    "m": "meter",
+    "cm": "centimeter",
+    "mm": "millimeter",
+    "km": "kilometer",
+    "metre": "meter",
+    "centimetre": "centimeter",
+    "millimetre": "millimeter",
+    "kilometre": "kilometer",
+    "mi": "mile",
+    "mph": "mile per hour",
+    "g": "gram",
+    "kg": "kilogram",
+    "lb": "pound",
+    "oz": "ounce",
+    "l": "liter",
+    "litre": "liter",
+    "ml": "milliliter",
+    "millilitre": "milliliter",
+    "h": "hour",
+    "hr": "hour",
+    "min": "minute",
+    "s": "second",
+    "sec": "second",
+    "usd": "dollar",
+    "sq": "square",
+}
+_POWERS = {"square": "2", "cubic": "3"}
 _KNOWN_UNITS = """
 percent degree unit square cubic point dollar cent digit integer people student way
 meter metre centimeter kilometer mile yard ft inch km cm mm mph
@@ -49,11 +79,12 @@ _UNIT_WORDS = frozenset(_KNOWN_UNITS.split())
 def equivalent(answer: str, truth: str) -> bool:
     """True when both are the same number, the same list of numbers, or the same text.
 
-    - Numbers: ``0.5``, ``1/2``, ``\\frac12`` and ``\\dfrac{1}{2}``; ``1,000``, ``1{,}000`` and
-      ``10^3`` with a factor; mixed ``1\\frac{1}{2}``. Units may be missing on one side (``42`` is
-      ``42\\text{ cm}``, ``50`` is ``50\\%``) but not differ.
+    - Numbers: ``0.5``, ``1/2``, ``\\frac12`` and ``\\dfrac{1}{2}``; ``1,000``, ``1{,}000``,
+      ``1 000`` and ``10^3`` with a factor; mixed ``1\\frac{1}{2}`` and ``1 1/2``. Units may be
+      missing on one side (``42`` is ``42\\text{ cm}``, ``50`` is ``50\\%``) but not differ.
     - Lists: item by item; ``(1,2)`` is ordered, ``\\{1,2\\}`` and a bare ``1, 2`` are not.
-    - Text: without spaces, wrappers and, for plain words, case. An empty answer never matches.
+    - Text: without wrappers, spaces (but those between two digits) and, for plain words, case. An
+      empty answer never matches.
     """
     if max(len(answer), len(truth)) > _MAX_CHARS:
         return answer.strip() == truth.strip() != ""
@@ -88,6 +119,8 @@ def cleaned(text: str) -> str:
 
 def as_number(text: str) -> tuple[Fraction, str] | None:
     """The exact value and the unit ("" where none) of a cleaned answer; None for anything else."""
+    if _BLANK_THOUSANDS.fullmatch(text):
+        text = text.replace(" ", "")
     money = text.startswith(("\\$", "$"))
     body = text.lstrip("\\$").strip() if money else text
     found = _NUMBER.match(body)
@@ -106,29 +139,38 @@ def _value(found: re.Match[str]) -> Fraction | None:
     part = {name: text.replace(",", "") for name, text in found.groupdict().items() if text}
     if "top" in part:
         parts = (part["top"], part["bottom"])
+    elif "units" in part:
+        parts = (part["over"], part["under"])
     else:
         parts = (part.get("a") or part.get("mantissa") or part["plain"], part.get("b", "1"))
     top, bottom = Fraction(parts[0]), Fraction(parts[1])
     exponent = int(part.get("exponent", "0"))
     if bottom == 0 or abs(exponent) > _MAX_EXPONENT:
         return None
-    value = Fraction(part.get("whole", "0")) + top / bottom * Fraction(10) ** exponent
+    whole = Fraction(part.get("whole") or part.get("units", "0"))
+    value = whole + top / bottom * Fraction(10) ** exponent
     return -value if part.get("sign") == "-" else value
 
 
 def _unit(rest: str) -> str | None:
-    """The unit that follows a number, in the singular; None where the rest is no unit."""
+    """The unit that follows a number, in the singular and in full (``cm^2``: ``centimeter2``); None
+    where the rest is no unit."""
     if _DEGREES.fullmatch(rest):
         return "degree"
     power = _POWER.search(rest)
     core = rest[: power.start()] if power else rest
     wrapped = _WRAPPER.fullmatch(core.strip())
     words = (wrapped[1] if wrapped else core).replace("\\%", "percent").casefold().split()
-    words = [_SAME_UNIT.get(word, word) for word in words]
-    words = [_SAME_UNIT.get(word.rstrip("s"), word.rstrip("s")) for word in words]
+    words = [_PLURALS.get(word, word) for word in words]
+    words = [word.rstrip("s") or word for word in words]
+    words = [_PLURALS.get(word, word) for word in words]
     if not words or not (wrapped or all(word in _UNIT_WORDS for word in words)):
         return None
-    return " ".join(words) + (power[1] if power else "")
+    words = [_LONG_UNITS.get(word, word) for word in words]
+    exponent = power[1] if power else ""
+    if len(words) > 1 and words[0] in _POWERS and not exponent:
+        exponent, words = _POWERS[words[0]], words[1:]
+    return " ".join(words) + exponent
 
 
 def _same_item(left: str, right: str) -> bool:
@@ -144,8 +186,9 @@ def _spelling(text: str) -> str:
     if choice := _CHOICE.fullmatch(text):
         text = choice[1]
     text = _WRAPPER.sub(r"\1", text)
-    text = re.sub(r"\s+", "", text)
     text = re.sub(r"\{(\w)\}", r"\1", text)
+    # "2 5" is not 25: a blank stays where it keeps two numbers apart.
+    text = re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\s+", " ", text))
     text = re.sub(r"(?:\*|\\cdot|\\times)(?=[\\A-Za-z(])", "", text)
     return text.casefold() if text.isalpha() else text
 

@@ -83,7 +83,7 @@ class Grader:
             return Verdict(False, answer, f"longer than {MAX_ANSWER_CHARS} characters")
         if equivalent(answer, truth):
             return Verdict(True, answer)
-        if not self._uses_algebra or _both_whole(answer, truth):
+        if not self._uses_algebra or _told_apart(answer, truth):
             return Verdict(False, answer)
         right, fault = self._compare(answer, truth)
         return Verdict(right, answer, fault)
@@ -109,10 +109,18 @@ class Grader:
             self._idle.put(process)
 
 
-def _both_whole(answer: str, truth: str) -> bool:
-    """Whether both are plain whole numbers, which exact arithmetic has the last word on."""
+def _told_apart(answer: str, truth: str) -> bool:
+    """Whether exact arithmetic has the last word on two answers that it does not call the same.
+
+    It has on plain whole numbers, and on numbers of different units, which math-verify drops.
+    """
     numbers = [as_number(cleaned(text)) for text in (answer, truth)]
-    return all(n is not None and n[0].denominator == 1 and not n[1] for n in numbers)
+    known = [number for number in numbers if number is not None]
+    if len(known) < 2:
+        return False
+    units = {unit for _, unit in known}
+    whole = all(value.denominator == 1 for value, _ in known)
+    return (whole and units == {""}) or (len(units) == 2 and "" not in units)
 
 
 class _Process:

@@ -47,6 +47,16 @@ def test_right_whatever_the_form(grader, answer, truth):
 
 
 @needs_algebra
+def test_math_verify_does_not_overrule_units_that_differ(grader):
+    assert not grader.grade(boxed("5\\text{ cm}"), "5\\text{ m}").right
+    assert not grader.grade(boxed("50\\%"), "50^\\circ").right
+    assert grader.grade(boxed("5\\text{ m}"), "5\\text{ metres}").right
+    assert grader.grade(boxed("\\frac{1}{3}\\text{ m}"), "\\frac{2}{6}").right
+    assert grader.grade(boxed("12 5/8"), "12.625").right
+    assert not grader.grade(boxed("12 5/8"), "125/8").right
+
+
+@needs_algebra
 @pytest.mark.parametrize(
     ("answer", "truth"),
     [("205", "204"), ("-204", "204"), ("x", "y"), ("x+2", "x+1"), ("(1,2)", "(2,1)"), ("1", "1/2")],
