@@ -1,5 +1,6 @@
 """Work beside the main thread."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -15,6 +16,21 @@ def in_background(function: Callable[[], T], name: str) -> "Future[T]":
     pool = ThreadPoolExecutor(1, thread_name_prefix=name)
     future = pool.submit(function)
     pool.shutdown(wait=False)
+    return future
+
+
+def abandonable(function: Callable[[], T], name: str) -> "Future[T]":
+    """``in_background`` for what may never end: the process does not wait for the thread."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # whoever waits may give up, the thread goes on
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # noqa: BLE001  (told to whoever waits)
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=name, daemon=True).start()
     return future
 
 

@@ -4,6 +4,7 @@ The same on both sides of a weight update. Meets at a TCP store under the group'
 ``init_custom_process_group`` does, so that its servers can be the other side.
 """
 
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -45,9 +46,12 @@ def join(
 ) -> dist.ProcessGroup:
     """The group of ``world_size`` processes; rank 0 hosts the store at ``host:port``.
 
-    Returns once all have joined; ``timeout_s`` is for that and for each collective. Ranks are those
-    within the group, also as ``src`` and ``dst``. With ``store`` (of ``listen`` or ``connect``)
-    that one is used. Raises torch.distributed.DistError (a RuntimeError) when somebody is missing.
+    gloo returns once all have joined; ``timeout_s`` is for that and for each collective. NCCL makes
+    its communicator in the first collective, so it returns at once. With ``device`` it makes it
+    here, and waits for the others without a limit: only where all of them give one (SGLang does
+    not). Ranks are those within the group, also as ``src`` and ``dst``. With ``store`` (of
+    ``listen`` or ``connect``) that one is used. Raises torch.distributed.DistError (a RuntimeError)
+    when somebody is missing.
     """
     timeout = timedelta(seconds=timeout_s)
     if store is None:
@@ -68,6 +72,12 @@ def join(
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group
+
+
+def leave_unused(joined: "Future[dist.ProcessGroup]") -> None:
+    """End a group that was made after it was given up; to be called when ``joined`` is done."""
+    if joined.exception() is None:
+        leave(joined.result())
 
 
 def leave(group: Any) -> None:

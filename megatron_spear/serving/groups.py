@@ -1,9 +1,7 @@
 """Process groups with a trainer: joining, receiving, leaving; each in a thread with a deadline."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear import peer_groups
+from megatron_spear.background import abandonable
 from megatron_spear.errors import EngineError
 from megatron_spear.serving.payloads import NamedTensors, sizes_of, slice_of
 
@@ -22,17 +21,7 @@ async def in_thread(function: Callable[[], T], name: str) -> T:
 
     The thread does not keep the process from ending, as one that waits for a dead trainer would.
     """
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # whoever waits may give up, the thread goes on
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001  (told to whoever waits)
-            future.set_exception(error)
-
-    threading.Thread(target=work, name=name, daemon=True).start()
-    return await asyncio.wrap_future(future)
+    return await asyncio.wrap_future(abandonable(function, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -85,8 +85,7 @@ class _Rank:
             rank=rank,
             world_size=group.world_size,
             name=group.name,
-            timeout_s=60.0,
-            device=self._device if group.backend == "nccl" else None,
+            timeout_s=60.0,  # without a device, as SGLang joins
         )
 
     def leave_group(self, name: str) -> None:

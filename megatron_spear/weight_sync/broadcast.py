@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spear import peer_groups
-from megatron_spear.background import in_background, nothing_to_do
+from megatron_spear.background import abandonable, in_background, nothing_to_do
 from megatron_spear.errors import EngineError, SpearError
 from megatron_spear.weight_sync.buckets import Bucket, pack
 from megatron_spear.weight_sync.servers import GroupAddress, UpdateServer
@@ -67,7 +67,7 @@ class Broadcast:
         self._run = uuid.uuid4().hex[:8]
         self._num_made = 0
         self._groups: dict[str, _Group] = {}
-        self._given_up: list[tuple[_Group, dist.Work]] = []
+        self._given_up: list[tuple[_Group, Future[dist.Work]]] = []
 
     def deliver(self, update: Update, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
         """See ``Delivery``."""
@@ -135,7 +135,7 @@ class Broadcast:
             if late:
                 raise EngineError(f"not all ranks have joined within {self._deadline_s:g} s")
         except BaseException:
-            joined.add_done_callback(_leave_unused)
+            joined.add_done_callback(peer_groups.leave_unused)
             raise
         group = joined.result()
         self._groups[server.name] = _Group(server=server, name=address.name, group=group)
@@ -143,6 +143,7 @@ class Broadcast:
     def _join(self, address: GroupAddress) -> dist.ProcessGroup:
         # A client of its own, so that no group waits for another; it fails once nobody listens.
         store = peer_groups.connect(address.host, address.port, timeout_s=self._deadline_s)
+        # Without a device, as SGLang joins: NCCL's communicator is made in the first broadcast.
         # Our own deadline comes first: NCCL's watchdog ends the process at a timeout of its own.
         return peer_groups.join(
             backend=address.backend,
@@ -153,65 +154,69 @@ class Broadcast:
             name=address.name,
             timeout_s=2 * self._deadline_s,
             store=store,
-            device=self._device if self._backend == "nccl" else None,
         )
 
     def _send(self, server: UpdateServer, bucket: Bucket, policy_version: int) -> None:
         """The server is asked to receive, then rank 0 sends; ends when both have ended."""
         held = self._groups[server.name]
         request = server.receive_broadcast(bucket.tensors, held.name, policy_version)
-        work = None
+        # NCCL's first one returns when the server's ranks are there, or never.
+        begun = abandonable(lambda: _begin(bucket.data, held.group), "weight-broadcast")
         try:
-            work = dist.broadcast(bucket.data, src=0, group=held.group, async_op=True)
-            assert work is not None
-            _wait_for_both(request, work, self._deadline_s)
+            _wait_for_both(request, begun, self._deadline_s)
         except BaseException as error:
-            self._give_up(held, work)
+            self._give_up(held, begun)
             if isinstance(error, SpearError) or not isinstance(error, RuntimeError):
                 raise
             raise EngineError(f"the broadcast to it failed: {_short(error)}") from error
 
-    def _give_up(self, held: _Group, work: dist.Work | None) -> None:
-        """Use the group no more. It is kept while gloo still tries, since dropping it would wait
-        for that; a server that lives ends that by leaving."""
+    def _give_up(self, held: _Group, begun: "Future[dist.Work]") -> None:
+        """Use the group no more. It is kept while the backend still tries, since dropping it would
+        wait for that; a server that lives ends that by leaving."""
         if self._groups.get(held.server.name) is held:
             del self._groups[held.server.name]
         held.group.abort()
         held.server.leave_group(held.name)
-        if work is not None:
-            self._given_up.append((held, work))
+        self._given_up.append((held, begun))
 
     def _sweep(self) -> int:
         """Drop groups whose last broadcast has ended, well or not; how many are left."""
-        for held, work in list(self._given_up):
-            if work.is_completed():
-                self._given_up.remove((held, work))
+        for held, begun in list(self._given_up):
+            if _ended(begun):
+                self._given_up.remove((held, begun))
                 peer_groups.leave(held.group)
         return len(self._given_up)
 
 
-def _wait_for_both(request: "Future[None]", work: dist.Work, limit_s: float) -> None:
+def _begin(data: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    work = dist.broadcast(data, src=0, group=group, async_op=True)
+    assert work is not None, "rank 0 is in the group"
+    return work
+
+
+def _ended(begun: "Future[dist.Work]") -> bool:
+    """Whether a broadcast has ended, well or not."""
+    if not begun.done():
+        return False
+    return begun.exception() is not None or bool(begun.result().is_completed())
+
+
+def _wait_for_both(request: "Future[None]", begun: "Future[dist.Work]", limit_s: float) -> None:
     """EngineError or RuntimeError as soon as one side fails, or after ``limit_s`` seconds."""
     deadline = time.monotonic() + limit_s
-    while not (request.done() and work.is_completed()):
+    while not (request.done() and _ended(begun)):
         if time.monotonic() > deadline:
             raise EngineError(f"it did not take a bucket within {limit_s:g} s")
         if request.done():
             request.result()
             time.sleep(_SOON_S)  # it has all: our own end follows
-        elif work.is_completed():
-            work.wait()  # raises if it failed
+        elif _ended(begun):
+            begun.result().wait()  # raises if it failed
             wait((request,), _LOOK_S)
         else:
             wait((request,), _LOOK_S)
     request.result()
-    work.wait()
-
-
-def _leave_unused(joined: "Future[dist.ProcessGroup]") -> None:
-    """End a group that was made after it was given up."""
-    if joined.exception() is None:
-        peer_groups.leave(joined.result())
+    begun.result().wait()
 
 
 def _short(error: BaseException) -> str:

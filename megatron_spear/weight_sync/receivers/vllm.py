@@ -90,7 +90,6 @@ class Transfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc
             world_size=init_info.world_size,
             name=init_info.group_name,
             timeout_s=TIMEOUT_S,
-            device=self.device if init_info.group_backend == "nccl" else None,
         )
 
     def start_weight_update(self) -> None:
