@@ -5,7 +5,6 @@ tensor of the wrong shape. So names are compared before a server's first update,
 with the weight table before it leaves.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,16 +16,13 @@ from megatron_spear.conversion.families import weight_table
 from megatron_spear.conversion.mapping import Shape
 from megatron_spear.conversion.shape import ModelShape
 from megatron_spear.errors import EngineError
-from megatron_spear.weight_sync.receivers.places import engine_name
+from megatron_spear.weight_sync.receivers.places import OF_THE_ENGINE, engine_name
 
 Precision = Literal["model", "fp8"]
 """``model``: weights as the policy exports them; ``fp8``: linear layers in blocks of 128 x 128
 (``conversion.fp8_blocks``), with their scales as ``NAME_scale_inv``."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OF_THE_ENGINE = re.compile(
-    r"rotary_emb\.|\.(?:[qkv]|prob|input)_scale$|\.w(?:13|2)_input_scale$"  # caches, scales of it
-)
 _SHOWN = 8
 
 
@@ -79,7 +75,7 @@ class Manifest:
             and not held.intersection((name, engine_name(name)))
         ]
         sent = {*self.names, *map(engine_name, self.names)}
-        missing = sorted(n for n in held - sent if not _OF_THE_ENGINE.search(n))
+        missing = sorted(n for n in held - sent if not OF_THE_ENGINE.search(n))
         if not unknown and not missing:
             return None
         told = "the server does not hold what the policy exports: "

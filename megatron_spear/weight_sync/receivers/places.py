@@ -33,6 +33,8 @@ EXPERTS = {"gate_proj": ("w13_", 0), "up_proj": ("w13_", 1), "down_proj": ("w2_"
 _EXPERT = re.compile(r"(?P<layer>.*\.experts\.)(?P<number>\d+)\.(?P<part>\w+)\.(?P<kind>\w+)$")
 _EXPERT_MODULES = ("", "routed_experts.")
 """Where the experts' parameters are below ``experts``: SGLang's, vLLM's."""
+OF_THE_ENGINE = re.compile(r"rotary_emb\.|\.(?:[qkv]|prob|input)_scale$|\.w(?:13|2)_input_scale$")
+"""Names of an engine's own, which no trainer sends: caches, and scales that it chooses."""
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 _MAX_SHOWN = 8
 
@@ -53,7 +55,8 @@ def locate(
 ) -> list[Tensor]:
     """For each tensor a view, of its held shape, of the parameter it belongs to.
 
-    Together they are every parameter exactly, but for vocabulary padding. ``up_first`` says of an
+    Together they are every parameter exactly, but for vocabulary padding and what is the engine's
+    own (``OF_THE_ENGINE``), which stays as it is. ``up_first`` says of an
     expert parameter whether the engine keeps up before gate. Raises ValueError with all that does
     not fit, in which case nothing may be received.
     """
@@ -64,7 +67,7 @@ def locate(
     problems = [
         f"{name} is a parameter of the engine that the trainer does not send"
         for name in parameters
-        if name not in members
+        if name not in members and not OF_THE_ENGINE.search(name)
     ]
     views: list[Tensor] = [torch.empty(0)] * len(tensors)
     for name, numbers in members.items():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_spear.weight_sync.manifest import Manifest
 from megatron_spear.weight_sync.receivers import sglang
 from megatron_spear.weight_sync.receivers.places import locate
 from megatron_spear.weight_sync.sharded.records import HeldTensor
@@ -123,6 +124,20 @@ def test_all_that_does_not_fit_is_told() -> None:
         "experts.w2_weight has 2 experts; the trainer sends [3]",
     ):
         assert line in told
+
+
+def test_scales_that_an_engine_chooses_itself_are_left_alone() -> None:
+    """SGLang has those of its cache among the parameters of a model in FP8."""
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors = [held(name, (0, 4), (4, H)), held(f"{name}_scale_inv", (0, 1), (1, 1))]
+    own = {f"model.layers.0.self_attn.attn.{kind}_scale": torch.tensor(3.0) for kind in "kv"}
+    sent = {name: numbered(4, H), f"{name}_scale_inv": numbered(1, 1)}
+    assert len(locate(tensors, sent | own)) == 2
+    assert all(value == 3.0 for value in own.values())
+    manifest = Manifest(shapes={name: (4, H)}, quantized=frozenset({name}))
+    assert manifest.problem(sent | own) is None, "both ends know the same names"
+    with pytest.raises(ValueError, match=r"o_proj\.weight_scale_inv is a parameter"):
+        locate(tensors[:1], sent | own)
 
 
 def test_a_message_that_cannot_be_read_does_not_raise(caplog: pytest.LogCaptureFixture) -> None:
