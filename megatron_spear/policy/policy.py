@@ -216,7 +216,10 @@ class MegatronPolicy:
         """Make all weights present that the next forward pass would have gathered; collective."""
         if self._policy.overlap_param_gather:
             for model in self._model:
-                model.start_param_sync(force_sync=True)
+                for buckets in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+                    # As that pass would: until Megatron 0.18 ``start_param_sync(force_sync=True)``
+                    # leaves FP8 weights' copies for the backward pass as they were, for good.
+                    buckets.finish_param_sync(skip_next_bucket_dispatch=True)
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for chunk in self._chunks for parameter in chunk.parameters()]

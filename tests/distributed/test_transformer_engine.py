@@ -29,6 +29,7 @@ BF16 = {"precision": "bf16"}
 SP = {"tensor_parallel": 2, "sequence_parallel": True}
 ENDS = {"bf16_layers_at_start": 0, "bf16_layers_at_end": 0}
 SPLIT = {"distributed_optimizer": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYERS = 4
 
 
@@ -69,6 +70,7 @@ CASES: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         ),
         "tensorwise CP2": ("Qwen3", fp8("tensorwise") | {"context_parallel": 2}),
         "held, DP2": ("Qwen3", fp8("tensorwise", parameters=True) | SPLIT),
+        "held, overlapped": ("Qwen3", fp8("tensorwise", parameters=True) | SPLIT | OVERLAP),
     },
 }
 CROSSED = [
@@ -335,6 +337,16 @@ def test_recomputation_changes_nothing(root: Path) -> None:
     found, _ = results_of(1, root)
     again, kept = found["tensorwise, recompute"], found["tensorwise"]
     assert [r["loss/total"] for r in again["reports"]] == [r["loss/total"] for r in kept["reports"]]
+
+
+def test_backward_multiplies_with_gathered_weights_after_a_save(root: Path) -> None:
+    """Saves and exports gather weights that a forward pass would have gathered."""
+    found, _ = results_of(2, root)
+    for key in ("loss/total", "grad_norm"):
+        ours, plain = (
+            [r[key] for r in found[f"held, {name}"]["reports"]] for name in ("overlapped", "DP2")
+        )
+        assert ours == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for _, name in FP8 if "held" in name])

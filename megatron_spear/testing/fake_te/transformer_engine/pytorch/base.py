@@ -109,11 +109,11 @@ class _Fp8Product(torch.autograd.Function):  # type: ignore[misc]
         scale = owner.delayed_scale(x, f"input{key}", recipe, 448.0)
         x_rounded = rounded(x, recipe, scale=scale)
         if isinstance(weight, QuantizedTensor):
-            w_rounded = weight.dequantize(dtype=torch.float32)
+            w_rounded, for_backward = weight.dequantize(dtype=torch.float32), weight.held["columns"]
         else:
             scale = owner.delayed_scale(weight, f"weight{key}", recipe, 448.0)
-            w_rounded = rounded(weight, recipe, weight=True, scale=scale)
-        ctx.save_for_backward(x_rounded, w_rounded)
+            w_rounded = for_backward = rounded(weight, recipe, weight=True, scale=scale)
+        ctx.save_for_backward(x_rounded, for_backward)
         return (x_rounded @ w_rounded.t()).to(x.dtype)
 
     @staticmethod

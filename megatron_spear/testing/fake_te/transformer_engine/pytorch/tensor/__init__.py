@@ -14,8 +14,10 @@ _AS_HELD = torch.float8_e4m3fn
 class QuantizedTensor(torch.Tensor):  # type: ignore[misc]
     """``[rows, columns]`` of float8 with scales, seen by torch as a ``dtype`` tensor.
 
-    ``copy_`` into it rounds; every other operation works on plain values. Aliases (``detach``,
-    ``data``) share what is held.
+    The backward pass multiplies with a copy of its own (TE's lies column by column), which
+    rounding renews, and ``renew_columns`` after the data was changed otherwise. ``copy_`` into it
+    rounds; every other operation works on plain values. Aliases (``detach``, ``data``) share what
+    is held.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -40,6 +42,11 @@ class QuantizedTensor(torch.Tensor):  # type: ignore[misc]
         """Hold these values."""
         amax_scales = scales_of(values.float(), self.recipe, weight=True)
         self.write_(values, amax_scales)
+        self.renew_columns()
+
+    def renew_columns(self) -> None:
+        """Make the backward pass's copy from the data."""
+        self.held["columns"] = self.dequantize(dtype=torch.float32)
 
     def write_(self, values: Tensor, scales: Tensor) -> None:
         """Hold these values with these scales (a value is held as value x scale)."""

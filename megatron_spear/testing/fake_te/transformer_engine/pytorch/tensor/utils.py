@@ -27,7 +27,9 @@ def cast_master_weights_to_fp8(
     fsdp_shard_model_weights: Any = None,
     manual_post_all_gather_processing: bool = False,
 ) -> None:
-    """Round this rank's piece of each weight; scales come from all pieces, by a collective."""
+    """Round this rank's piece of each weight; scales come from all pieces, by a collective. The
+    backward pass's copies are left to ``post_all_gather_processing``."""
+    assert manual_post_all_gather_processing, "as Megatron asks for it"
     for weight, master, start in zip(model_weights, master_weights, start_offsets, strict=True):
         whole = torch.zeros(weight.numel())
         begin = start or 0
@@ -52,4 +54,6 @@ def cast_master_weights_to_fp8(
 
 
 def post_all_gather_processing(model_weights: Any) -> None:
-    """Nothing is kept beside the FP8 data here."""
+    """Make the backward pass's copies from what was gathered."""
+    for weight in model_weights if isinstance(model_weights, list) else [model_weights]:
+        weight.renew_columns()
