@@ -74,6 +74,15 @@ def join(
     return group
 
 
+def use(device: torch.device) -> None:
+    """Make a CUDA device this thread's; a new thread's is the first, which may be another rank's.
+
+    NCCL's batched sends hang where the present device is not that of their tensors.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def leave_unused(joined: "Future[dist.ProcessGroup]") -> None:
     """End a group that was made after it was given up; to be called when ``joined`` is done."""
     if joined.exception() is None:

@@ -59,7 +59,7 @@ class Lane:
     def _send(
         self, schedule: ReplicaSchedule, slices: dict[str, TensorSlice], deadline: Deadline
     ) -> int:
-        self._link.join(deadline, self._device)
+        self._link.join(deadline, self._device, self._update)
         own = [bucket for bucket in schedule.buckets if bucket.source == self._rank]
         return send(self._link, own, schedule.tensors, slices, deadline)
 

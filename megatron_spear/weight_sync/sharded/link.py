@@ -10,6 +10,7 @@ weights go through the group. Imported in the engines' environments too.
 
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_spear import peer_groups
+from megatron_spear.background import abandonable
 from megatron_spear.weight_sync.sharded.records import Meeting
 
 _POLL_S = 0.002
+_LOOK_S = 0.02
+"""Seconds between looks at what others say while the group is made."""
 
 
 class Deadline:
@@ -75,20 +79,49 @@ class Link:
     def _key(self, word: str) -> str:
         return f"{self.meeting.name}/{word}"
 
-    def join(self, deadline: Deadline, device: torch.device) -> None:
-        """Build the group, the first time; ``device`` is this process's."""
-        if self._group is None:
-            self._group = peer_groups.join(
-                backend=self.meeting.backend,
-                host=self.meeting.host,
-                port=self.meeting.port,
-                rank=self.rank,
-                world_size=self.meeting.world_size,
-                name=self.meeting.name,
-                timeout_s=deadline.left_s,
-                device=device if self._on_cuda else None,
-                store=self._store,
-            )
+    def join(self, deadline: Deadline, device: torch.device, update: int) -> None:
+        """Build the group, the first time; ``device`` is this process's.
+
+        Ends without it at the deadline, and as soon as an engine rank says that it has not got the
+        weights of ``update``.
+        """
+        if self._group is not None:
+            return
+        # NCCL waits for the others without a limit, so in a thread that nobody has to wait for.
+        joining = abandonable(lambda: self._made(device), f"join of {self.meeting.name}")
+        try:
+            while not wait((joining,), min(_LOOK_S, deadline.left_s)).done:
+                if deadline.over:
+                    raise TimeoutError("not all ranks joined the group before the deadline")
+                self._refuse_gone(update, deadline)
+        except BaseException:
+            joining.add_done_callback(peer_groups.leave_unused)
+            raise
+        self._group = joining.result()
+
+    def _made(self, device: torch.device) -> Any:
+        peer_groups.use(device)
+        meeting = self.meeting
+        # A client of its own: while one waits for a key, nothing else can be asked through it.
+        store = peer_groups.connect(meeting.host, meeting.port, timeout_s=meeting.timeout_s)
+        return peer_groups.join(
+            backend=meeting.backend,
+            host=meeting.host,
+            port=meeting.port,
+            rank=self.rank,
+            world_size=meeting.world_size,
+            name=meeting.name,
+            timeout_s=meeting.timeout_s,
+            device=device if self._on_cuda else None,
+            store=store,
+        )
+
+    def _refuse_gone(self, update: int, deadline: Deadline) -> None:
+        """RuntimeError if an engine rank has ended its part with an error."""
+        for rank in range(self.meeting.num_receivers):
+            done = f"{update}/done/{rank}"
+            if self.heard([done]) and (problem := self.hear(done, deadline)):
+                raise RuntimeError(f"rank {rank} of the engine did not join: {problem}")
 
     def send(self, flat: Tensor, rank: int) -> Any:
         """Begin to send uint8 ``[bytes]`` to a rank of the group."""

@@ -56,7 +56,7 @@ class Receiver:
             words = (f"{assignment.update}/done/{assignment.rank}",)
             if refused := link.hear(f"{assignment.update}/go", deadline):
                 return refused
-            link.join(deadline, targets[0].device)
+            link.join(deadline, targets[0].device, assignment.update)
             receive(link, assignment.buckets, assignment.tensors, targets, deadline)
             link.say(words[0], "")
         except Exception as error:  # noqa: BLE001  (an exception would end the engine's server)

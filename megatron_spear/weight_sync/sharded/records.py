@@ -87,6 +87,8 @@ class Meeting:
     senders: tuple[int, ...]
     """Training ranks, the controller's first; in the group they come before the engine's."""
     num_receivers: int
+    timeout_s: float
+    """The group's own, for all its updates. Above their deadline, since NCCL's ends the process."""
 
     @property
     def world_size(self) -> int:

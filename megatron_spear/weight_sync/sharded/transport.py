@@ -99,8 +99,9 @@ class Sharded:
     def publish(self, policy_version: int) -> dict[str, float]:
         """Bring the policy's weights into all engines; see ``Transport``."""
         require_newer(policy_version, self._version)
-        deadline, started = Deadline(self._deadline_s), time.monotonic()
         found = self._from_controller(lambda: self._look(policy_version))
+        # From here on: the controller may come later than the others, and nobody's time is up then.
+        deadline, started = Deadline(self._deadline_s), time.monotonic()
         done = False
         try:
             slices = {own.name: own for own in self._source.local_slices()}
@@ -193,6 +194,7 @@ class Sharded:
                 backend="nccl" if self._ranks.device.type == "cuda" else "gloo",
                 senders=schedule.senders,
                 num_receivers=num_ranks,
+                timeout_s=2 * self._deadline_s,
             )
         self._update.pause()
         return meetings
@@ -237,6 +239,7 @@ class Sharded:
         problems: dict[str, str] = {}
 
         def run(name: str, schedule: ReplicaSchedule) -> None:
+            peer_groups.use(self._ranks.device)
             server = self._by_name[name] if self._servers is not None else None
             try:
                 lane = self._lane(name, meetings[name], deadline)

@@ -168,6 +168,7 @@ print(*own)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {
+        "megatron_spear.background",
         "megatron_spear.peer_groups",
         "megatron_spear.testing",
         "megatron_spear.testing.engine_rank",
