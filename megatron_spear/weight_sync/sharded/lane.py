@@ -12,7 +12,7 @@ from megatron_spear.conversion.slices import TensorSlice
 from megatron_spear.errors import EngineError, describe
 from megatron_spear.weight_sync.servers import UpdateServer
 from megatron_spear.weight_sync.sharded.link import Deadline, Link
-from megatron_spear.weight_sync.sharded.records import Assignment, Bucket, Meeting
+from megatron_spear.weight_sync.sharded.records import Assignment, Meeting, encode_part
 from megatron_spear.weight_sync.sharded.schedule import ReplicaSchedule
 from megatron_spear.weight_sync.sharded.sender import send
 
@@ -30,6 +30,7 @@ class Lane:
         self._link = Link(meeting, meeting.senders.index(rank), store)
         self._rank, self._device = rank, device
         self._update = 0
+        self._parts: tuple[ReplicaSchedule, list[bytes]] | None = None
 
     def run(
         self,
@@ -77,7 +78,8 @@ class Lane:
         go = f"{self._update}/go"
         try:
             server.begin_update().result(deadline.left_s)
-            payloads = [self._payload(schedule, rank, deadline) for rank in ranks]
+            parts = self._parts_of(schedule)
+            payloads = [self._payload(parts[rank], rank, deadline) for rank in ranks]
             answer = server.receive_payloads(payloads, LOADER, policy_version)
             self._await(ready, answer, deadline, "did not answer that it is ready")
         except Exception as error:
@@ -93,15 +95,20 @@ class Lane:
             self._link.forget([f"{before}/go", *words])
         return sent
 
-    def _payload(self, schedule: ReplicaSchedule, rank: int, deadline: Deadline) -> bytes:
-        own: tuple[Bucket, ...] = tuple(b for b in schedule.buckets if b.target == rank)
+    def _parts_of(self, schedule: ReplicaSchedule) -> list[bytes]:
+        """The schedule as each rank of the replica is told of it, encoded once."""
+        if self._parts is None or self._parts[0] is not schedule:
+            ranks = range(self.meeting.num_receivers)
+            self._parts = schedule, [encode_part(*schedule.part(rank)) for rank in ranks]
+        return self._parts[1]
+
+    def _payload(self, part: bytes, rank: int, deadline: Deadline) -> bytes:
         message = Assignment(
             meeting=self.meeting,
             update=self._update,
             rank=rank,
             limit_s=deadline.left_s,
-            tensors=schedule.tensors[rank],
-            buckets=own,
+            part=part,
         )
         return pickle.dumps([(_MESSAGE, message.encode())], protocol=4)
 

@@ -20,6 +20,7 @@ from megatron_spear.weight_sync.sharded.records import (
     HeldTensor,
     Piece,
     as_rows,
+    decode_part,
     places,
 )
 
@@ -51,13 +52,14 @@ class Receiver:
             words = (f"{assignment.update}/ready/{assignment.rank}",)
             deadline = Deadline(assignment.limit_s)
             link = self._link_for(assignment, deadline)
-            targets = locate(assignment.tensors)
+            tensors, buckets = decode_part(assignment.part)
+            targets = locate(tensors)
             link.say(words[0], "")
             words = (f"{assignment.update}/done/{assignment.rank}",)
             if refused := link.hear(f"{assignment.update}/go", deadline):
                 return refused
             link.join(deadline, targets[0].device, assignment.update)
-            receive(link, assignment.buckets, assignment.tensors, targets, deadline)
+            receive(link, buckets, tensors, targets, deadline)
             link.say(words[0], "")
         except Exception as error:  # noqa: BLE001  (an exception would end the engine's server)
             problem = f"{type(error).__name__}: {error}"

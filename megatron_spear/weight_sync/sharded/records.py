@@ -3,6 +3,7 @@
 Imported in the engines' environments too: standard library and torch only.
 """
 
+import functools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -96,58 +97,88 @@ class Meeting:
         return len(self.senders) + self.num_receivers
 
 
+Part = tuple[tuple[HeldTensor, ...], tuple[Bucket, ...]]
+"""What an engine rank holds, and its buckets in the order in which they come: the same at every
+update."""
+
+
+def encode_part(tensors: Sequence[HeldTensor], buckets: Sequence[Bucket]) -> bytes:
+    """A rank's part of a schedule; with experts this takes most of a second."""
+    message = (
+        [(h.name, h.dtype, h.shape, h.axis, h.start, h.stop) for h in tensors],
+        [
+            (
+                b.source,
+                b.target,
+                b.num_bytes,
+                [(p.tensor, p.row, p.row_stop, p.column, p.column_stop) for p in b.pieces],
+            )
+            for b in buckets
+        ],
+    )
+    return zlib.compress(json.dumps(message).encode())
+
+
+@functools.lru_cache(maxsize=1)  # a rank gets the same bytes at each update
+def decode_part(part: bytes) -> Part:
+    """What ``encode_part`` was given."""
+    tensors, buckets = json.loads(zlib.decompress(part))
+    return (
+        tuple(
+            HeldTensor(
+                name=name, dtype=dtype, shape=tuple(shape), axis=axis, start=start, stop=stop
+            )
+            for name, dtype, shape, axis, start, stop in tensors
+        ),
+        tuple(
+            Bucket(
+                source=source,
+                target=target,
+                num_bytes=num_bytes,
+                pieces=tuple(_piece(*numbers) for numbers in pieces),
+            )
+            for source, target, num_bytes, pieces in buckets
+        ),
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assignment:
     """One update as an engine rank is told of it.
 
     ``update`` counts the group's updates, ``rank`` is the rank in the replica, ``limit_s`` what is
-    left of the deadline; ``buckets`` are this rank's in the order in which they come.
+    left of the deadline; ``part`` is of ``encode_part``.
     """
 
     meeting: Meeting
     update: int
     rank: int
     limit_s: float
-    tensors: tuple[HeldTensor, ...]
-    buckets: tuple[Bucket, ...]
+    part: bytes
 
     def encode(self) -> Tensor:
-        """As uint8 ``[bytes]``."""
-        message = asdict(self)
-        message["tensors"] = [[*asdict(held).values()] for held in self.tensors]
-        message["buckets"] = [
-            [b.source, b.target, b.num_bytes, [[*asdict(piece).values()] for piece in b.pieces]]
-            for b in self.buckets
-        ]
-        return torch.frombuffer(
-            bytearray(zlib.compress(json.dumps(message).encode())), dtype=torch.uint8
-        )
+        """As uint8 ``[bytes]``: a line of JSON, then the part."""
+        head = {
+            "meeting": asdict(self.meeting),
+            "update": self.update,
+            "rank": self.rank,
+            "limit_s": self.limit_s,
+        }
+        line = json.dumps(head).encode() + b"\n"
+        return torch.frombuffer(bytearray(line + self.part), dtype=torch.uint8)
 
     @classmethod
     def decode(cls, message: Tensor) -> "Assignment":
         """What ``encode`` gave."""
-        values: dict[str, Any] = json.loads(zlib.decompress(bytes(message.cpu().tolist())))
+        line, _, part = message.cpu().numpy().tobytes().partition(b"\n")
+        values: dict[str, Any] = json.loads(line)
         meeting = values["meeting"]
         return cls(
             meeting=Meeting(**meeting | {"senders": tuple(meeting["senders"])}),
             update=values["update"],
             rank=values["rank"],
             limit_s=values["limit_s"],
-            tensors=tuple(
-                HeldTensor(
-                    name=name, dtype=dtype, shape=tuple(shape), axis=axis, start=start, stop=stop
-                )
-                for name, dtype, shape, axis, start, stop in values["tensors"]
-            ),
-            buckets=tuple(
-                Bucket(
-                    source=source,
-                    target=target,
-                    num_bytes=num_bytes,
-                    pieces=tuple(_piece(*numbers) for numbers in pieces),
-                )
-                for source, target, num_bytes, pieces in values["buckets"]
-            ),
+            part=part,
         )
 
 

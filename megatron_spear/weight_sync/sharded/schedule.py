@@ -25,6 +25,7 @@ from megatron_spear.weight_sync.plan import Plan, Transfer, plan_resharding
 from megatron_spear.weight_sync.sharded.records import (
     Bucket,
     HeldTensor,
+    Part,
     Piece,
     aligned,
     shape_as_rows,
@@ -47,6 +48,10 @@ class ReplicaSchedule:
     def senders(self) -> tuple[int, ...]:
         """Training ranks that send, and the controller, which leads."""
         return tuple(sorted({0, *(bucket.source for bucket in self.buckets)}))
+
+    def part(self, rank: int) -> Part:
+        """What concerns a rank of the replica."""
+        return self.tensors[rank], tuple(b for b in self.buckets if b.target == rank)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
