@@ -11,6 +11,7 @@ import json
 import logging
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ _LIBRARY_ERRORS = (
 """What torch and Megatron raise for files that cannot be written, are damaged or do not fit."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """``steps`` of the learning-rate schedule, and ``updates`` of the optimizer: those and the ones
+    for which the schedule stands still."""
+
+    steps: int
+    updates: int
+
+
 class PendingSave:
     """A save that was begun: the files are being written by a thread of each rank.
 
@@ -70,23 +80,23 @@ class PendingSave:
 
 
 def save(
-    folder: Path, chunks: Sequence[Any], optimizer: Any, num_steps: int, ctx: ParallelContext
+    folder: Path, chunks: Sequence[Any], optimizer: Any, counts: Counts, ctx: ParallelContext
 ) -> None:
-    """Write everything that training needs to go on after ``num_steps`` steps; collective.
+    """Write everything that training needs to go on after so many steps; collective.
 
     ``folder`` is made if need be and must be empty; putting it in place as one commit is the
     caller's affair. ``policy.json`` is written last. Raises CheckpointError on every rank if one of
     them cannot write.
     """
-    files, about = _plan(folder, chunks, optimizer, num_steps, ctx)
+    files, about = _plan(folder, chunks, optimizer, counts, ctx)
     _complete(folder, files, about, ctx)
 
 
 def begin_save(
-    folder: Path, chunks: Sequence[Any], optimizer: Any, num_steps: int, ctx: ParallelContext
+    folder: Path, chunks: Sequence[Any], optimizer: Any, counts: Counts, ctx: ParallelContext
 ) -> PendingSave:
     """``save``, but only the copying to host memory is waited for; ``finish`` the result."""
-    files, about = _plan(folder, chunks, optimizer, num_steps, ctx)
+    files, about = _plan(folder, chunks, optimizer, counts, ctx)
     begun: PendingSave = _agree(
         lambda: PendingSave(folder, files, about, ctx), _unwritten(folder), ctx
     )
@@ -94,7 +104,7 @@ def begin_save(
 
 
 def _plan(
-    folder: Path, chunks: Sequence[Any], optimizer: Any, num_steps: int, ctx: ParallelContext
+    folder: Path, chunks: Sequence[Any], optimizer: Any, counts: Counts, ctx: ParallelContext
 ) -> tuple[FilesToWrite, dict[str, Any]]:
     """What to write: Megatron's files, and the contents of ``policy.json``."""
 
@@ -106,7 +116,7 @@ def _plan(
 
     def plan() -> FilesToWrite:
         with cpu.cuda_means_cpu(), errors_kept() as errors:
-            state = _state(chunks, optimizer, num_steps, loading=False)
+            state = _state(chunks, optimizer, counts, loading=False)
             state["rng"] = random_state.sharded_state(ctx)
             planned = FilesToWrite(state, folder)
         if errors:
@@ -117,7 +127,8 @@ def _plan(
     files = _agree(plan, _unwritten(folder), ctx)
     about = {
         "format": FORMAT,
-        "num_steps": num_steps,
+        "num_steps": counts.steps,
+        "num_updates": counts.updates,
         "distributed_optimizer": optimizer_state.is_distributed(optimizer),
         "rng_layout": random_state.layout(ctx),
     }
@@ -147,8 +158,8 @@ def _unwritten(folder: Path) -> str:
     return f"{folder} cannot be written"
 
 
-def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelContext) -> int:
-    """Restore what ``save`` wrote, at any layout; the number of optimizer steps taken. Collective.
+def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelContext) -> Counts:
+    """Restore what ``save`` wrote, at any layout; the steps and updates so far. Collective.
 
     The random generators are taken back at the layout they were saved at, else seeded anew. Raises
     CheckpointError on every rank if a file is missing, damaged or of another model.
@@ -156,19 +167,19 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
     misfit = "the checkpoint does not fit or is damaged"
     split = optimizer_state.is_distributed(optimizer)
     about, stored = _agree(lambda: _read_alone(folder, split), misfit, ctx)
-    num_steps, rng_layout = int(about["num_steps"]), about.get("rng_layout")
+    counts, rng_layout = _counts(about), about.get("rng_layout")
     same_layout = rng_layout == random_state.layout(ctx)
 
     def restore() -> None:
         with cpu.cuda_means_cpu():
-            request = _state(chunks, optimizer, num_steps, loading=True)
+            request = _state(chunks, optimizer, counts, loading=True)
             if same_layout:
                 request["rng"] = random_state.sharded_state(ctx)
             missing = _without_missing_extras(request, stored)
             state = dist_checkpointing.load(request, str(folder))
             for number, chunk in enumerate(chunks):
                 chunk.load_state_dict(state[f"model{number}"] | missing[number])
-            if num_steps:
+            if counts.updates:
                 optimizer_state.restore(optimizer, state["optimizer"])
             else:
                 optimizer_state.reload_weights(optimizer)
@@ -178,14 +189,21 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, ctx: ParallelConte
                 random_state.seed_anew(rng_layout, ctx)
 
     _agree(restore, misfit, ctx)
-    return int(num_steps)
+    return counts
 
 
-def _state(chunks: Sequence[Any], optimizer: Any, num_steps: int, loading: bool) -> dict[str, Any]:
-    """What is stored; before the first step the optimizer has no state worth it."""
+def _counts(about: dict[str, Any]) -> Counts:
+    """Those in ``policy.json``; before there was one of updates, a state after unscheduled ones
+    alone was stored without the optimizer's."""
+    steps = int(about["num_steps"])
+    return Counts(steps=steps, updates=int(about.get("num_updates", steps)))
+
+
+def _state(chunks: Sequence[Any], optimizer: Any, counts: Counts, loading: bool) -> dict[str, Any]:
+    """What is stored; before the first update the optimizer has no state worth it."""
     weights = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
     state = dict(weights)
-    if num_steps:
+    if counts.updates:
         state["optimizer"] = optimizer_state.sharded_state(optimizer, weights, loading=loading)
     fp8.make_plain(weights)
     return state
@@ -231,7 +249,7 @@ def _read_alone(folder: Path, distributed: bool) -> tuple[dict[str, Any], set[st
             f"{file} has format {state.get('format')!r}, this version reads {FORMAT}"
         )
     stored = state.get("distributed_optimizer", False)
-    if state["num_steps"] and stored != distributed:
+    if _counts(state).updates and stored != distributed:
         raise CheckpointError(
             f"{folder} was saved with policy.distributed_optimizer={str(stored).lower()}, which "
             f"stores the optimizer in another way than {str(distributed).lower()}; set it to "

@@ -59,7 +59,7 @@ class MegatronPolicy:
             logger.info("%s", layers)
         self.shape, self.ctx = shape, ctx
         self._section, self._total_steps = optimizer, total_steps
-        self.num_steps = 0
+        self.num_steps = self.num_updates = 0
         with cpu.cuda_means_cpu():
             self._chunks = [
                 PackedModel(shape, policy, ctx, number).to(ctx.device)
@@ -96,7 +96,8 @@ class MegatronPolicy:
 
     def reset_optimizer(self, optimizer: OptimizerSection, total_steps: int) -> None:
         """Start over with a new optimizer and schedule on the present weights."""
-        self._section, self._total_steps, self.num_steps = optimizer, total_steps, 0
+        self._section, self._total_steps = optimizer, total_steps
+        self.num_steps = self.num_updates = 0
         self._optimizer = build_optimizer(self._model, optimizer, self._policy)
 
     def keep_reference(self) -> None:
@@ -189,6 +190,7 @@ class MegatronPolicy:
             others = exchange.all_sum(sums, self.ctx)
             totals = {name: value + others[name] for name, value in totals.items()}
         self.num_steps += scheduled
+        self.num_updates += 1
         rate = learning_rate(self._section, max(self.num_steps, 1), self._total_steps)
         return {"lr": rate, **self._update(rate), **norms, **totals}
 
@@ -258,7 +260,7 @@ class MegatronPolicy:
                 dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.ctx.control)
             if not math.isfinite(worst.item()):
                 logger.warning(
-                    "optimizer step %d skipped: the gradient norm is %s", self.num_steps, norm
+                    "optimizer step %d skipped: the gradient norm is %s", self.num_updates, norm
                 )
                 return {"grad_norm": math.nan, "skipped": 1.0}
             if self._section.clip_grad > 0:
@@ -287,20 +289,24 @@ class MegatronPolicy:
     def save(self, folder: Path) -> None:
         """Model, optimizer and step into ``folder``, loadable at another layout; collective."""
         self._gather_weights()
-        checkpoint.save(Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx)
+        checkpoint.save(Path(folder), self._chunks, self._optimizer, self._counts(), self.ctx)
 
     def begin_save(self, folder: Path) -> checkpoint.PendingSave:
         """``save`` of the present state, written beside what is done next; ``finish`` it.
         Collective."""
         self._gather_weights()
         return checkpoint.begin_save(
-            Path(folder), self._chunks, self._optimizer, self.num_steps, self.ctx
+            Path(folder), self._chunks, self._optimizer, self._counts(), self.ctx
         )
 
     def load(self, folder: Path) -> None:
         """What ``save`` wrote; CheckpointError if it is missing, broken or of another model.
         Collective."""
-        self.num_steps = checkpoint.load(Path(folder), self._chunks, self._optimizer, self.ctx)
+        counts = checkpoint.load(Path(folder), self._chunks, self._optimizer, self.ctx)
+        self.num_steps, self.num_updates = counts.steps, counts.updates
+
+    def _counts(self) -> checkpoint.Counts:
+        return checkpoint.Counts(steps=self.num_steps, updates=self.num_updates)
 
 
 def _joined(gathered: list[list[Any]], packed: PackedStep, number: int) -> list[list[Tensor]]:
