@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 
 from megatron_spear.background import in_background
@@ -37,6 +38,7 @@ class FilesToWrite:
 
     def __init__(self, state: dict[str, Any], folder: Path) -> None:
         """Plan; collective. ``state`` is Megatron's sharded state dict."""
+        self._of_state = _storages(state)
         own_writer = {"async_strategy": "mcore"} if _HAS_STRATEGIES else {}
         with _write_in_this_process():
             self._request = dist_checkpointing.save(
@@ -70,7 +72,8 @@ class FilesToWrite:
         if self._request.async_fn is None:  # nothing to write on this rank
             return lambda: None
         rank, buckets, results = self._request.async_fn_args
-        buckets = _on_host(buckets, self._until_abandoned, copy=copy)
+        used = self._of_state if copy else set()
+        buckets = _on_host(buckets, self._until_abandoned, used)
         return functools.partial(self._request.async_fn, rank, buckets, results)
 
     def _until_abandoned(self, tensors: Iterable[Any]) -> Iterator[Any]:
@@ -81,15 +84,27 @@ class FilesToWrite:
 
 
 def _on_host(
-    buckets: list[Any], watched: Callable[[Iterable[Any]], Iterator[Any]], *, copy: bool
+    buckets: list[Any], watched: Callable[[Iterable[Any]], Iterator[Any]], used: set[int]
 ) -> list[Any]:
-    """The buckets with their tensors in host memory; ``copy``: also those that are there."""
+    """The buckets with their tensors in host memory; copied are also those there whose memory is
+    ``used`` by others. (Megatron has copied parts of tensors already.)"""
+
+    def on_host(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.untyped_storage().data_ptr() in used
+        return tensor.to("cpu", non_blocking=True, copy=copy)
+
     found = [
-        (path, name, (blobs, [(i, t.to("cpu", non_blocking=True, copy=copy)) for i, t in tensors]))
+        (path, name, (blobs, [(i, on_host(t)) for i, t in tensors]))
         for path, name, (blobs, tensors) in buckets
     ]
     torch.cuda.synchronize()
     return [(path, name, (blobs, watched(rest))) for path, name, (blobs, rest) in found]
+
+
+def _storages(state: dict[str, Any]) -> set[int]:
+    """Where the tensors of a sharded state dict lie."""
+    values = (getattr(value, "data", None) for value in nested_values(state))
+    return {v.untyped_storage().data_ptr() for v in values if isinstance(v, torch.Tensor)}
 
 
 @contextlib.contextmanager

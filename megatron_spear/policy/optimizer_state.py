@@ -1,7 +1,9 @@
 """The optimizer's state for checkpoints, whatever the layout, with torch's Adam too.
 
 The distributed optimizer keeps each parameter's state in pieces, one on each data-parallel rank. It
-is stored whole, by parameter (Megatron's "fully reshardable" format), so that any layout reads it.
+is stored whole, by parameter (Megatron's "fully reshardable" format), so that any layout reads it:
+the first data-parallel rank collects and writes it, and each rank reads the parameters of which it
+has a piece.
 Megatron puts the pieces together without the padding between the buckets of a gradient buffer, and
 then cuts parameters out as if it were there: with several buckets (overlapped reduction, tied
 embeddings in a pipeline) it stores wrong values. So they are put together here.
@@ -39,6 +41,8 @@ def sharded_state(optimizer: Any, weights: dict[str, Any], *, loading: bool) -> 
     _begin(optimizer)
     with _own_gathering(optimizer):
         state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=METADATA)
+    if loading:
+        _ask_for_own(optimizer, state)
     _count_apart(optimizer)
     return state
 
@@ -92,35 +96,72 @@ def _own_gathering(optimizer: Any) -> Iterator[None]:
             del part.load_state_dict
 
 
-def _whole_buffers(part: Any, *, empty_data: bool, **kwargs: Any) -> dict[int, Any]:
-    """By number and dtype of a buffer, each kind of state for all of it, padding included."""
+def _ask_for_own(optimizer: Any, state: Any) -> None:
+    """Leave in what is asked for the parameters of which this rank has a piece.
+
+    The rank with a parameter's first piece counts as the one that reads it (replica 0); Megatron
+    wants one of each, and names the group's first rank, which may have none.
+    """
+    several = len(optimizer.chained_optimizers) > 1
+    for number, part in enumerate(optimizer.chained_optimizers):
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        asked = (state[number] if several else state)["param_state"]
+        for index, piece in enumerate(_own_pieces(part)):
+            if piece is None:
+                del asked[index]
+                continue
+            for tensor in asked[index].values():
+                tensor.replica_id = (*tensor.replica_id[:-1], int(piece.start > 0))
+
+
+def _own_pieces(part: Any) -> Iterator[Any]:
+    """For each parameter in the order of what is stored, this rank's range of it, or None."""
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (pieces,) = ranges.values()
+        places = {p: place for piece in pieces for p, place in piece["param_map"].items()}
+        for parameter in buffer.param_index_map:
+            yield places[parameter]["param"] if parameter in places else None
+
+
+def _whole_buffers(part: Any, *, empty_data: bool, **kwargs: Any) -> dict[int, Any] | None:
+    """By number and dtype of a buffer, each kind of state for all of it, padding included; None but
+    on the first data-parallel rank. With ``empty_data`` memory for it, on all ranks."""
+    first = part.data_parallel_group.rank() == 0
     found: dict[int, Any] = {}
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         ((dtype, pieces),) = ranges.items()
-        whole = {kind: torch.zeros(buffer.numel, device="cpu") for kind in KINDS}
+        # Not zeros: what is not asked for is never touched, so it takes no memory.
+        size = buffer.numel if empty_data or first else 0
+        whole = {kind: torch.empty(size, device="cpu") for kind in KINDS}
         if not empty_data:
             for bucket, piece in zip(buffer.buckets, pieces, strict=True):
-                size = bucket.grad_data.numel()
-                for kind, values in _gathered(part, bucket, piece["param_map"]).items():
-                    whole[kind][bucket.offset : bucket.offset + size] = values
+                place = slice(bucket.offset, bucket.offset + bucket.grad_data.numel())
+                for kind, values in _gathered(part, bucket, piece["param_map"]):
+                    if values is not None:
+                        whole[kind][place] = values
         found[number] = {dtype: whole}
-    return found
+    return found if empty_data or first else None
 
 
-def _gathered(part: Any, bucket: Any, places: dict[Any, Any]) -> dict[str, torch.Tensor]:
-    """A bucket's state on the CPU, of the pieces of all data-parallel ranks. Collective."""
+def _gathered(
+    part: Any, bucket: Any, places: dict[Any, Any]
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """A bucket's state, kind by kind, of the pieces of all data-parallel ranks; None but on the
+    first. Collective."""
     group, gradient = part.data_parallel_group, bucket.grad_data
     states = {p: part._get_main_param_and_optimizer_states(p) for p in places}
-    found = {}
     for kind in KINDS:
         mine = torch.zeros(gradient.numel() // group.size(), device=gradient.device)
         for parameter, place in places.items():
             local = place["gbuf_local"]
             mine[local.start : local.end] = states[parameter][kind].detach()
-        whole = torch.empty(gradient.numel(), device=gradient.device)
-        dist.all_gather_into_tensor(whole, mine, group=group)
-        found[kind] = whole.cpu()
-    return found
+        whole, parts = None, None
+        if group.rank() == 0:
+            whole = torch.empty(gradient.numel(), device=gradient.device)
+            parts = list(whole.chunk(group.size()))
+        dist.gather(mine, parts, dst=dist.get_global_rank(group, 0), group=group)
+        yield kind, whole
 
 
 def _begin(optimizer: Any) -> None:
