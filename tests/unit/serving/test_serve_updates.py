@@ -330,10 +330,10 @@ def test_checksums_are_of_sglangs_parameters_and_follow_the_weights(url):
 
 
 def test_an_update_that_is_never_ended_is_waited_for_within_the_deadline():
-    with serve_in_thread(saved(0)[1], deadline_s=0.5) as url:
+    with serve_in_thread(saved(0)[1], deadline_s=3.0) as url:
         done(url, "/begin_weight_update")
         status, answer = call(url, "/generate", ask(PROMPT))
-        assert status == 503 and "took more than 0.5 s" in answer["error"]["message"]
+        assert status == 503 and "took more than 3.0 s" in answer["error"]["message"]
         assert "a weight update is open" in answer["error"]["message"]
         done(url, "/end_weight_update")
         assert served_by(url) == [0]
