@@ -141,7 +141,7 @@ def test_an_environment_worker_that_is_killed_comes_back(
     assert sorted(before) == [0, 1]
     alive = started_by(job.process.pid)
     os.kill(before[0].pid, signal.SIGKILL)
-    until(lambda: 0 in workers() and workers()[0].launch == 1, job)
+    until(lambda: (worker := workers().get(0)) and worker.launch == 1, job)
     done = job.wait(150)
     assert done.status == 0, done.out + done.err
     records = training_records(run_dir)

@@ -1,6 +1,7 @@
 """Shared memory: handles for every rank, torch's settings as they were, nothing left behind."""
 
 import gc
+import os
 import pickle
 import resource
 import signal
@@ -38,8 +39,9 @@ def _transport(fleet: FakeFleet) -> ServerTransport:
 
 
 def _shared() -> set[Path]:
+    """This process's."""
     gc.collect()
-    return {path for path in Path("/dev/shm").iterdir() if path.name.startswith("torch_")}
+    return set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
 
 
 def test_a_payload_is_small_and_of_sglangs_form(fleet: FakeFleet, monkeypatch) -> None:
