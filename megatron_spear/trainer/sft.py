@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,19 +65,6 @@ def warm_start(
     Raises StopRequested at a clean stop (nothing is kept of a partial one). Its policy's memory is
     free afterwards, for servers and the next policy.
     """
-    _make(config, model, target, context, renderer, bar, stop)
-    give_back()  # no rank goes on before the folder is there
-
-
-def _make(
-    config: RunConfig,
-    model: Path,
-    target: Path,
-    context: ParallelContext,
-    renderer: ChatRenderer | None,
-    bar: Bar,
-    stop: StopFlag,
-) -> None:
     section = config.sft
     policy = MegatronPolicy.from_hf(model, config.policy, section.optimizer, section.steps, context)
     source = None
@@ -109,6 +97,8 @@ def _make(
             write_hf_folder(work, model, weights)
     for _ in weights:  # what nobody wrote is still a collective
         pass
+    del policy, weights
+    give_back()  # no rank goes on before the folder is there
 
 
 def _pack(

@@ -3,15 +3,16 @@
 import gc
 import json
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_spear.config.environments.alfworld import GeneratorSection
 from megatron_spear.config.load import load_config
+from megatron_spear.deadlines import StopFlag
 from megatron_spear.envs.alfworld.task import fresh_game
 from megatron_spear.trainer import sft
 
@@ -88,21 +89,36 @@ def test_the_name_depends_on_the_users_own_code(model: Path, tmp_path: Path) -> 
     assert _name(model, *settings) != before
 
 
+class _Policy:
+    """Has a cycle, as a wrapped module and its hooks."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+    def train_step(self, *_: Any) -> dict[str, float]:
+        return {"sft/num_tokens": 2.0, "sft/sum_nll": 1.0}
+
+    def export_weights(self) -> Iterator[Any]:
+        yield self
+
+
 def test_its_policy_is_gone_before_servers_and_the_next_policy_need_the_memory(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modules: list[weakref.ref[torch.nn.Module]] = []
+    policies: list[weakref.ref[_Policy]] = []
 
-    def with_cycles(*_: Any) -> None:
-        module = torch.nn.Linear(1, 1)
-        module.hook = SimpleNamespace(module=module)  # as a wrapped module and its hooks
-        modules.append(weakref.ref(module))
+    def from_hf(*_: Any) -> _Policy:
+        policy = _Policy()
+        policies.append(weakref.ref(policy))
+        return policy
 
-    monkeypatch.setattr(sft, "_make", with_cycles)
-    nothing: Any = None
+    monkeypatch.setattr(sft.MegatronPolicy, "from_hf", from_hf)
+    config = load_config(None, ["sft.steps=2"])
+    other_rank: Any = SimpleNamespace(is_controller=False)
+    bar: Any = SimpleNamespace(advance=lambda *_, **__: None)
     gc.disable()
     try:
-        sft.warm_start(load_config(None), model, tmp_path, nothing, nothing, nothing, nothing)
-        assert modules[0]() is None
+        sft.warm_start(config, model, tmp_path, other_rank, None, bar, StopFlag())
+        assert policies[0]() is None
     finally:
         gc.enable()
