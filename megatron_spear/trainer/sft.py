@@ -95,8 +95,7 @@ def warm_start(
     if context.is_controller and not target.is_dir():
         with made_once(target) as work:
             write_hf_folder(work, model, weights)
-    for _ in weights:  # what nobody wrote is still a collective
-        pass
+    deque(weights, maxlen=0)  # what nobody wrote is still a collective
     del policy, weights
     give_back()  # no rank goes on before the folder is there
 
