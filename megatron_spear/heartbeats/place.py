@@ -49,7 +49,7 @@ def place_of_frame(frame: FrameType) -> Place:
             if not waits_in or not name.startswith(("wrapper", "_")):
                 waits_in = name  # the outermost, which the own line calls
         elif not at and not _is_library(file):
-            at = f"{os.path.basename(file)}:{looked_at.f_lineno} in {looked_at.f_code.co_name}"
+            at = f"{os.path.basename(file)}:{_line_of(looked_at)} in {looked_at.f_code.co_name}"
             break
         looked_at = looked_at.f_back
     return Place(at=at, waits_in=waits_in)
@@ -60,8 +60,13 @@ def _wait_at(frame: FrameType) -> str:
     file = frame.f_code.co_filename
     if not any(name in file for name in _LIBRARIES):
         return ""
-    line = linecache.getline(file, frame.f_lineno)
+    line = linecache.getline(file, _line_of(frame))
     return next((what for call, what in _WAITING_CALLS.items() if call in line), "")
+
+
+def _line_of(frame: FrameType) -> int:
+    """Another thread's frame has no line for a moment now and then: then its function's first."""
+    return frame.f_lineno or frame.f_code.co_firstlineno
 
 
 def _is_library(file: str) -> bool:

@@ -4,8 +4,12 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
-from megatron_spear.heartbeats.place import place_of
+import pytest
+
+from megatron_spear.heartbeats.place import place_of, place_of_frame
 
 
 def sleep_here(ready: threading.Event, go: threading.Event) -> None:
@@ -26,6 +30,15 @@ def test_the_line_is_the_own_one_not_pythons() -> None:
     assert place.at.startswith("test_place.py:") and place.at.endswith("in sleep_here")
     assert place.waits_in == ""
     assert place_of(thread.ident).at == ""
+
+
+@pytest.mark.parametrize("file", ["hook.py", "/venv/site-packages/torch/distributed/store.py"])
+def test_a_frame_without_a_line_is_at_its_function(file: str) -> None:
+    """As another thread's is for a moment now and then (``f_lineno`` is None)."""
+    code = SimpleNamespace(co_filename=file, co_name="work", co_firstlineno=7)
+    frame: Any = SimpleNamespace(f_code=code, f_lineno=None, f_back=None)
+    place = place_of_frame(frame)
+    assert place.at == ("hook.py:7 in work" if file == "hook.py" else "")
 
 
 def test_needs_no_torch() -> None:
