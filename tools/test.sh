@@ -62,11 +62,11 @@ wait "$installing" || { cat "$logs/install" && exit 1; }
 cat "$logs/install"
 
 export OMP_NUM_THREADS=1
-# Three processes on two cores, since many tests wait: for deadlines, ranks, servers. A file's tests
-# run in one process, as they share results of ranks and whole runs; in this order, in which the long
-# files come first.
+# Two processes on two cores: three take a quarter less, as many tests wait, and show more races. A
+# file's tests run in one process, as they share results of ranks and whole runs; in this order, in
+# which the long files come first.
 failed=0
-"$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 30 \
+"$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30 \
     -m "not gpu and not slurm and not real_engine" || failed=1
 # The same policy on the GPU stack's Megatron version. Where the versions differ: checkpoint files (of
 # each layout; on a full disk; written in a thread by the units), experts and TransformerEngine's layers

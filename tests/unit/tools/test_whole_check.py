@@ -19,7 +19,7 @@ echo "output of $*"
 [ -z "${STUB_FAILS:-}" ] || [[ "${0##*/} $*" != *"$STUB_FAILS"* ]]
 """
 PROGRAMS = ("python", "ruff", "mypy", "lint-imports", "apt-get", "bwrap", "chromium")
-MAIN, SLURM, SECOND = "-m pytest -n 3 ", " -m slurm tests/slurm", " -k not untied "
+MAIN, SLURM, SECOND = "-m pytest -n 2 ", " -m slurm tests/slurm", " -k not untied "
 
 Run = Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]
 
