@@ -28,6 +28,10 @@ def ask(number=0, *, prompt=PROMPT, new=8, session=None, temperature=1.0, top_p=
     )
 
 
+def greedy(number=0, **settings):
+    return ask(number, temperature=0.0, **settings)
+
+
 def greedy_tokens(prompt, size, weights=WEIGHTS):
     """What a fake server draws at temperature 0."""
     context = list(prompt)

@@ -5,15 +5,11 @@ import time
 
 import numpy as np
 import pytest
-from fleet_cases import PROMPT, VOCAB, ask, fleet_over, greedy_tokens, limits, until
+from fleet_cases import PROMPT, VOCAB, ask, fleet_over, greedy, greedy_tokens, limits, until
 
 from megatron_spear.errors import EngineError
 from megatron_spear.rollout.engines.fleet import Fleet
 from megatron_spear.types import VersionSpan
-
-
-def greedy(number=0, **settings):
-    return ask(number, temperature=0.0, **settings)
 
 
 def ports_of(fakes):

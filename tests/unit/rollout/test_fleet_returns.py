@@ -8,8 +8,8 @@ import pytest
 from fleet_cases import (
     PROMPT,
     VOCAB,
-    ask,
     fleet_over,
+    greedy,
     greedy_tokens,
     limits,
     sglang,
@@ -31,10 +31,6 @@ async def checked(member):
     """Wait until health checks have found that a server answers again, and one or two more."""
     await until(lambda: member.reachable)
     await asyncio.sleep(0.1)
-
-
-def greedy(number=0, **settings):
-    return ask(number, temperature=0.0, **settings)
 
 
 def test_a_dropped_connection_does_not_end_the_only_server():

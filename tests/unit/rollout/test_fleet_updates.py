@@ -9,6 +9,7 @@ from fleet_cases import (
     VOCAB,
     ask,
     fleet_over,
+    greedy,
     greedy_tokens,
     limits,
     sglang,
@@ -29,10 +30,6 @@ from megatron_spear.weight_sync.servers import (
     UpdateServer,
     UpdateServers,
 )
-
-
-def greedy(number=0, **settings):
-    return ask(number, temperature=0.0, **settings)
 
 
 async def updated_in_the_middle(mode, weights):

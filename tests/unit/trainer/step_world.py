@@ -161,6 +161,7 @@ class _Hook(Hook):
 
 
 def group(name: str, wins: Sequence[bool], failed: int = 0) -> TrajectoryGroup:
+    """A group of one-turn members; its failures had won when they failed."""
     count = len(wins)
     return TrajectoryGroup(
         group_id=name,

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from step_world import group
 
 from megatron_spear.config.method import AlgorithmSection, RewardSection
 from megatron_spear.config.rollout import RolloutSection
 from megatron_spear.data.prompts import FreshPrompts, PromptCursor
 from megatron_spear.rewards.compose import score
-from megatron_spear.testing.hand_made import make_prompt, make_sample, make_trajectory, make_turn
+from megatron_spear.testing.hand_made import make_prompt, make_sample
 from megatron_spear.trainer.controller import (
     Controller,
     with_gradient,
@@ -23,13 +24,11 @@ from megatron_spear.types import (
     Coefficients,
     Origin,
     ScoredGroup,
-    Status,
     StepContext,
     TrajectoryGroup,
     Update,
 )
 
-PLAYED = ((make_turn(policy_version=2),),)
 CTX = StepContext(
     step=3,
     policy_version=2,
@@ -94,22 +93,8 @@ def _replay(count: int, weight: float = 0.5) -> Update:
     return Update(samples=samples, origin=Origin.REPLAY, weight=weight)
 
 
-def _group(name: str, wins: Sequence[bool], failed: int = 0) -> TrajectoryGroup:
-    """A group of one-turn members; its failures had won when they failed."""
-    count = len(wins)
-    return TrajectoryGroup(
-        group_id=name,
-        prompt=make_prompt(name),
-        members=tuple(make_trajectory(name, i, PLAYED, won=won) for i, won in enumerate(wins)),
-        failures=tuple(
-            make_trajectory(name, count + i, won=True, status=Status.FAILED_ENGINE)
-            for i in range(failed)
-        ),
-    )
-
-
 def test_collect_takes_the_next_prompts_and_keys_the_draws_by_seed_and_step() -> None:
-    rollouter = _Rollouter([_group("a", [True, False], failed=1)])
+    rollouter = _Rollouter([group("a", [True, False], failed=1)])
     controller = _controller(rollouter=rollouter)
     seen: list[int] = []
     collected = controller.collect(CTX, seen.append)
@@ -132,7 +117,7 @@ def test_collect_takes_the_next_prompts_and_keys_the_draws_by_seed_and_step() ->
 
 
 def test_failures_are_never_scored() -> None:
-    controller = _controller(rollouter=_Rollouter([_group("a", [True, False], failed=2)]))
+    controller = _controller(rollouter=_Rollouter([group("a", [True, False], failed=2)]))
     collected = controller.collect(CTX)
     groups, metrics = collected.groups, collected.metrics
     samples, _ = controller.samples(CTX, groups)
@@ -144,7 +129,7 @@ def test_failures_are_never_scored() -> None:
 
 def test_a_step_in_which_everything_failed_has_no_samples() -> None:
     controller = _controller()
-    samples, metrics = controller.samples(CTX, _scored(controller, _group("a", [], failed=2)))
+    samples, metrics = controller.samples(CTX, _scored(controller, group("a", [], failed=2)))
     assert samples == [] and metrics["filter/num_empty_groups"] == 1
 
 
@@ -152,7 +137,7 @@ def test_hooks_choose_among_the_scored_groups_in_turn_and_add_updates() -> None:
     update = _replay(1)
     hooks = [_Drop(update), _Drop(update)]
     won = {"a": [True, True], "b": [True, False], "c": [True, False]}
-    rollouter = _Rollouter([_group(g, w) for g, w in won.items()])
+    rollouter = _Rollouter([group(g, w) for g, w in won.items()])
     controller = _controller(rollouter=rollouter, hooks=hooks)
     samples, metrics = controller.samples(CTX, controller.collect(CTX).groups)
     assert [hook.seen for hook in hooks] == [[["a", "b", "c"]], [["b", "c"]]]
